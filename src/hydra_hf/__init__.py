@@ -1,0 +1,59 @@
+"""HYDRA-TOK and HYDRA for the Hugging Face libraries. Importing registers every Auto class; the rest comes on demand."""
+
+from importlib import import_module
+from pathlib import Path
+
+from .modeling import (
+    HydraConfig,
+    HydraForConditionalGeneration,
+    HydraImageProcessor,
+    HydraImageProcessorPil,
+    HydraModel,
+    HydraProcessor,
+    HydraTokConfig,
+    HydraTokForPreTraining,
+    HydraTokModel,
+    PixelFlowDecoderConfig,
+    PixelViTDecoderConfig,
+    VisionHeadConfig,
+)
+from .version import __version__
+
+
+TINY = str(Path(__file__).parent / "assets" / "hydra-tiny")
+"""The embedded checkpoint: a folder that `HydraPipeline.from_pretrained` opens."""
+
+_LAZY = {
+    "HydraPipeline": "hydra_hf.pipelines.pipeline_hydra",
+    "HydraReconstructionPipeline": "hydra_hf.pipelines.pipeline_hydra_reconstruction",
+}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_LAZY))
+
+
+__all__ = [
+    "TINY",
+    "HydraConfig",
+    "HydraForConditionalGeneration",
+    "HydraImageProcessor",
+    "HydraImageProcessorPil",
+    "HydraModel",
+    "HydraPipeline",
+    "HydraProcessor",
+    "HydraReconstructionPipeline",
+    "HydraTokConfig",
+    "HydraTokForPreTraining",
+    "HydraTokModel",
+    "PixelFlowDecoderConfig",
+    "PixelViTDecoderConfig",
+    "VisionHeadConfig",
+    "__version__",
+]

@@ -1,0 +1,230 @@
+"""The toy world: scenes of 1 to 4 objects that know everything about themselves.
+
+Objects are Fluent emoji and coloured shapes of 32 px on a canvas of 64 px, on whole patches of 16 px and in layouts with
+few modes, so that a small model can learn the world. The difficulty loosens this: 1 has 24 emoji on flat backgrounds,
+2 has 48 emoji and graded backgrounds, 3 moves objects off the grid and makes distant ones smaller.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+
+ASSETS = Path(__file__).parents[1] / "assets" / "sprites"
+CANVAS, SPRITE, TILE = 64, 32, 64  # pixels: the picture, an object, a tile of the atlas
+SHAPES = ("circle", "square", "triangle", "diamond")
+COLORS = {
+    "red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), "yellow": (235, 205, 40),
+    "purple": (150, 50, 200), "orange": (240, 140, 30),
+}  # fmt: skip
+BACKGROUNDS = {"white": (245, 245, 245), "grey": (150, 150, 150), "black": (25, 25, 25), "sky": (190, 220, 250)}
+LAYOUTS = {
+    "centre": ((16, 16),),
+    "row": ((0, 16), (32, 16)),
+    "column": ((16, 0), (16, 32)),
+    "three": ((0, 0), (32, 0), (16, 32)),
+    "four": ((0, 0), (32, 0), (0, 32), (32, 32)),
+}  # top left corners (x, y), in reading order
+NEAR, FAR = 1.0, 2.0
+HAZE = 0.5  # share of the background in the colour of a far object
+MAX_OBJECTS = 4
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """A batch of scenes; objects in reading order, -1 where there is none."""
+
+    objects: Tensor  # (B, 4) index into `ToyWorld.names`
+    positions: Tensor  # (B, 4, 2) top left corner (x, y) in pixels
+    distances: Tensor  # (B, 4) NEAR or FAR
+    sizes: Tensor  # (B, 4) pixels
+    backgrounds: Tensor  # (B,)
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def __getitem__(self, index) -> "Scenes":
+        return Scenes(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def where(self, mask: Tensor, others: "Scenes") -> "Scenes":
+        """These scenes where `mask` (B,) is true, the others elsewhere."""
+        pairs = ((getattr(self, field.name), getattr(others, field.name)) for field in fields(self))
+        return Scenes(*(torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
+
+
+def is_held_out(key: str, share: int = 10) -> bool:
+    """Whether a key belongs to the test split: one in `share`, by a hash that never changes."""
+    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % share == 0
+
+
+class ToyWorld:
+    """A world of one difficulty. Everything random comes from the generator of the caller.
+
+    Held out for test, by hash: pairs of objects, (object, count), and (object, background, distance) of single objects.
+    """
+
+    def __init__(self, difficulty: int = 1):
+        if difficulty not in (1, 2, 3):
+            raise ValueError(f"{difficulty=} must be 1, 2 or 3.")
+        self.difficulty = difficulty
+        self.num_emoji = 24 if difficulty == 1 else 48
+        self.emoji_names = tuple(json.loads((ASSETS / "names.json").read_text()))[: self.num_emoji]
+        self.shape_names = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)
+        self.names = self.emoji_names + self.shape_names
+        self.sprites = torch.cat([_load_emoji(self.num_emoji), _draw_shapes()])  # (V, 4, 32, 32), premultiplied
+        count = len(self.names)
+        self.test_pairs = torch.zeros(count, count, dtype=torch.bool)
+        for i in range(count):
+            for j in range(i):
+                pair = "+".join(sorted((self.names[i], self.names[j])))
+                self.test_pairs[i, j] = self.test_pairs[j, i] = is_held_out(pair)
+        self.test_counts = torch.tensor(
+            [[n > 1 and is_held_out(f"{n} {name}") for n in range(MAX_OBJECTS + 1)] for name in self.names]
+        )
+
+    # Scenes
+
+    def sample_scenes(
+        self, num_scenes: int, generator: torch.Generator, *, split: str = "train", max_objects: int = MAX_OBJECTS
+    ) -> Scenes:
+        """Scenes of one split, with 1 to `max_objects` objects, near and far, some of a kind."""
+        check_split(split)
+        if not 1 <= max_objects <= MAX_OBJECTS:
+            raise ValueError(f"{max_objects=} must be between 1 and {MAX_OBJECTS}.")
+        scenes = self._propose_scenes(num_scenes, max_objects, generator)
+        while (wrong := self.is_test(scenes) != (split == "test")).any():
+            scenes = self._propose_scenes(num_scenes, max_objects, generator).where(wrong, scenes)
+        return scenes
+
+    def _propose_scenes(self, num_scenes: int, max_objects: int, generator: torch.Generator) -> Scenes:
+        counts = torch.randint(1, max_objects + 1, (num_scenes,), generator=generator)
+        objects = torch.randint(len(self.names), (num_scenes, MAX_OBJECTS), generator=generator)
+        again = torch.rand(num_scenes, MAX_OBJECTS, generator=generator) < 0.35  # like the object before
+        for slot in range(1, MAX_OBJECTS):
+            objects[:, slot] = torch.where(again[:, slot], objects[:, slot - 1], objects[:, slot])
+        objects[torch.arange(MAX_OBJECTS) >= counts[:, None]] = -1
+        is_column = torch.rand(num_scenes, generator=generator) < 0.5
+        distances = torch.where(torch.rand(num_scenes, MAX_OBJECTS, generator=generator) < 0.5, NEAR, FAR)
+        return self.arrange(objects, is_column, distances, generator)
+
+    def arrange(self, objects: Tensor, is_column: Tensor, distances: Tensor, generator: torch.Generator) -> Scenes:
+        """Objects (B, 4) in the layout of their number on random backgrounds; two stand in a row or a column."""
+        tables = [LAYOUTS[name] for name in ("centre", "row", "three", "four", "column")]
+        layouts = torch.tensor([[*table, *[(0, 0)] * (MAX_OBJECTS - len(table))] for table in tables])  # (5, 4, 2)
+        counts = (objects >= 0).sum(1)
+        positions = layouts[torch.where((counts == 2) & is_column, 4, counts - 1)]
+        sizes = torch.full_like(objects, SPRITE)
+        if self.difficulty == 3:
+            positions = positions + torch.randint(-4, 5, positions.shape, generator=generator)
+            positions = positions.clamp(0, CANVAS - SPRITE)
+            sizes = torch.where(distances == FAR, 3 * SPRITE // 4, SPRITE)
+        num_backgrounds = len(BACKGROUNDS) * (1 if self.difficulty == 1 else 2)
+        backgrounds = torch.randint(num_backgrounds, (len(objects),), generator=generator)
+        return Scenes(objects, positions, distances, sizes, backgrounds)
+
+    def is_test(self, scenes: Scenes) -> Tensor:
+        """(B,) whether a scene belongs to the test split."""
+        objects = scenes.objects
+        counts = (objects >= 0).sum(1)
+        first = objects[:, 0]
+        same = ((objects == first[:, None]) | (objects < 0)).all(1)
+        present = objects >= 0
+        pairs = self.test_pairs[objects[:, :, None], objects[:, None, :]] & present[:, :, None] & present[:, None, :]
+        keys = zip(first.tolist(), scenes.backgrounds.tolist(), scenes.distances[:, 0].tolist(), counts.tolist())
+        single = torch.tensor([n == 1 and is_held_out(f"{self.names[o]} {b} {d}") for o, b, d, n in keys])
+        return torch.where(counts == 1, single, pairs.flatten(1).any(1) | (same & self.test_counts[first, counts]))
+
+    # Pictures
+
+    def render(self, scenes: Scenes) -> Tensor:
+        """Pixels (B, 3, 64, 64) in [-1, 1]; a far object is half as strong against the background."""
+        background = self._background(scenes)  # (B, 3, 64, 64)
+        canvas = background
+        for layer, distance in zip(self._layers(scenes), scenes.distances.unbind(1)):
+            color, alpha = layer[:, :3], layer[:, 3:]
+            haze = torch.where(distance == FAR, HAZE, 0.0)[:, None, None, None]
+            canvas = canvas * (1 - alpha) + color * (1 - haze) + background * alpha * haze
+        return canvas * 2 - 1
+
+    def render_depth(self, scenes: Scenes) -> Tensor:
+        """Nearness (B, 3, 64, 64): -1 background, 0 far, 1 near."""
+        depth = torch.full((len(scenes), 1, CANVAS, CANVAS), -1.0)
+        for layer, distance in zip(self._layers(scenes), scenes.distances.unbind(1)):
+            nearness = torch.where(distance == FAR, 0.0, 1.0)[:, None, None, None]
+            depth = torch.where(layer[:, 3:] > 0.5, nearness, depth)
+        return depth.expand(-1, 3, -1, -1)
+
+    def render_segmentation(self, scenes: Scenes) -> Tensor:
+        """Boundaries of the objects (B, 3, 64, 64), white (1) on black (-1): UniMRG's form."""
+        labels = torch.zeros(len(scenes), 1, CANVAS, CANVAS)
+        for index, layer in enumerate(self._layers(scenes)):
+            labels = torch.where(layer[:, 3:] > 0.5, float(index + 1), labels)
+        padded = torch.nn.functional.pad(labels, (1, 1, 1, 1), mode="replicate")
+        high = torch.nn.functional.max_pool2d(padded, 3, stride=1)
+        low = -torch.nn.functional.max_pool2d(-padded, 3, stride=1)
+        boundary = (high != low) & (labels > 0)
+        return torch.where(boundary, 1.0, -1.0).expand(-1, 3, -1, -1)
+
+    def _background(self, scenes: Scenes) -> Tensor:
+        colors = torch.tensor(list(BACKGROUNDS.values())) / 255
+        flat = colors[scenes.backgrounds % len(colors)][:, :, None, None].expand(-1, -1, CANVAS, CANVAS)
+        is_graded = (scenes.backgrounds >= len(colors))[:, None, None, None]
+        shade = torch.linspace(1, 0.7, CANVAS)[:, None]
+        return torch.where(is_graded, flat * shade, flat)
+
+    def _layers(self, scenes: Scenes):
+        """Each slot's sprite on an empty canvas, premultiplied RGBA (B, 4, 64, 64)."""
+        pixels = torch.arange(CANVAS) + 0.5
+        for slot in range(MAX_OBJECTS):
+            sprites = self.sprites[scenes.objects[:, slot].clamp(min=0)]
+            sprites = sprites * (scenes.objects[:, slot] >= 0)[:, None, None, None]
+            corner, size = scenes.positions[:, slot, :, None], scenes.sizes[:, slot, None, None]
+            x, y = ((pixels - corner) / size * 2 - 1).unbind(1)  # (B, 64) each, in the sprite's own units
+            grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
+            yield torch.nn.functional.grid_sample(sprites, grid, align_corners=False)
+
+
+def check_split(split: str) -> None:
+    if split not in ("train", "test"):
+        raise ValueError(f"{split=} must be 'train' or 'test'.")
+
+
+def _premultiplied(pictures: list[Image.Image]) -> Tensor:
+    """RGBA pictures as (V, 4, 32, 32) in [0, 1]; scaled after multiplying, so that hidden colours do not bleed."""
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    rgba = torch.from_numpy(pixels).float().permute(0, 3, 1, 2) / 255
+    rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
+    return torch.nn.functional.interpolate(rgba, size=(SPRITE, SPRITE), mode="area")
+
+
+def _load_emoji(count: int) -> Tensor:
+    atlas = Image.open(ASSETS / "emoji.png").convert("RGBA")
+    columns = atlas.width // TILE
+    corners = [(index % columns * TILE, index // columns * TILE) for index in range(count)]
+    return _premultiplied([atlas.crop((x, y, x + TILE, y + TILE)) for x, y in corners])
+
+
+def _draw_shapes() -> Tensor:
+    size, margin = SPRITE * 4, 8
+    high, middle = size - margin, size // 2
+    pictures = []
+    for shape in SHAPES:
+        for color in COLORS.values():
+            picture = Image.new("RGBA", (size, size), (*color, 0))
+            pen = ImageDraw.Draw(picture)
+            if shape == "circle":
+                pen.ellipse((margin, margin, high, high), fill=(*color, 255))
+            elif shape == "square":
+                pen.rectangle((margin + 6, margin + 6, high - 6, high - 6), fill=(*color, 255))
+            elif shape == "triangle":
+                pen.polygon([(middle, margin), (high, high), (margin, high)], fill=(*color, 255))
+            else:
+                pen.polygon([(middle, margin), (high, middle), (middle, high), (margin, middle)], fill=(*color, 255))
+            pictures.append(picture)
+    return _premultiplied(pictures)

@@ -1,0 +1,53 @@
+"""The networks and their processors, registered with transformers' Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from .configuration_hydra import (
+    HydraConfig,
+    HydraTokConfig,
+    PixelFlowDecoderConfig,
+    PixelViTDecoderConfig,
+    VisionHeadConfig,
+)
+
+
+for _config in (PixelFlowDecoderConfig, PixelViTDecoderConfig, VisionHeadConfig, HydraTokConfig, HydraConfig):
+    AutoConfig.register(_config.model_type, _config)
+
+from .image_processing_hydra import HydraImageProcessor, HydraImageProcessorPil
+from .modeling_hydra import HydraForConditionalGeneration, HydraModel
+from .modeling_hydra_tok import HydraTokForPreTraining, HydraTokModel
+from .processing_hydra import HydraProcessor
+
+
+AutoModel.register(HydraTokConfig, HydraTokModel)
+AutoModel.register(HydraConfig, HydraModel)
+AutoModelForImageTextToText.register(HydraConfig, HydraForConditionalGeneration)
+AutoModelForMultimodalLM.register(HydraConfig, HydraForConditionalGeneration)
+for _config in (HydraTokConfig, HydraConfig):
+    AutoImageProcessor.register(
+        _config, image_processor_classes={"torchvision": HydraImageProcessor, "pil": HydraImageProcessorPil}
+    )
+AutoProcessor.register(HydraConfig, HydraProcessor)
+
+__all__ = [
+    "HydraConfig",
+    "HydraForConditionalGeneration",
+    "HydraImageProcessor",
+    "HydraImageProcessorPil",
+    "HydraModel",
+    "HydraProcessor",
+    "HydraTokConfig",
+    "HydraTokForPreTraining",
+    "HydraTokModel",
+    "PixelFlowDecoderConfig",
+    "PixelViTDecoderConfig",
+    "VisionHeadConfig",
+]

@@ -1,0 +1,263 @@
+"""Configurations of HYDRA-TOK and HYDRA, with the papers' sizes as named presets."""
+
+from dataclasses import field
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+
+def _check_heads(name: str, hidden_size: int, num_heads: int, multiple: int = 1) -> None:
+    if hidden_size % (num_heads * multiple):
+        raise ValueError(f"{name}: hidden_size={hidden_size} must be a multiple of {multiple} x {num_heads} heads.")
+
+
+class HydraPreTrainedConfig(PreTrainedConfig):
+    """Never marked for code upload: a checkpoint opened through a shim would rewrite its `auto_map` on saving."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        pass
+
+
+@strict
+class PixelFlowDecoderConfig(HydraPreTrainedConfig):
+    """Per-patch AdaLN MLP that denoises pixels under globally attended conditions. HYDRA, section 3.2.
+
+    The sizes S, M and L have exactly the paper's 144.26M, 240.85M and 358.44M parameters; the wiring is our choice.
+
+    Args:
+        prediction_type: "velocity" (the paper) or "sample": the network's output is read as the clean pixels.
+        num_inference_steps: Euler steps of `decode` when the caller names none.
+    """
+
+    model_type = "hydra_pixel_flow_decoder"
+    base_config_key = "decoder_config"
+
+    hidden_size: int = 1024
+    num_global_layers: int = 6
+    num_flow_layers: int = 12
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    layer_scale_init_value: float | int | None = 1.0
+    attention_dropout: float | int = 0.0
+    patch_size: int = 14
+    num_channels: int = 3
+    prediction_type: str = "velocity"
+    num_inference_steps: int = 1
+    initializer_range: float = 0.02
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        _check_heads("decoder_config", self.hidden_size, self.num_attention_heads)
+        if self.hidden_size % 4:
+            raise ValueError(f"decoder_config: {self.hidden_size=} must be a multiple of 4 for 2D sine positions.")
+        if self.prediction_type not in ("velocity", "sample"):
+            raise ValueError(f"{self.prediction_type=} must be 'velocity' or 'sample'.")
+        if self.num_inference_steps < 1:
+            raise ValueError(f"{self.num_inference_steps=} must be at least 1.")
+
+
+@strict
+class PixelViTDecoderConfig(HydraPreTrainedConfig):
+    """A ViT that regresses the pixels of each patch. HYDRA-X, section 2."""
+
+    model_type = "hydra_pixel_vit_decoder"
+    base_config_key = "decoder_config"
+
+    hidden_size: int = 1152
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    intermediate_size: int = 4304
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    layer_scale_init_value: float | int | None = None
+    attention_dropout: float | int = 0.0
+    patch_size: int = 14
+    num_channels: int = 3
+    initializer_range: float = 0.02
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        _check_heads("decoder_config", self.hidden_size, self.num_attention_heads)
+        if self.hidden_size % 4:
+            raise ValueError(f"decoder_config: {self.hidden_size=} must be a multiple of 4 for 2D sine positions.")
+
+
+FLOW_DECODER_SIZES = {"S": (6, 12), "M": (12, 16), "L": (18, 24)}  # (global layers, flow layers)
+
+
+@strict
+class HydraTokConfig(HydraPreTrainedConfig):
+    """One ViT cut in two by a bottleneck of `latent_channels`. HYDRA, section 3.
+
+    Args:
+        image_size: size at which the learned position table was made; any multiple of `patch_size` runs.
+        image_mean, image_std: statistics that the ViT wants of pixels in [0, 1]; callers always give [-1, 1].
+        layer_scale_init_value: None for a ViT without layer scale.
+        decoder_config: None for an encoder without decoder.
+        scaling_factor, shift_factor: read by diffusers; the latents are normalised already, so 1 and 0.
+    """
+
+    model_type = "hydra_tok"
+    base_config_key = "vision_config"
+    sub_configs_defaults = {
+        "decoder_config": SubConfigSpec(config_class=AutoConfig, model_type="hydra_pixel_flow_decoder", optional=True)
+    }
+
+    hidden_size: int = 1024
+    num_gen_layers: int = 12
+    num_sem_layers: int = 12
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    layer_scale_init_value: float | int | None = 1.0
+    attention_dropout: float | int = 0.0
+    use_cls_token: bool = True
+    use_post_layernorm: bool = False
+    image_size: int = 448
+    patch_size: int = 14
+    num_channels: int = 3
+    image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    latent_channels: int = 64
+    decoder_config: dict | PreTrainedConfig | None = None
+    scaling_factor: float | int = 1.0
+    shift_factor: float | int = 0.0
+    initializer_range: float = 0.02
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.num_gen_layers + self.num_sem_layers
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
+        if self.image_size % self.patch_size:
+            raise ValueError(f"{self.image_size=} must be a multiple of {self.patch_size=}.")
+        if not len(self.image_mean) == len(self.image_std) == self.num_channels:
+            raise ValueError(f"{self.image_mean=} and {self.image_std=} must have {self.num_channels=} numbers.")
+        if self.decoder_config is not None and self.decoder_config.patch_size != self.patch_size:
+            raise ValueError(f"{self.decoder_config.patch_size=} of the decoder must equal {self.patch_size=}.")
+
+    @classmethod
+    def internvit_300m(cls, decoder: str = "S", **kwargs) -> "HydraTokConfig":
+        """InternViT-300M-448px-V2.5 cut 12 | 12, with the flow decoder of size "S", "M" or "L"."""
+        if decoder not in FLOW_DECODER_SIZES:
+            raise ValueError(f"{decoder=} must be one of {list(FLOW_DECODER_SIZES)}.")
+        num_global_layers, num_flow_layers = FLOW_DECODER_SIZES[decoder]
+        decoder_config = PixelFlowDecoderConfig(num_global_layers=num_global_layers, num_flow_layers=num_flow_layers)
+        return cls(decoder_config=decoder_config, **kwargs)
+
+
+@strict
+class VisionHeadConfig(HydraPreTrainedConfig):
+    """AdaLN-Zero transformer from the LLM's states to latent velocity. HYDRA, section 2.2; the sizes are our choice.
+
+    Args:
+        use_latent_skip: let the head read the noisy latents beside the LLM's states.
+    """
+
+    model_type = "hydra_vision_head"
+    base_config_key = "vision_head_config"
+
+    hidden_size: int = 1536
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 12
+    intermediate_size: int = 6144
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    attention_dropout: float | int = 0.0
+    use_latent_skip: bool = False
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        # Half of each head turns with the row and half with the column, in pairs.
+        _check_heads("vision_head_config", self.hidden_size, self.num_attention_heads, multiple=4)
+
+
+@strict
+class HydraConfig(HydraPreTrainedConfig):
+    """A decoder-only language model that reads and draws through HYDRA-TOK. HYDRA, section 2.2.
+
+    What the paper leaves open is a field here, and its default is our choice.
+
+    Args:
+        llm_visual_input: "semantic": the LLM reads Sem-ViT's states (HYDRA-X, section 3); "latent": the bottleneck's.
+        use_time_token: put the noise level as one token in front of each image block.
+        sigma_shift: None shifts by sqrt(N C / 4096) within [1, 8], N tokens of C channels.
+        sigma_logit_std: spread of the logit-normal noise levels in training.
+        null_prompt_ids: the empty prompt up to <|vision_start|>, for guidance in `generate`; Qwen2.5's by default.
+    """
+
+    model_type = "hydra"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
+        "vision_config": HydraTokConfig,
+        "vision_head_config": VisionHeadConfig,
+    }
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    vision_head_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 151655  # <|image_pad|>
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    llm_visual_input: str = "semantic"
+    use_time_token: bool = True
+    sigma_shift: float | int | None = None
+    sigma_logit_std: float | int = 1.0
+    null_prompt_ids: list[int] = field(
+        default_factory=lambda: [151644, 872, 198, 151645, 198, 151644, 77091, 198, 151652]
+    )
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings  # only the top-level flag ties the language head
+
+    @property
+    def num_time_tokens(self) -> int:
+        return int(self.use_time_token)
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        if self.llm_visual_input not in ("semantic", "latent"):
+            raise ValueError(f"{self.llm_visual_input=} must be 'semantic' or 'latent'.")
+        for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
+            if not 0 <= getattr(self, name) < self.text_config.vocab_size:
+                raise ValueError(f"{name}={getattr(self, name)} is outside {self.text_config.vocab_size=}.")
+
+    @classmethod
+    def hydra_1_5b(cls, decoder: str = "S", **kwargs) -> "HydraConfig":
+        """Qwen2.5-1.5B-Instruct with InternViT-300M."""
+        text = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "vocab_size": 151_936}
+        return cls._from_qwen(text, True, decoder, **kwargs)
+
+    @classmethod
+    def hydra_7b(cls, decoder: str = "S", **kwargs) -> "HydraConfig":
+        """Qwen2.5-7B-Instruct with InternViT-300M."""
+        text = {"hidden_size": 3584, "intermediate_size": 18_944, "num_attention_heads": 28, "vocab_size": 152_064}
+        return cls._from_qwen(text, False, decoder, **kwargs)
+
+    @classmethod
+    def _from_qwen(cls, text: dict, tie_word_embeddings: bool, decoder: str, **kwargs) -> "HydraConfig":
+        text_config = AutoConfig.for_model(
+            "qwen2",
+            num_hidden_layers=28,
+            num_key_value_heads={1536: 2, 3584: 4}[text["hidden_size"]],
+            max_position_embeddings=32_768,
+            rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+            tie_word_embeddings=tie_word_embeddings,
+            bos_token_id=151_643,
+            eos_token_id=151_645,
+            **text,
+        )
+        return cls(text_config=text_config, vision_config=HydraTokConfig.internvit_300m(decoder), **kwargs)
+
+
+__all__ = ["HydraConfig", "HydraTokConfig", "PixelFlowDecoderConfig", "PixelViTDecoderConfig", "VisionHeadConfig"]

@@ -1,0 +1,65 @@
+"""Rectified flow between data and noise. HYDRA, sections 3.2 and 2.2: x_t = (1 - t) x + t eps, v = eps - x.
+
+`sigma` is the paper's t: 0 is data, 1 is noise. This is the only file that knows time's direction.
+"""
+
+import torch
+from torch import Tensor
+
+
+def expand_sigma(sigma: Tensor, like: Tensor) -> Tensor:
+    """`sigma` (B,) with as many trailing axes as `like`, so that it broadcasts over each sample."""
+    return sigma.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Data carried to noise level `sigma` (B,); at 0 it is the data itself, at 1 the noise."""
+    sigma = expand_sigma(sigma, clean)
+    return (1 - sigma) * clean + sigma * noise
+
+
+def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
+    """The direction from data to noise, eps - x, which the network learns."""
+    return noise - clean
+
+
+def predict_clean(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """The data that a velocity points back to, x_t - t v: what LPIPS and the GAN judge."""
+    return noisy - expand_sigma(sigma, noisy) * velocity
+
+
+def velocity_from_clean(noisy: Tensor, clean: Tensor, sigma: Tensor, min_sigma: float = 0.05) -> Tensor:
+    """The velocity that leads from an estimate of the data to `noisy`; `min_sigma` bounds the division."""
+    return (noisy - clean) / expand_sigma(sigma, noisy).clamp(min=min_sigma)
+
+
+def euler_step(noisy: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """One step along the velocity, from `sigma` to the smaller `next_sigma` (scalars)."""
+    return noisy + (next_sigma - sigma) * velocity
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """Noise levels moved towards noise (shift > 1), as much in training as in sampling."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def resolution_shift(num_values: int) -> float:
+    """The shift that fits a latent of `num_values` numbers: sqrt(N C / 4096), between 1 and 8 (our choice, after RAE)."""
+    return min(max((num_values / 4096) ** 0.5, 1.0), 8.0)
+
+
+def sample_sigma(
+    num_samples: int, *, shift: float = 1.0, logit_std: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Logit-normal noise levels (num_samples,), shifted (our choice, after SD3)."""
+    return shift_sigma(torch.sigmoid(logit_std * torch.randn(num_samples, generator=generator)), shift)
+
+
+def inference_sigmas(num_inference_steps: int, shift: float = 1.0) -> Tensor:
+    """The noise levels at which a sampler evaluates, from 1 down; the step after the last one ends at 0.
+
+    The scheduler's own default spends its last step on 0.001, so pipelines pass these.
+    """
+    if num_inference_steps < 1:
+        raise ValueError(f"{num_inference_steps=} must be at least 1.")
+    return shift_sigma(torch.linspace(1, 1 / num_inference_steps, num_inference_steps), shift)

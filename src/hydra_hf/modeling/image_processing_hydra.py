@@ -1,0 +1,294 @@
+"""Images of users to `pixel_values` in [-1, 1], and back."""
+
+import base64
+import binascii
+import os
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import get_session
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_utils import get_size_dict
+from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling, SizeDict
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+WHITE = 255
+
+
+class HydraImagesKwargs(ImagesKwargs, total=False):
+    """
+    Args:
+        patch_size: side of the tokenizer's patch; heights and widths have to be multiples of it.
+        max_pixels: an image with more pixels is refused before it is decoded.
+    """
+
+    patch_size: int
+    max_pixels: int
+
+
+def read_image(source: str | os.PathLike, max_pixels: int) -> Image.Image:
+    """The upright image behind a path, a URL or a base64 string, in its own mode."""
+    name = str(source) if len(str(source)) <= 80 else f"{str(source)[:80]}..."
+    try:
+        image = Image.open(_image_file(source))
+        check_image_size(image.height, image.width, max_pixels)
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError, binascii.Error) as error:  # SyntaxError: a broken PNG
+        if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError) and error.errno is not None:
+            raise  # the file system or the network, not the picture
+        raise ValueError(
+            f"{name!r} cannot be read as an image ({error}), expected a path, a URL or a base64 string."
+        ) from error
+
+
+def _image_file(source: str | os.PathLike) -> BytesIO | Path:
+    if os.path.isfile(source):
+        return Path(source)
+    source = str(source)
+    if source.startswith(("http://", "https://")):
+        response = get_session().get(source, follow_redirects=True)
+        response.raise_for_status()
+        return BytesIO(response.content)
+    return BytesIO(base64.decodebytes(source.removeprefix("data:").split(",")[-1].encode()))
+
+
+def check_image_size(height: int, width: int, max_pixels: int) -> None:
+    if height < 1 or width < 1:
+        raise ValueError(f"The image is {height}x{width} (height x width): it has no pixels.")
+    if height * width > max_pixels:
+        raise ValueError(f"The image is {height}x{width} (height x width), more than {max_pixels=} pixels.")
+
+
+def pil_to_levels(image: Image.Image) -> Tensor:
+    """The RGB levels 0 to 255 of a PIL image of any mode, transparency over white: (3, H, W)."""
+    if image.mode == "I" or image.mode.startswith("I;16"):  # what 16-bit PNGs open as; convert("RGB") clips at 255
+        array = np.asarray(image).astype(np.int64)
+        if array.min() < 0 or array.max() > 65535:
+            raise ValueError(f"A PIL image of mode {image.mode!r} is read as 16-bit, got levels outside 0 to 65535.")
+        return array_to_levels(torch.from_numpy(array.astype(np.uint16))[None])
+    if image.mode == "F":
+        return array_to_levels(torch.from_numpy(np.array(image))[None], float_range=(0, 1))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def array_to_levels(image: Tensor, float_range: tuple[float, float] = (-1, 1)) -> Tensor:
+    """The RGB levels 0 to 255 of 1, 3 or 4 channels (RGBA, over white); floats keep their fractions: (3, H, W)."""
+    if image.dtype == torch.bool:
+        levels = image.to(torch.uint8) * WHITE
+    elif image.dtype == torch.uint16:
+        levels = (image.to(torch.float32) / 257).round().to(torch.uint8)
+    elif image.is_floating_point():
+        low, high = float_range
+        image = image.to(torch.float32)
+        if not ((image >= low - 1e-3) & (image <= high + 1e-3)).all():  # written so that NaN fails
+            raise ValueError(
+                f"Got a float image with values in [{image.min():.4g}, {image.max():.4g}], expected [{low}, {high}]: "
+                "torch tensors in [-1, 1], numpy arrays and PIL images in [0, 1]. Levels 0 to 255 go in as uint8."
+            )
+        levels = (image.clamp(low, high) - low) * (WHITE / (high - low))
+    else:
+        if image.min() < 0 or image.max() > WHITE:
+            raise ValueError(
+                f"Got {image.dtype} levels from {image.min()} to {image.max()}, expected 0 to 255 (or uint16)."
+            )
+        levels = image.to(torch.uint8)
+    if levels.shape[0] == 4:
+        alpha = levels[3:].to(torch.float32) / WHITE
+        composite = levels[:3] * alpha + WHITE * (1 - alpha)
+        levels = composite if levels.is_floating_point() else composite.round().to(torch.uint8)
+    return levels.expand(3, -1, -1)
+
+
+def is_channels_last(shape: tuple[int, ...], default: ChannelDimension) -> bool:
+    """Which axis of three holds the channels; `default` decides where both could."""
+    first, last = shape[0], shape[-1]
+    if default == ChannelDimension.LAST:
+        order = [(last in (3, 4), True), (first in (3, 4), False), (last == 1, True), (first == 1, False)]
+    else:
+        order = [(first in (3, 4), False), (last in (3, 4), True), (first == 1, False), (last == 1, True)]
+    for holds, channels_last in order:
+        if holds:
+            return channels_last
+    raise ValueError(f"Got an image of shape {tuple(shape)}, expected 1, 3 or 4 channels first or last.")
+
+
+class HydraImages:
+    """What the two backends share: what may come in, and the way back."""
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    size = {"height": 448, "width": 448}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    patch_size = 14
+    max_pixels = 178_956_970  # where PIL itself speaks of a decompression bomb
+    valid_kwargs = HydraImagesKwargs
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoImageProcessor") -> None:
+        """Does nothing: a mark on the installed class would make every later save copy this file into the folder."""
+
+    def fetch_images(self, image_url_or_urls: ImageInput | str | os.PathLike | list) -> ImageInput | list:
+        """Images as they are, paths, URLs and base64 strings opened; lists of these keep their nesting."""
+        images = image_url_or_urls
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image) for image in images]
+        if isinstance(images, (str, os.PathLike)):
+            return read_image(images, self.max_pixels)  # upstream's readers drop alpha and clip 16 bits
+        if isinstance(images, Image.Image):
+            return images
+        if isinstance(images, (np.ndarray, Tensor)):
+            if images.ndim == 2:
+                return images[..., None] if isinstance(images, np.ndarray) else images[None]
+            if images.ndim in (3, 4):
+                return images
+            raise ValueError(f"Got an image of shape {tuple(images.shape)}, expected 2 or 3 axes, or a batch with 4.")
+        raise ValueError(
+            f"Got {type(images).__name__} for an image, expected PIL, numpy, torch, a path, a URL or a base64 string."
+        )
+
+    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list:
+        images = super()._prepare_images_structure(images, expected_ndims=expected_ndims)
+        if len(images) == 0:
+            raise ValueError("Got an empty list of images, expected at least one.")
+        return images
+
+    def _standardize_kwargs(self, patch_size: int, max_pixels: int, **kwargs) -> dict:
+        kwargs = super()._standardize_kwargs(**kwargs)
+        size = kwargs["size"]
+        if not (size.height and size.width):
+            raise ValueError(f"Got size={dict(size)}, expected a height and a width.")
+        if size.height % patch_size or size.width % patch_size:
+            raise ValueError(
+                f"Got size {size.height}x{size.width} (height x width), expected multiples of {patch_size=}."
+            )
+        return {**kwargs, "patch_size": patch_size, "max_pixels": max_pixels}
+
+    def _levels(
+        self,
+        image: ImageInput,
+        do_convert_rgb: bool,
+        input_data_format: str | ChannelDimension | None,
+        max_pixels: int,
+    ) -> Tensor:
+        """RGB levels 0 to 255 of one image of a user: (3, H, W)."""
+        if isinstance(image, Image.Image):
+            check_image_size(image.height, image.width, max_pixels)
+            if not do_convert_rgb and image.mode != "RGB":
+                raise ValueError(f"Got a PIL image of mode {image.mode!r} and {do_convert_rgb=}, expected mode 'RGB'.")
+            try:
+                image.load()  # Image.open() reads no further than the header
+            except (OSError, SyntaxError) as error:
+                raise ValueError(f"The PIL image cannot be read: {error}") from error
+            return pil_to_levels(image)
+        is_numpy = isinstance(image, np.ndarray)
+        if input_data_format is None:
+            default = ChannelDimension.LAST if is_numpy else ChannelDimension.FIRST
+            channels_last = is_channels_last(image.shape, default)
+        else:
+            channels_last = ChannelDimension(input_data_format) == ChannelDimension.LAST
+        height, width, num_channels = image.shape if channels_last else (*image.shape[1:], image.shape[0])
+        check_image_size(height, width, max_pixels)
+        if num_channels not in ((1, 3, 4) if do_convert_rgb else (3,)):
+            raise ValueError(f"Got {num_channels} channels and {do_convert_rgb=}, expected 3 (or 1 or 4 to convert).")
+        pixels = torch.from_numpy(np.array(image)) if is_numpy else image  # a copy: torch wants writable memory
+        pixels = pixels.movedim(-1, 0) if channels_last else pixels
+        if is_numpy:
+            return array_to_levels(pixels, float_range=(0, 1))
+        if pixels.is_floating_point() and pixels.min() >= 0:
+            logger.warning_once(
+                "A float tensor without a negative value is read as [-1, 1] like all tensors here; an image in [0, 1] "
+                "has to come as 2 * image - 1, as a numpy array or as uint8."
+            )
+        return array_to_levels(pixels)
+
+    def output_size(self, height: int, width: int, **images_kwargs) -> tuple[int, int]:
+        """Height and width in `pixel_values` of an image of `height` x `width`, under the same overrides as a call."""
+        names = ("do_resize", "size", "do_center_crop", "crop_size")
+        options = {name: images_kwargs.get(name, getattr(self, name)) for name in names}
+        for name, is_done in (("size", options["do_resize"]), ("crop_size", options["do_center_crop"])):
+            if is_done:
+                size = get_size_dict(options[name], param_name=name)
+                height, width = size["height"], size["width"]
+        return height, width
+
+    def _preprocess(self, images: list, patch_size: int, **kwargs):
+        batch = super()._preprocess(images, **kwargs)
+        for pixel_values in batch["pixel_values"]:
+            height, width = pixel_values.shape[-2:]
+            if height % patch_size or width % patch_size:
+                raise ValueError(f"Got an image of {height}x{width} pixels, expected multiples of {patch_size=}.")
+        return batch
+
+    def postprocess(self, pixel_values: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
+        """
+        Pictures from `pixel_values` (B, 3, H, W) in [-1, 1].
+
+        Args:
+            output_type: "pil": a list; "np": (B, H, W, 3) in [0, 1]; "pt": (B, 3, H, W) in [0, 1].
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"Got pixel_values of shape {tuple(pixel_values.shape)}, expected (B, 3, H, W).")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"Got {output_type=}, expected 'pil', 'np' or 'pt'.")
+        pictures = (pixel_values.detach().float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return pictures
+        pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "np":
+            return pictures
+        return [Image.fromarray(picture) for picture in (pictures * WHITE).round().astype(np.uint8)]
+
+
+class HydraImageProcessor(HydraImages, TorchvisionBackend):
+    """Images to `pixel_values` (B, 3, H, W) in [-1, 1], with torchvision."""
+
+    def process_image(
+        self,
+        image: ImageInput,
+        do_convert_rgb: bool = True,
+        input_data_format: str | ChannelDimension | None = None,
+        max_pixels: int = HydraImages.max_pixels,
+        device: torch.device | str | None = None,
+        **kwargs,
+    ) -> Tensor:
+        return self._levels(image, do_convert_rgb, input_data_format, max_pixels).contiguous().to(device)
+
+    def resize(self, image: Tensor, size: SizeDict, **kwargs) -> Tensor:
+        if image.shape[-2:] == (size.height, size.width):
+            return image
+        return super().resize(image, size, **kwargs).clamp(0, WHITE)  # bicubic overshoots in float
+
+
+class HydraImageProcessorPil(HydraImages, PilBackend):
+    """Images to `pixel_values` (B, 3, H, W) in [-1, 1], with PIL and numpy."""
+
+    def process_image(
+        self,
+        image: ImageInput,
+        do_convert_rgb: bool = True,
+        input_data_format: str | ChannelDimension | None = None,
+        max_pixels: int = HydraImages.max_pixels,
+        **kwargs,
+    ) -> np.ndarray:
+        return self._levels(image, do_convert_rgb, input_data_format, max_pixels).cpu().numpy()
+
+    def resize(self, image: np.ndarray, size: SizeDict, resample: PILImageResampling, **kwargs) -> np.ndarray:
+        channels = [
+            np.asarray(Image.fromarray(channel).resize((size.width, size.height), resample)) for channel in image
+        ]  # channel by channel, since float levels exist in PIL as single channels only
+        return np.stack(channels).clip(0, WHITE)

@@ -1,0 +1,523 @@
+"""HYDRA: one sequence of text and visual tokens, a language head and a vision head. HYDRA, section 2.2; figure 3.
+
+noisy latents -> Sem-ViT -> projector -.                .-> lm_head     -> next token
+                                        >-> LLM states -<
+                 text -> embeddings ---'                `-> vision_head -> latent velocity
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_hydra import HydraConfig
+from .flow import euler_step, inference_sigmas, resolution_shift
+from .layers import TimestepEmbedding, init_layer, latents_to_tokens, tokens_to_latents
+from .modeling_hydra_tok import HydraTokModel
+from .prefix_cache import FrozenPrefixCache
+from .vision_head import VisionHead
+
+
+@dataclass
+class HydraModelOutput(ModelOutput):
+    """`last_hidden_state` (B, L, D); `image_hidden_states` (num_images, N, D): the part of it where pictures stand."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class HydraOutput(ModelOutput):
+    """`loss` is the sum of the losses that the call's targets allow; `velocity` (num_generated, C, h, w)."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    velocity: Tensor | None = None
+    language_loss: Tensor | None = None
+    flow_loss: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class ImagePrefix:
+    """A prefilled prompt, ready to be drawn from: rows are the prompts, then the negative prompts in the same order."""
+
+    cache: FrozenPrefixCache
+    attention_mask: Tensor  # (rows, P)
+    masks: dict[int, Tensor] = field(default_factory=dict)  # number of image tokens -> attention mask of a step
+
+    def __len__(self) -> int:
+        return len(self.attention_mask)
+
+    def prompts_only(self, batch_size: int) -> "ImagePrefix":
+        """Without the negative prompts, for steps outside the guidance interval."""
+        rows = slice(batch_size)
+        return ImagePrefix(FrozenPrefixCache.from_cache(self.cache, rows), self.attention_mask[rows])
+
+
+def get_image_block_ids(mm_token_type_ids: Tensor, past_length: int = 0) -> Tensor:
+    """k in picture k and -1 in text, (B, past + L): one block is bidirectional, all else causal.
+
+    The masks index by absolute position, so what the cache holds is filled up with -1.
+    """
+    is_image = nn.functional.pad(mm_token_type_ids == 1, (past_length, 0), value=False)
+    before = nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
+    return torch.where(is_image, (is_image & ~before).int().cumsum(1) - 1, -1)
+
+
+class MultiModalProjector(nn.Module):
+    """Semantic states to the width of the LLM: a norm and the paper's linear layer."""
+
+    def __init__(self, config: HydraConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.vision_config.hidden_size, eps=config.vision_config.layer_norm_eps)
+        self.linear = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, semantic_states: Tensor) -> Tensor:
+        return self.linear(self.norm(semantic_states))
+
+
+class HydraPreTrainedModel(PreTrainedModel):
+    config: HydraConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    output_modalities = ("text", "image")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the flow loss is a mean: Trainer must divide it by the accumulation steps
+    _no_split_modules = ["AdaLNZeroLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = False  # flash kernels silently drop the bidirectional image blocks
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_layer(module, self.config.initializer_range)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Off: loading through a shim would mark the installed class and rewrite `auto_map` on the next save."""
+
+
+class HydraModel(HydraPreTrainedModel):
+    """Tokenizer, projector and language model; the heads are on `HydraForConditionalGeneration`."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head", r"^vision_head"]
+
+    def __init__(self, config: HydraConfig):
+        super().__init__(config)
+        self.vision_tower = HydraTokModel._from_config(config.vision_config)
+        self.multi_modal_projector = MultiModalProjector(config)
+        self.time_embedding = TimestepEmbedding(config.text_config.hidden_size) if config.use_time_token else None
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_latents(self, pixel_values: Tensor) -> Tensor:
+        """Clean latents (num_images, C, h, w): the posterior's mean, normalised."""
+        return self.vision_tower.encode(pixel_values).latent_dist.mode()
+
+    def get_image_embeds(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        """What the LLM reads of images at noise level `sigma` (num_images,): (num_images, [1 +] N, D_llm)."""
+        if self.config.llm_visual_input == "semantic":
+            visual_states = self.vision_tower.get_semantic_states(latents)  # (num_images, N, D)
+        else:
+            visual_states = self.vision_tower.get_bottleneck_states(latents)
+        image_embeds = self.multi_modal_projector(visual_states)  # (num_images, N, D_llm)
+        if self.time_embedding is None:
+            return image_embeds
+        return torch.cat([self.time_embedding(sigma)[:, None], image_embeds], dim=1)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """`pooler_output`: the embeddings of given images (num_images, 3, H, W), time token included."""
+        latents = self.get_latents(pixel_values)
+        embeds = self.get_image_embeds(latents, latents.new_zeros(len(latents)))
+        return BaseModelOutputWithPooling(last_hidden_state=embeds, pooler_output=embeds)
+
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """Where images stand, (B, L) bool; found by embedding when there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        latents: Tensor | None = None,
+        sigma: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> HydraModelOutput:
+        """Causal over text, bidirectional inside each image. A given image is a generated one at sigma 0.
+
+        Args:
+            input_ids: (B, L) with one placeholder for each image token, the time token included.
+            pixel_values: (num_images, 3, H, W) in [-1, 1], in the order of their placeholders; read at sigma 0.
+            latents, sigma: instead of pixels, latents (num_images, C, h, w) already at noise levels (num_images,).
+            mm_token_type_ids: (B, L), 1 where images stand; found from `input_ids` when missing.
+
+        Raises:
+            ValueError: for images given twice, latents without sigma, or placeholders that the images do not fill.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds, and not both.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_mask = self.get_placeholder_mask(input_ids, inputs_embeds)  # (B, L)
+        image_embeds = self._select_image_embeds(pixel_values, latents, sigma, mm_encoder_outputs)
+        if image_embeds is not None:
+            inputs_embeds = self._place_images(inputs_embeds, image_mask, image_embeds)
+        if not isinstance(attention_mask, dict):
+            mm_token_type_ids = image_mask.int() if mm_token_type_ids is None else mm_token_type_ids
+            attention_mask = self._create_masks(
+                inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids
+            )
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        states = outputs.last_hidden_state  # (B, L, D)
+        image_hidden_states = None
+        if image_embeds is not None:
+            states_of_images = states[image_mask].view(*image_embeds.shape[:2], -1)
+            image_hidden_states = states_of_images[:, self.config.num_time_tokens :]  # (num_images, N, D)
+        return HydraModelOutput(
+            last_hidden_state=states,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_hidden_states,
+        )
+
+    def _select_image_embeds(self, pixel_values, latents, sigma, mm_encoder_outputs) -> Tensor | None:
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if sum(source is not None for source in (pixel_values, latents, encoded)) > 1:
+            raise ValueError("Give images once: as pixel_values, latents or mm_encoder_outputs.")
+        if encoded is not None:
+            return encoded.pooler_output
+        if pixel_values is not None:
+            return self.get_image_features(pixel_values).pooler_output
+        if latents is None:
+            return None
+        if sigma is None or sigma.shape != (len(latents),):
+            shape = None if sigma is None else tuple(sigma.shape)
+            raise ValueError(f"latents of {len(latents)} images need sigma of shape ({len(latents)},), got {shape}.")
+        return self.get_image_embeds(latents, sigma)
+
+    def _place_images(self, inputs_embeds: Tensor, image_mask: Tensor, image_embeds: Tensor) -> Tensor:
+        num_images, tokens_per_image = image_embeds.shape[:2]
+        if not torch.compiler.is_compiling() and image_mask.sum() != num_images * tokens_per_image:
+            raise ValueError(
+                f"{int(image_mask.sum())} image placeholders in input_ids, but {num_images} images of"
+                f" {tokens_per_image} tokens (time token included) need {num_images * tokens_per_image}."
+            )
+        image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(image_mask[..., None].expand_as(inputs_embeds), image_embeds)
+
+    def _create_masks(self, inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids):
+        if attention_mask is None:
+            # Without a mask, transformers reads jumps in the positions as packed sequences and cuts attention there.
+            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            attention_mask = inputs_embeds.new_ones(
+                (len(inputs_embeds), past_length + inputs_embeds.shape[1]), dtype=torch.long
+            )
+        return HydraForConditionalGeneration.create_masks_for_generate(
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids
+        )
+
+
+class HydraForConditionalGeneration(HydraPreTrainedModel, GenerationMixin):
+    """HYDRA with its two heads: answers with `generate`, draws with `generate(generation_mode="image")`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: HydraConfig):
+        super().__init__(config)
+        if config.vision_head_config._attn_implementation is None:
+            config.vision_head_config._attn_implementation = config._attn_implementation
+        self.model = HydraModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.vision_head = VisionHead(config)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        latents: Tensor | None = None,
+        sigma: Tensor | None = None,
+        is_generated: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        labels: Tensor | None = None,
+        velocity_target: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> HydraOutput:
+        """L = L_NTP + L_FM, each where its target is given. See `HydraModel.forward` for the inputs.
+
+        Args:
+            is_generated: (num_images,) bool, the images whose velocity the vision head gives; needs `latents`.
+            labels: (B, L), -100 where nothing is to be learnt.
+            velocity_target: (num_generated, C, h, w), noise - latents of the generated images.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            latents=latents,
+            sigma=sigma,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, L, V)
+        velocity = language_loss = flow_loss = None
+        if is_generated is not None:
+            velocity = self._velocity_of(outputs.image_hidden_states, latents, sigma, is_generated)
+        if labels is not None:
+            language_loss = self.loss_function(logits, labels, self.config.text_config.vocab_size, **kwargs)
+        if velocity_target is not None:
+            flow_loss = nn.functional.mse_loss(velocity, velocity_target.to(velocity))
+        losses = [loss for loss in (language_loss, flow_loss) if loss is not None]
+        return HydraOutput(
+            loss=sum(losses) if losses else None,
+            logits=logits,
+            velocity=velocity,
+            language_loss=language_loss,
+            flow_loss=flow_loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _velocity_of(self, image_hidden_states, latents, sigma, is_generated) -> Tensor:
+        if latents is None or is_generated.shape != (len(latents),):
+            raise ValueError(
+                f"is_generated {tuple(is_generated.shape)} needs latents of as many images,"
+                f" got {None if latents is None else tuple(latents.shape)}."
+            )
+        return self._draw(image_hidden_states[is_generated], latents[is_generated], sigma[is_generated])
+
+    def _draw(self, states: Tensor, noisy_latents: Tensor, sigma: Tensor) -> Tensor:
+        """The vision head on states (B, N, D_llm) of image tokens: velocity (B, C, h, w)."""
+        grid = tuple(noisy_latents.shape[-2:])
+        return tokens_to_latents(self.vision_head(states, latents_to_tokens(noisy_latents), sigma, grid), grid)
+
+    # Drawing: the prompt once, then only image tokens, step by step.
+
+    def get_sigma_shift(self, num_tokens: int) -> float:
+        """The shift of the noise levels for latents of `num_tokens`, the same in training and in sampling."""
+        if self.config.sigma_shift is not None:
+            return float(self.config.sigma_shift)
+        return resolution_shift(num_tokens * self.config.vision_config.latent_channels)
+
+    @apply_forward_hook
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None) -> ImagePrefix:
+        """Reads prompts (rows, P), left-padded, that end with <|vision_start|>; their cache is read-only from then on."""
+        if (input_ids[:, -1] != self.config.vision_start_token_id).any():
+            raise ValueError(
+                f"A prompt to draw from ends with vision_start_token_id={self.config.vision_start_token_id};"
+                f" the last tokens are {input_ids[:, -1].tolist()}. Pad on the left."
+            )
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.config.text_config)
+        self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+            pixel_values=pixel_values, use_cache=True,
+        )  # fmt: skip
+        return ImagePrefix(FrozenPrefixCache.from_cache(cache), attention_mask)
+
+    @apply_forward_hook
+    def denoise_step(
+        self, latents: Tensor, sigma: Tensor, prefix: ImagePrefix, guidance_scale: float | Tensor = 1.0
+    ) -> Tensor:
+        """Velocity (B, C, h, w) of latents at `sigma` (B,), guided when the prefix holds negative prompts as well.
+
+        Only image tokens run; Sem-ViT runs once for both branches and the language head not at all.
+        """
+        if len(prefix) not in (len(latents), 2 * len(latents)):
+            raise ValueError(f"A prefix of {len(prefix)} rows does not fit latents of {len(latents)} images.")
+        num_branches = len(prefix) // len(latents)
+        embeds = self.model.get_image_embeds(latents, sigma).repeat(num_branches, 1, 1)  # (rows, [1 +] N, D_llm)
+        states = self._image_states(embeds, prefix)  # (rows, N, D_llm)
+        velocity = self._draw(states, latents.repeat(num_branches, 1, 1, 1), sigma.repeat(num_branches))
+        if num_branches == 1:
+            return velocity
+        conditional, unconditional = velocity.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def _image_states(self, embeds: Tensor, prefix: ImagePrefix) -> Tensor:
+        num_rows, num_tokens = embeds.shape[:2]
+        embeds = embeds.to(self.get_input_embeddings().weight.dtype)
+        if num_tokens not in prefix.masks:
+            ones = prefix.attention_mask.new_ones(num_rows, num_tokens)
+            prefix.masks[num_tokens] = create_bidirectional_mask(
+                self.config.text_config, embeds, torch.cat([prefix.attention_mask, ones], dim=1),
+                past_key_values=prefix.cache, allow_is_bidirectional_skip=False,
+            )  # fmt: skip
+        position_ids = prefix.attention_mask.sum(-1, keepdim=True) + torch.arange(num_tokens, device=embeds.device)
+        outputs = self.model.language_model(
+            inputs_embeds=embeds, attention_mask=prefix.masks[num_tokens], position_ids=position_ids,
+            past_key_values=prefix.cache, use_cache=True,
+        )  # fmt: skip
+        return outputs.last_hidden_state[:, self.config.num_time_tokens :]
+
+    @apply_forward_hook
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Clean latents (B, C, h, w) of pixels (B, 3, H, W) in [-1, 1]."""
+        return self.model.get_latents(pixel_values)
+
+    @apply_forward_hook
+    def decode_latents(self, latents: Tensor, **kwargs) -> Tensor:
+        """Pixels (B, 3, H, W) of clean latents; see `HydraTokModel.decode`."""
+        return self.model.vision_tower.decode(latents.to(self.dtype), **kwargs).sample
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, generation_mode: str = "text", **kwargs):
+        """Token ids, or with `generation_mode="image"` pixels (B, 3, H, W): see `generate_images`."""
+        if generation_mode == "image":
+            return self.generate_images(kwargs.pop("input_ids", inputs), **kwargs)
+        if generation_mode != "text":
+            raise ValueError(f"{generation_mode=} must be 'text' or 'image'.")
+        generation_config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("prefill_chunk_size", generation_config.prefill_chunk_size) is not None:
+            raise ValueError("prefill_chunk_size would cut an image block in two and change the answer; leave it None.")
+        return super().generate(inputs=inputs, **kwargs)
+
+    @torch.no_grad()
+    def generate_images(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.5,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draws one image (3, H, W) in [-1, 1] for each prompt (B, P), left-padded; `HydraPipeline` has more options.
+
+        Args:
+            generator: draws the latents; None is torch's global generator, as in `generate`.
+        """
+        config, device = self.config, input_ids.device
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if (input_ids[:, -1] != config.vision_start_token_id).any():
+            start = input_ids.new_full((len(input_ids), 1), config.vision_start_token_id)
+            input_ids = torch.cat([input_ids, start], dim=1)
+            attention_mask = torch.cat([attention_mask, torch.ones_like(start)], dim=1)
+        prefix = self._prefill_with_null_prompt(input_ids, attention_mask, pixel_values, guidance_scale)
+        grid = self.get_latent_grid(height, width)
+        sigmas = inference_sigmas(num_inference_steps, self.get_sigma_shift(grid[0] * grid[1])).to(device)
+        sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        shape = (len(input_ids), config.vision_config.latent_channels, *grid)
+        latents = torch.randn(shape, generator=generator, device=device)
+        for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
+            velocity = self.denoise_step(latents, sigma.expand(len(latents)), prefix, guidance_scale)
+            latents = euler_step(latents, velocity, sigma, next_sigma)
+        return self.decode_latents(latents, generator=generator)
+
+    def get_latent_grid(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """(h, w) of the latents of an image; None is the tokenizer's own size. ValueError off the patch grid."""
+        vision_config = self.config.vision_config
+        height, width, patch = height or vision_config.image_size, width or vision_config.image_size, vision_config.patch_size
+        if height % patch or width % patch or min(height, width) < patch:
+            raise ValueError(f"{height=} and {width=} must be positive multiples of the patch size {patch}.")
+        return height // patch, width // patch
+
+    def _prefill_with_null_prompt(self, input_ids, attention_mask, pixel_values, guidance_scale) -> ImagePrefix:
+        if guidance_scale == 1:
+            return self.prefill(input_ids, attention_mask, pixel_values)
+        if pixel_values is not None:
+            raise ValueError("Guidance for prompts with images is not supported yet; use guidance_scale=1.")
+        null = input_ids.new_tensor(self.config.null_prompt_ids).expand(len(input_ids), -1)
+        length = max(input_ids.shape[1], null.shape[1])
+        rows = [
+            nn.functional.pad(part, (length - part.shape[1], 0))
+            for part in (input_ids, null, attention_mask, torch.ones_like(null))
+        ]
+        return self.prefill(torch.cat(rows[:2]), torch.cat(rows[2:]))
+
+    # Text: what GenerationMixin needs to know about images.
+
+    def prepare_inputs_for_generation(
+        self, input_ids, is_first_iteration=False, use_cache=True, mm_token_type_ids=None, **kwargs
+    ):
+        needs_images = is_first_iteration or not use_cache
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            mm_token_type_ids=mm_token_type_ids if needs_images else None,
+            **kwargs,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, mm_token_type_ids=None, **kwargs
+    ):
+        """transformers' masks with image blocks; `mm_token_type_ids` are of the current chunk only."""
+        block_ids = None
+        if mm_token_type_ids is not None and (mm_token_type_ids == 1).any():
+            past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            block_ids = get_image_block_ids(mm_token_type_ids[:, -inputs_embeds.shape[1] :], past_length)
+        return create_masks_for_generate(
+            config.get_text_config(), inputs_embeds, attention_mask, past_key_values, position_ids,
+            block_sequence_ids=block_ids,
+        )  # fmt: skip
+
+
+__all__ = ["HydraForConditionalGeneration", "HydraModel", "HydraPreTrainedModel"]

@@ -1,0 +1,379 @@
+"""HYDRA-TOK: one ViT as visual tokenizer. HYDRA, section 3; figure 2.
+
+pixels -> Gen-ViT -> bottleneck (64 channels a token) -> Sem-ViT -> semantic states
+                         `-> pixel decoder -> pixels
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .bottleneck import Bottleneck, sample_posterior
+from .configuration_hydra import HydraTokConfig, PixelFlowDecoderConfig
+from .flow import add_noise, predict_clean, velocity_target
+from .layers import ViTAttention, ViTLayer, init_layer, latents_to_tokens, patchify, tokens_to_latents, unpatchify
+from .pixel_decoders import PIXEL_DECODERS
+
+
+@dataclass
+class HydraTokOutput(ModelOutput):
+    """`last_hidden_state` (B, N, D) are the semantic states; `latents` (B, C, h, w) the normalised mean; `mean` and
+    `logvar` (B, N, C) the posterior; `hidden_states` the embeddings and every layer, Gen-ViT's with its class token."""
+
+    last_hidden_state: Tensor | None = None
+    latents: Tensor | None = None
+    mean: Tensor | None = None
+    logvar: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class HydraTokEncoderOutput(ModelOutput):
+    """`latent_dist`: diffusers' Gaussian over normalised latents (B, C, h, w)."""
+
+    latent_dist: object | None = None
+
+    @property
+    def latent(self) -> Tensor:
+        """The mode, for pipelines that expect a deterministic autoencoder."""
+        return self.latent_dist.mode()
+
+
+@dataclass
+class HydraTokDecoderOutput(ModelOutput):
+    """`sample` (B, 3, H, W), near [-1, 1] and not clamped."""
+
+    sample: Tensor | None = None
+
+
+@dataclass
+class HydraTokForPreTrainingOutput(ModelOutput):
+    """What the losses of the tokenizer read; `velocity` and its target (B, N, 3 p p) only with a flow decoder."""
+
+    clean_pixel_values: Tensor | None = None
+    velocity: Tensor | None = None
+    velocity_target: Tensor | None = None
+    mean: Tensor | None = None
+    logvar: Tensor | None = None
+    gen_states: Tensor | None = None
+    bottleneck_states: Tensor | None = None
+
+
+class Embeddings(nn.Module):
+    """Patches, a class token and a learned position table that bends to any grid (bicubic)."""
+
+    def __init__(self, config: HydraTokConfig):
+        super().__init__()
+        self.grid_size = config.image_size // config.patch_size
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size
+        )
+        num_cls = int(config.use_cls_token)
+        self.cls_token = nn.Parameter(torch.zeros(1, num_cls, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_cls + self.grid_size**2, config.hidden_size))
+
+    def interpolate_positions(self, grid: tuple[int, int]) -> Tensor:
+        """The table (1, cls + N, D) at a (h, w) grid; computed in fp32 as the original code does."""
+        if grid == (self.grid_size, self.grid_size):
+            return self.position_embeddings
+        num_cls = self.cls_token.shape[1]
+        table = tokens_to_latents(self.position_embeddings[:, num_cls:].float(), (self.grid_size, self.grid_size))
+        table = nn.functional.interpolate(table, size=grid, mode="bicubic", align_corners=False)
+        table = latents_to_tokens(table).to(self.position_embeddings.dtype)
+        return torch.cat([self.position_embeddings[:, :num_cls], table], dim=1)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, H, W) -> (B, cls + N, D)."""
+        patches = self.projection(pixel_values.to(self.projection.weight.dtype))  # (B, D, h, w)
+        hidden_states = torch.cat([self.cls_token.expand(len(patches), -1, -1), latents_to_tokens(patches)], dim=1)
+        return hidden_states + self.interpolate_positions(tuple(patches.shape[-2:]))
+
+
+class GenViT(nn.Module):
+    """The first layers: pixels to the states that the bottleneck compresses."""
+
+    def __init__(self, config: HydraTokConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList([ViTLayer(config) for _ in range(config.num_gen_layers)])
+
+    def forward(self, pixel_values: Tensor, **kwargs) -> Tensor:
+        """Normalised pixels (B, 3, H, W) -> (B, N, D); the class token stays behind, or it would leak past the bottleneck."""
+        hidden_states = self.embeddings(pixel_values)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return hidden_states[:, self.embeddings.cls_token.shape[1] :]
+
+
+class SemViT(nn.Module):
+    """The last layers: unprojected latents to semantic states."""
+
+    def __init__(self, config: HydraTokConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([ViTLayer(config) for _ in range(config.num_sem_layers)])
+        self.post_layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_post_layernorm else nn.Identity()
+        )
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return self.post_layernorm(hidden_states)
+
+
+class HydraTokPreTrainedModel(PreTrainedModel):
+    config: HydraTokConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViTLayer", "FlowMLPBlock", "Embeddings"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": [
+            OutputRecorder(ViTLayer, layer_name="gen_vit"),
+            OutputRecorder(ViTLayer, layer_name="sem_vit"),
+        ],
+        "attentions": [
+            OutputRecorder(ViTAttention, index=1, layer_name="gen_vit"),
+            OutputRecorder(ViTAttention, index=1, layer_name="sem_vit"),
+        ],
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_layer(module, self.config.initializer_range)
+        if isinstance(module, Embeddings):
+            init.normal_(module.cls_token, std=self.config.initializer_range)
+            init.normal_(module.position_embeddings, std=self.config.initializer_range)
+        elif isinstance(module, Bottleneck):
+            module.init_statistics()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """As in transformers; a HYDRA checkpoint gives its vision tower. Raises ValueError if no weight fits."""
+        kwargs.setdefault("key_mapping", {r"^model\.vision_tower\.": ""})
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        if len(info["missing_keys"]) >= len(model.state_dict()):
+            raise ValueError(
+                f"No weight of {pretrained_model_name_or_path!r} belongs to {cls.__name__}: expected keys such as"
+                f" {sorted(info['missing_keys'])[:3]}, found {sorted(info['unexpected_keys'])[:3]}."
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Off: loading through a shim would mark the installed class and rewrite `auto_map` on the next save."""
+
+
+class HydraTokModel(HydraTokPreTrainedModel):
+    """The tokenizer. `encode`, `decode`, `scaling_factor` make it an autoencoder for diffusers."""
+
+    def __init__(self, config: HydraTokConfig):
+        super().__init__(config)
+        if config.decoder_config is not None and config.decoder_config._attn_implementation is None:
+            config.decoder_config._attn_implementation = config._attn_implementation
+        self.gen_vit = GenViT(config)
+        self.bottleneck = Bottleneck(config)
+        self.sem_vit = SemViT(config)
+        self.pixel_decoder = None
+        if config.decoder_config is not None:
+            self.pixel_decoder = PIXEL_DECODERS[type(config.decoder_config)](config.decoder_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.gen_vit.embeddings.projection
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: Tensor, **kwargs) -> HydraTokOutput:
+        """Understanding path on `pixel_values` (B, 3, H, W) in [-1, 1]. Raises ValueError for a size the patch does not divide."""
+        grid = self.get_grid(pixel_values)
+        hidden_states = self.gen_vit(self.normalize_pixels(pixel_values), **kwargs)  # (B, N, D)
+        bottleneck = self.bottleneck(hidden_states)  # mean, logvar: (B, N, C)
+        semantic_states = self.sem_vit(bottleneck.hidden_states, **kwargs)  # (B, N, D)
+        return HydraTokOutput(
+            last_hidden_state=semantic_states,
+            latents=tokens_to_latents(self.bottleneck.normalize(bottleneck.mean), grid),
+            mean=bottleneck.mean,
+            logvar=bottleneck.logvar,
+        )
+
+    @apply_forward_hook
+    def encode(self, pixel_values: Tensor, return_dict: bool = True) -> HydraTokEncoderOutput | tuple:
+        """Normalised latents (B, C, h, w) of `pixel_values` (B, 3, H, W) in [-1, 1], as a Gaussian (eq. 2-3).
+
+        Raises ValueError for another rank, type, range or a size the patch does not divide.
+        """
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        grid = self.get_grid(pixel_values)
+        if pixel_values.numel() and pixel_values.detach().abs().amax() > 1.5:
+            raise ValueError(
+                f"pixel_values reach from {pixel_values.min().item():.3g} to {pixel_values.max().item():.3g};"
+                " expected pixels in [-1, 1]."
+            )
+        bottleneck = self.bottleneck(self.gen_vit(self.normalize_pixels(pixel_values)))
+        mean = self.bottleneck.normalize(bottleneck.mean)
+        logvar = bottleneck.logvar - 2 * self.bottleneck.latents_std.log()
+        latent_dist = DiagonalGaussianDistribution(tokens_to_latents(torch.cat([mean, logvar], dim=-1), grid))
+        return HydraTokEncoderOutput(latent_dist=latent_dist) if return_dict else (latent_dist,)
+
+    @apply_forward_hook
+    def get_semantic_states(self, latents: Tensor) -> Tensor:
+        """Semantic states (B, N, D) of normalised latents (B, C, h, w), clean or noised."""
+        return self.sem_vit(self.get_bottleneck_states(latents))
+
+    def get_bottleneck_states(self, latents: Tensor) -> Tensor:
+        """What Sem-ViT reads of normalised latents (B, C, h, w): denormalised and unprojected, (B, N, D)."""
+        return self.bottleneck.semantic_up_proj(self._denormalized_tokens(latents))
+
+    @apply_forward_hook
+    def decode(
+        self,
+        latents: Tensor,
+        return_dict: bool = True,
+        *,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> HydraTokDecoderOutput | tuple:
+        """Pixels (B, 3, H, W) of normalised latents (B, C, h, w).
+
+        Args:
+            num_inference_steps: Euler steps of a flow decoder; None for the number in its config.
+            generator: draws the starting noise of a flow decoder; None is torch's global generator, as in diffusers.
+            noise: the starting noise itself, (B, 3, H, W).
+
+        Raises:
+            ValueError: without a decoder, for latents of another rank or number of channels, or noise of another shape.
+        """
+        if self.pixel_decoder is None:
+            raise ValueError("This HydraTokModel has no pixel decoder (decoder_config is None), so it cannot decode.")
+        tokens = self._denormalized_tokens(latents)
+        grid = tuple(latents.shape[-2:])
+        if isinstance(self.config.decoder_config, PixelFlowDecoderConfig):
+            noise = self._decoder_noise(len(latents), grid, latents.device, generator, noise)
+        patches = self.pixel_decoder.decode(
+            self.bottleneck.decoder_up_proj(tokens), grid, noise=noise, num_inference_steps=num_inference_steps
+        )
+        sample = self.denormalize_pixels(unpatchify(patches, self.config.patch_size, grid)).to(latents.dtype)
+        return HydraTokDecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def set_latents_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Per-channel statistics (C,) of sampled latents, as `encode` and `decode` use them from now on.
+
+        Raises ValueError for another shape or a standard deviation that is not positive and finite.
+        """
+        expected = self.bottleneck.latents_mean.shape
+        if mean.shape != expected or std.shape != expected:
+            raise ValueError(f"mean {tuple(mean.shape)} and std {tuple(std.shape)} must both be {tuple(expected)}.")
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+            raise ValueError(f"std must be positive and both finite; the smallest std is {std.min().item():.3g}.")
+        self.bottleneck.latents_mean.copy_(mean)
+        self.bottleneck.latents_std.copy_(std)
+
+    def normalize_pixels(self, pixel_values: Tensor) -> Tensor:
+        """[-1, 1] -> the statistics that the ViT was trained on."""
+        mean, std = self._pixel_statistics(pixel_values)
+        return ((pixel_values + 1) / 2 - mean) / std
+
+    def denormalize_pixels(self, pixel_values: Tensor) -> Tensor:
+        mean, std = self._pixel_statistics(pixel_values)
+        return (pixel_values * std + mean) * 2 - 1
+
+    def get_grid(self, pixel_values: Tensor) -> tuple[int, int]:
+        """(h, w) of the tokens; ValueError for a tensor that is no batch of images of a legal size."""
+        channels, patch = self.config.num_channels, self.config.patch_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values {tuple(pixel_values.shape)} of {pixel_values.dtype} must be floats (B, {channels}, H, W)."
+            )
+        height, width = pixel_values.shape[-2:]
+        if height % patch or width % patch or not height * width:
+            raise ValueError(f"{height=} and {width=} must be positive multiples of the patch size {patch}.")
+        return height // patch, width // patch
+
+    def _pixel_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = like.new_tensor(self.config.image_mean), like.new_tensor(self.config.image_std)
+        return mean[:, None, None], std[:, None, None]
+
+    def _denormalized_tokens(self, latents: Tensor) -> Tensor:
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(f"latents {tuple(latents.shape)} must be (B, {self.config.latent_channels}, h, w).")
+        return self.bottleneck.denormalize(latents_to_tokens(latents.to(self.dtype)))
+
+    def _decoder_noise(self, batch_size, grid, device, generator, noise: Tensor | None) -> Tensor:
+        """Starting noise as patches (B, N, 3 p p)."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        patch = self.config.patch_size
+        shape = (batch_size, self.config.num_channels, grid[0] * patch, grid[1] * patch)
+        if noise is None:
+            noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if tuple(noise.shape) != shape:
+            raise ValueError(f"noise {tuple(noise.shape)} must be {shape}.")
+        return patchify(noise, patch)
+
+
+class HydraTokForPreTraining(HydraTokPreTrainedModel):
+    """The tokenizer as its training sees it: one call, so that DDP and FSDP see it whole. `save_pretrained` its `.model`."""
+
+    def __init__(self, config: HydraTokConfig):
+        super().__init__(config)
+        self.model = HydraTokModel(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        latent_noise: Tensor,
+        pixel_noise: Tensor | None = None,
+        sigma: Tensor | None = None,
+    ) -> HydraTokForPreTrainingOutput:
+        """Reconstruction path (eq. 1-7).
+
+        Args:
+            pixel_values: (B, 3, H, W) in [-1, 1].
+            latent_noise: (B, N, C), draws the latents from their posterior; zeros give the mean.
+            pixel_noise, sigma: (B, N, 3 p p) and (B,), for a flow decoder; its noisy patches.
+        """
+        model, patch = self.model, self.config.patch_size
+        grid = model.get_grid(pixel_values)
+        normalized = model.normalize_pixels(pixel_values)
+        gen_states = model.gen_vit(normalized)  # (B, N, D)
+        bottleneck = model.bottleneck(gen_states)  # mean, logvar: (B, N, C)
+        latents = sample_posterior(bottleneck.mean, bottleneck.logvar, latent_noise)  # (B, N, C)
+        decoder_states = model.bottleneck.decoder_up_proj(latents.to(gen_states.dtype))  # (B, N, D)
+        velocity = target = None
+        if isinstance(self.config.decoder_config, PixelFlowDecoderConfig):
+            patches = patchify(normalized, patch)  # (B, N, 3 p p)
+            noisy_patches = add_noise(patches, pixel_noise, sigma)
+            conditions = model.pixel_decoder.get_conditions(decoder_states, grid)
+            velocity, target = model.pixel_decoder(noisy_patches, sigma, conditions), velocity_target(patches, pixel_noise)
+            clean_patches = predict_clean(noisy_patches, velocity, sigma)
+        else:
+            clean_patches = model.pixel_decoder(decoder_states, grid)
+        return HydraTokForPreTrainingOutput(
+            clean_pixel_values=model.denormalize_pixels(unpatchify(clean_patches, patch, grid)),
+            velocity=velocity,
+            velocity_target=target,
+            mean=bottleneck.mean,
+            logvar=bottleneck.logvar,
+            gen_states=gen_states,
+            bottleneck_states=bottleneck.hidden_states,
+        )
+
+
+__all__ = ["HydraTokForPreTraining", "HydraTokModel", "HydraTokPreTrainedModel"]

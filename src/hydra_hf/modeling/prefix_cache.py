@@ -1,0 +1,32 @@
+"""A prompt's keys and values, read at every denoising step and never written.
+
+Works for any language model that takes a transformers `Cache`; the tensors are shared, not copied.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+
+class FrozenLayer(DynamicLayer):
+    """`update` answers with prefix and new states, and keeps only the prefix."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+class FrozenPrefixCache(Cache):
+    """The cache of a prefilled prompt as a constant."""
+
+    @classmethod
+    def from_cache(cls, cache: DynamicCache, rows: slice = slice(None)) -> "FrozenPrefixCache":
+        """Rows of a prefilled cache. Raises ValueError for layers that forget (sliding windows)."""
+        layers = []
+        for layer in cache.layers:
+            if type(layer) not in (DynamicLayer, FrozenLayer):
+                raise ValueError(f"A prefix of {type(layer).__name__} cannot be frozen; expected DynamicLayer.")
+            frozen = FrozenLayer()
+            frozen.keys, frozen.values = layer.keys[rows], layer.values[rows]
+            frozen.dtype, frozen.device, frozen.is_initialized = layer.keys.dtype, layer.keys.device, True
+            layers.append(frozen)
+        return cls(layers=layers)

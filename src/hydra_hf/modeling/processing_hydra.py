@@ -1,0 +1,303 @@
+"""Chat messages with images to the model's inputs, and its outputs to text and pictures."""
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .image_processing_hydra import HydraImageProcessor, HydraImageProcessorPil
+
+
+CHAT_TEMPLATE = Path(__file__).parents[1] / "assets" / "chat_template.jinja"
+WORD_JOINER = "\u2060"  # invisible, no line break: the reader sees the same text
+IMAGE_KEYS = ("image", "url", "path", "base64")  # where transformers looks for the picture of an image part
+
+
+@lru_cache
+def _token_starts(tokens: tuple[str, ...]) -> re.Pattern:
+    """Matches the first character of each of `tokens` in a text, overlapping ones too."""
+    return re.compile(f"(?={'|'.join(map(re.escape, tokens))}).", flags=re.DOTALL)
+
+
+class HydraProcessor(ProcessorMixin):
+    """
+    Image processor and tokenizer in one.
+
+    Text in chat messages (`apply_chat_template`, `build_image_prompt`, `encode_conversations`) is read as text: a special
+    token written there is broken up by a word joiner, whoever's message it is. `processor(text=...)` is trusted, as
+    everywhere in transformers: it is where rendered templates go, so never pass it what a stranger typed.
+
+    Args:
+        patch_size: side of the tokenizer's patch in pixels; the image processor has the same.
+        num_time_tokens: positions in front of the patches of every image that tell its noise level.
+        chat_template: ChatML with images (`assets/chat_template.jinja`) when None.
+    """
+
+    return_mm_token_type_ids = True
+
+    def __init__(
+        self,
+        image_processor: HydraImageProcessor | HydraImageProcessorPil,
+        tokenizer,
+        patch_size: int = 14,
+        num_time_tokens: int = 1,
+        chat_template: str | dict[str, str] | None = None,
+    ):
+        if image_processor.patch_size != patch_size:
+            raise ValueError(f"{patch_size=} is not the image processor's {image_processor.patch_size}.")
+        self.image_token = "<|image_pad|>"
+        self.vision_start_token = "<|vision_start|>"
+        self.vision_end_token = "<|vision_end|>"
+        added_tokens = tokenizer.get_added_vocab()
+        expected_tokens = (self.image_token, self.vision_start_token, self.vision_end_token)
+        if missing_tokens := [token for token in expected_tokens if token not in added_tokens]:
+            raise ValueError(f"The tokenizer has no {missing_tokens}, expected the vision tokens of Qwen.")
+        self.image_token_id = added_tokens[self.image_token]
+        self.patch_size = patch_size
+        self.num_time_tokens = num_time_tokens
+        tokenizer.padding_side = "left"  # generation goes on at the right end
+        if chat_template is None:
+            chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
+        """Does nothing: a mark on the installed class would make every later save copy this file into the folder."""
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "mm_token_type_ids"]
+
+    # Images in text
+
+    def num_image_tokens(self, height: int, width: int) -> int:
+        """Positions of one image of `height` x `width` pixels: its time tokens and its patches."""
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"Got an image of {height}x{width} pixels, expected multiples of {self.patch_size=}.")
+        return self.num_time_tokens + (height // self.patch_size) * (width // self.patch_size)
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs) -> str:
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        return self.image_token * self.num_image_tokens(height, width)
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
+        if image_sizes is None:
+            return MultiModalData()
+        sizes = [self.image_processor.output_size(*image_size, **kwargs) for image_size in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[self.num_image_tokens(*size) for size in sizes],
+            num_image_patches=[1] * len(sizes),
+        )
+
+    def validate_inputs(self, images=None, text=None, **kwargs) -> None:
+        if isinstance(text, list) and not text:
+            raise ValueError("Got an empty list of texts, expected at least one.")
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    # Chats
+
+    def escape_special_tokens(self, text: str) -> str:
+        """`text` with a word joiner inside everything that the tokenizer would read as a special token."""
+        tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        tokens |= {*self.tokenizer.all_special_tokens, *self.all_special_multimodal_tokens}
+        tokens |= {self.vision_start_token, self.vision_end_token}
+        return _token_starts(tuple(sorted(tokens))).sub(rf"\g<0>{WORD_JOINER}", text)
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict] | list[list[dict]],
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> str | list[str] | list[int] | list[list[int]] | BatchFeature:
+        """
+        Renders messages, and with `tokenize=True` encodes them and their images.
+
+        Special tokens in the text of any message come out as text, see the class. The messages stay as they are.
+        """
+        conversations, is_batched = self._readable_conversations(conversation)
+        if tokenize and not (processor_kwargs or {}).get("images"):
+            for part in _image_parts(conversations):
+                if not any(part.get(key) is not None for key in IMAGE_KEYS):
+                    raise ValueError(f"Got an image part without an image, expected one of the keys {IMAGE_KEYS}.")
+        return super().apply_chat_template(
+            conversations if is_batched else conversations[0],
+            chat_template,
+            tokenize=tokenize,
+            processor_kwargs=processor_kwargs,
+            **kwargs,
+        )
+
+    def _readable_conversations(self, conversation) -> tuple[list[list[dict]], bool]:
+        """A copy whose texts cannot be mistaken for special tokens, as a batch, and whether it came as one."""
+        if not conversation:
+            raise ValueError("Got no messages, expected at least one.")
+        if not isinstance(conversation, (list, tuple)):
+            raise ValueError(f"Got a {type(conversation).__name__}, expected a list of messages or of such lists.")
+        is_batched = not isinstance(conversation[0], dict)
+        conversations = conversation if is_batched else [conversation]
+        return [self._readable_messages(messages) for messages in conversations], is_batched
+
+    def _readable_messages(self, messages: list[dict]) -> list[dict]:
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError(f"Got the conversation {messages!r}, expected a list of at least one message.")
+        readable = []
+        for message in messages:
+            if not isinstance(message, dict):
+                raise ValueError(f"Got the message {message!r}, expected a dict with the keys 'role' and 'content'.")
+            content = message.get("content")
+            if isinstance(content, str):
+                content = self.escape_special_tokens(content)
+            elif isinstance(content, (list, tuple)):
+                content = self._readable_parts(content)
+            else:
+                raise ValueError(f"Got {content=} in a message, expected a string or a list of parts.")
+            readable.append({**message, "content": content})
+        return readable
+
+    def _readable_parts(self, parts: list[dict]) -> list[dict]:
+        readable = []
+        for part in parts:
+            if not isinstance(part, dict) or "type" not in part:
+                raise ValueError(f"Got {part!r} as part of a message, expected a dict with the key 'type'.")
+            if part["type"] != "text":
+                readable.append(part)
+                continue
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"Got a text part with {part.get('text')!r}, expected a string under 'text'.")
+            text = part["text"]
+            if readable and readable[-1]["type"] == "text":
+                text = readable.pop()["text"] + text  # two neighbours may hold half a special token each
+            readable.append({**part, "text": text})
+        return [
+            {**part, "text": self.escape_special_tokens(part["text"])} if part["type"] == "text" else part
+            for part in readable
+        ]
+
+    def build_image_prompt(self, prompt: str, num_images: int = 0) -> str:
+        """
+        The text that makes the model draw `prompt`: a user's turn, and the assistant's up to `<|vision_start|>`.
+
+        Args:
+            prompt: may be empty, the null condition of guidance.
+            num_images: given images, in front of the prompt (editing).
+        """
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+        chat = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return chat + self.vision_start_token
+
+    def encode_conversations(
+        self,
+        conversations: list[list[dict]],
+        images: list[Tensor] | None = None,
+        max_length: int | None = None,
+        padding_side: str = "left",
+    ) -> dict[str, Tensor]:
+        """
+        What `apply_chat_template` gives for a batch with images that are `pixel_values` already, without their pixels:
+        `input_ids`, `attention_mask`, `mm_token_type_ids`, `assistant_masks`, each (B, L).
+
+        Args:
+            images: (3, H, W) each, in the order of the image parts; when None, they stand in the parts.
+            max_length: longer conversations lose their end, unless it is a piece of an image.
+        """
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"Got {padding_side=}, expected 'left' or 'right'.")
+        conversations, is_batched = self._readable_conversations(conversations)
+        if not is_batched:
+            raise ValueError("Got one conversation, expected a list of conversations.")
+        if images is None:
+            images = [part.get("image") for part in _image_parts(conversations)]
+        texts, generated_spans = render_jinja_template(
+            conversations,
+            chat_template=self._resolve_chat_template(None),
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        num_placeholders = sum(text.count(self.image_token) for text in texts)
+        if num_placeholders != len(images):
+            raise ValueError(f"Got {len(images)} images for {num_placeholders} image parts.")
+        encodings = self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, padding=False)
+        lengths_of_images = iter([self._num_tokens_of(image) for image in images])
+        rows = [
+            self._expanded_row(ids, offsets, spans, lengths_of_images, max_length)
+            for ids, offsets, spans in zip(encodings["input_ids"], encodings["offset_mapping"], generated_spans)
+        ]
+        batch = {
+            "input_ids": _padded([ids for ids, _ in rows], self.tokenizer.pad_token_id, padding_side),
+            "attention_mask": _padded([[1] * len(ids) for ids, _ in rows], 0, padding_side),
+            "assistant_masks": _padded([mask for _, mask in rows], 0, padding_side),
+        }
+        batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_token_id).long()
+        return batch
+
+    def _num_tokens_of(self, image: Tensor) -> int:
+        if not isinstance(image, Tensor) or image.ndim != 3:
+            raise ValueError(f"Got {getattr(image, 'shape', image)} for an image, expected a tensor (3, H, W).")
+        return self.num_image_tokens(*image.shape[-2:])
+
+    def _expanded_row(
+        self,
+        ids: list[int],
+        offsets: list[tuple[int, int]],
+        generated_spans: list[tuple[int, int]],
+        lengths_of_images: Iterator[int],
+        max_length: int | None,
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and assistant mask of one conversation, every image at its length."""
+        row, mask = [], []
+        for token_id, (start, end) in zip(ids, offsets):
+            length = next(lengths_of_images) if token_id == self.image_token_id else 1
+            is_generated = any(start < span_end and end > span_start for span_start, span_end in generated_spans)
+            row += [token_id] * length
+            mask += [int(is_generated)] * length
+        if max_length is not None and self.image_token_id in row[max_length:]:
+            raise ValueError(f"Got {len(row)} tokens and {max_length=}, which would cut an image.")
+        return row[:max_length], mask[:max_length]
+
+    # Outputs
+
+    def post_process_multimodal_output(
+        self,
+        generated_outputs: Tensor,
+        skip_special_tokens: bool = True,
+        generation_mode: str | None = None,
+        **kwargs,
+    ) -> list[str] | list[Image.Image]:
+        """
+        What the model generated, for people.
+
+        Args:
+            generated_outputs: token ids, or `pixel_values` (B, 3, H, W) when `generation_mode` is "image".
+            generation_mode: "text" (also when None) or "image".
+        """
+        if generation_mode in (None, "text"):
+            return self.post_process_image_text_to_text(
+                generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
+            )
+        if generation_mode == "image":
+            return self.image_processor.postprocess(generated_outputs, output_type="pil")
+        raise ValueError(f"Got {generation_mode=}, expected 'text' or 'image'.")
+
+
+def _image_parts(conversations: list[list[dict]]) -> Iterator[dict]:
+    for messages in conversations:
+        for message in messages:
+            if not isinstance(message["content"], str):
+                yield from (part for part in message["content"] if part["type"] == "image")
+
+
+def _padded(rows: list[list[int]], value: int, padding_side: str) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=padding_side
+    )

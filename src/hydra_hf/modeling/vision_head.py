@@ -1,0 +1,37 @@
+"""Vision head: AdaLN-Zero blocks that turn the LLM's states of an image into latent velocity. HYDRA, section 2.2."""
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_hydra import HydraConfig
+from .layers import AdaLNZeroLayer, TimestepEmbedding, ZeroLinear, modulate, rotary_positions_2d
+
+
+class VisionHead(nn.Module):
+    """States (B, N, D_llm) of image tokens and their noise level -> velocity (B, N, C); it sees one image, no text."""
+
+    def __init__(self, config: HydraConfig):
+        super().__init__()
+        head, channels = config.vision_head_config, config.vision_config.latent_channels
+        size, eps = head.hidden_size, head.layer_norm_eps
+        self.head_dim = size // head.num_attention_heads
+        self.time_embedding = TimestepEmbedding(size)
+        self.in_norm = nn.LayerNorm(config.text_config.hidden_size, eps=eps)
+        self.in_proj = nn.Linear(config.text_config.hidden_size, size)
+        self.latent_proj = nn.Linear(channels, size) if head.use_latent_skip else None
+        self.layers = nn.ModuleList([AdaLNZeroLayer(head) for _ in range(head.num_hidden_layers)])
+        self.norm = nn.LayerNorm(size, eps=eps, elementwise_affine=False)
+        self.modulation = ZeroLinear(size, 2 * size)
+        self.out_proj = ZeroLinear(size, channels)
+
+    def forward(self, hidden_states: Tensor, noisy_tokens: Tensor, sigma: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`noisy_tokens` (B, N, C) are read only with the latent skip; the velocity is fp32."""
+        condition = nn.functional.silu(self.time_embedding(sigma))[:, None]  # (B, 1, D)
+        hidden_states = self.in_proj(self.in_norm(hidden_states))  # (B, N, D)
+        if self.latent_proj is not None:
+            hidden_states = hidden_states + self.latent_proj(noisy_tokens.to(hidden_states.dtype))
+        rotary = rotary_positions_2d(grid, self.head_dim, hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, condition, rotary)  # (B, N, D)
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        return self.out_proj(modulate(self.norm(hidden_states), shift, scale)).to(torch.float32)

@@ -1,0 +1,1 @@
+"""One module a paper, one function a recipe. `hydra train MODULE.FUNCTION` runs it."""

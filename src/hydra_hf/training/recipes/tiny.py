@@ -1,0 +1,125 @@
+"""The embedded checkpoint: the papers' stages at a size that two CPU cores train in hours, on the toy world.
+
+    hydra train tiny.tokenizer
+    hydra train tiny.hydra
+"""
+
+from dataclasses import replace
+
+from transformers import Qwen2Config
+
+from hydra_hf.modeling import (
+    HydraConfig,
+    HydraTokConfig,
+    PixelFlowDecoderConfig,
+    PixelViTDecoderConfig,
+    VisionHeadConfig,
+)
+from hydra_hf.training.recipe import HydraStage, Recipe, TokenizerLossWeights, TokenizerStage
+
+
+def tokenizer_config() -> HydraTokConfig:
+    """2.9M parameters without decoder; 16 tokens of 64 channels for a 64 px picture."""
+    return HydraTokConfig(
+        hidden_size=192,
+        num_gen_layers=3,
+        num_sem_layers=2,
+        num_attention_heads=6,
+        intermediate_size=576,
+        image_size=64,
+        patch_size=16,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+        use_cls_token=False,
+        layer_scale_init_value=None,
+    )
+
+
+def tokenizer() -> Recipe:
+    """Foundation with a regressing decoder, then the flow decoder on the frozen encoder."""
+    foundation = TokenizerStage(
+        name="foundation",
+        num_steps=3000,
+        batch_size=32,
+        learning_rates={"model.gen_vit": 1e-3, "model.bottleneck": 1e-3, "model.pixel_decoder": 1e-3},
+        muon_scale=3.0,
+        decoder_config=PixelViTDecoderConfig(
+            hidden_size=192, num_hidden_layers=3, num_attention_heads=6, intermediate_size=576, patch_size=16
+        ),
+        loss_weights=TokenizerLossWeights(cosine=0.1),
+    )
+    decoder = TokenizerStage(
+        name="decoder",
+        num_steps=6000,
+        batch_size=32,
+        learning_rates={"model.pixel_decoder": 1e-3, "model.bottleneck.decoder_up_proj": 1e-3},
+        muon_scale=3.0,
+        decoder_config=PixelFlowDecoderConfig(
+            hidden_size=192,
+            num_global_layers=2,
+            num_flow_layers=4,
+            num_attention_heads=6,
+            intermediate_size=576,
+            layer_scale_init_value=None,
+            patch_size=16,
+            prediction_type="sample",
+            num_inference_steps=4,
+        ),
+        loss_weights=TokenizerLossWeights(kl=0.0, cosine=0.0),
+    )
+    return Recipe(name="tiny.tokenizer", config=tokenizer_config(), stages=(foundation, decoder))
+
+
+def hydra_config(vision_config: HydraTokConfig, tokenizer) -> HydraConfig:
+    """A Qwen2 of 6 layers over a tokenizer of the toy world's words."""
+    ids = dict(zip(names := ("image_token_id", "vision_start_token_id", "vision_end_token_id"),
+                   tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"])))  # fmt: skip
+    null_prompt = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"
+    return HydraConfig(
+        text_config=Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=640,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        vision_config=vision_config,
+        vision_head_config=VisionHeadConfig(
+            hidden_size=256, num_hidden_layers=2, num_attention_heads=8, intermediate_size=768, use_latent_skip=True
+        ),
+        sigma_shift=3.3,
+        sigma_logit_std=1.6,
+        null_prompt_ids=tokenizer(null_prompt).input_ids,
+        **ids,
+    )
+
+
+def hydra(config: HydraConfig | None = None) -> Recipe:
+    """Stages I to III. Gen-ViT, bottleneck and decoder stay frozen; the language model starts from nothing."""
+    heads = {"vision_head": 1e-3, "model.vision_tower.sem_vit": 1e-3, "model.vision_tower.bottleneck.semantic_up_proj": 1e-3,
+             "model.multi_modal_projector": 1e-3, "model.time_embedding": 1e-3}  # fmt: skip
+    stage1 = HydraStage(
+        name="stage1",
+        num_steps=500,
+        tasks={"understand": 8, "generate": 24},  # 0 : 1 : 3
+        learning_rates=heads,
+        muon_scale=3.0,
+        decay_share=0.0,
+        max_objects=1,
+    )
+    stage2 = replace(
+        stage1,
+        name="stage2",
+        num_steps=24_000,
+        tasks={"understand": 8, "generate": 32},
+        learning_rates={**heads, "model.language_model": 1e-3},
+        max_objects=4,
+    )
+    stage3 = replace(stage2, name="stage3", num_steps=8_000, decay_share=1.0)
+    return Recipe(name="tiny.hydra", config=config, stages=(stage1, stage2, stage3))
