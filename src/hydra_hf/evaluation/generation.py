@@ -3,21 +3,21 @@
 import torch
 
 from hydra_hf.data.toy_checker import ToyChecker
-from hydra_hf.data.toy_world import CATEGORIES, ToyWorld
+from hydra_hf.data.toy_language import CATEGORIES, ToyLanguage
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
 
 def evaluate_generation(
-    pipeline: HydraPipeline, world: ToyWorld, prompts_per_category: int, seed: int = 0, batch_size: int = 64, **kwargs
+    pipeline: HydraPipeline, language: ToyLanguage, prompts_per_category: int, seed: int = 0, batch_size: int = 64, **kwargs
 ) -> dict[str, float]:
     """Share of held-out prompts drawn right: `t2i/<category>` and `t2i/mean`, the mean of the six.
 
     `kwargs` go to the pipeline.
     """
-    checker, scores = ToyChecker(world), {}
+    checker, scores = ToyChecker(language.world), {}
     for index, category in enumerate(CATEGORIES):
         generator = torch.Generator().manual_seed(seed + index)
-        prompts, _ = world.sample_prompts(prompts_per_category, generator, split="test", categories=(category,))
+        prompts, _ = language.sample_prompts(prompts_per_category, generator, split="test", categories=(category,))
         verdicts = []
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hydra_hf.data.toy_world import ToyWorld
+from hydra_hf.data.toy_language import ToyLanguage
 from hydra_hf.modeling import HydraTokModel
 
 from .metrics import psnr
@@ -18,12 +18,12 @@ def reconstruct(model: HydraTokModel, pixel_values: Tensor, seed: int = 0, batch
 
 
 def evaluate_reconstruction(
-    model: HydraTokModel, world: ToyWorld, num_scenes: int, seed: int = 0
+    model: HydraTokModel, language: ToyLanguage, num_scenes: int, seed: int = 0
 ) -> dict[str, float]:
     """Mean PSNR in dB: `reconstruction/psnr` on held-out scenes, `reconstruction/psnr_photos` on scikit-image's photographs."""
     generator = torch.Generator().manual_seed(seed)
-    scenes, _ = world.sample_questions_of_scenes(num_scenes, generator, split="test")
-    pixel_values = world.render(scenes)
+    scenes, _ = language.sample_questions(num_scenes, generator, split="test")
+    pixel_values = language.world.render(scenes)
     crops = photo_crops(pixel_values.shape[-1])
     return {
         "reconstruction/psnr": psnr(pixel_values, reconstruct(model, pixel_values, seed)).mean().item(),

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import torch
 from PIL import Image
 
-from hydra_hf.data.toy_world import ToyWorld
+from hydra_hf.data.toy_language import ToyLanguage
 from hydra_hf.modeling import HydraForConditionalGeneration, HydraProcessor
 
 
@@ -38,7 +38,7 @@ def answer(
 def evaluate_understanding(
     model: HydraForConditionalGeneration,
     processor: HydraProcessor,
-    world: ToyWorld,
+    language: ToyLanguage,
     num_questions: int,
     seed: int = 0,
     batch_size: int = 64,
@@ -48,8 +48,8 @@ def evaluate_understanding(
     The first question about an image only: no earlier turn gives anything away.
     """
     generator = torch.Generator().manual_seed(seed)
-    scenes, questions = world.sample_questions_of_scenes(num_questions, generator, split="test")
-    images = processor.image_processor.postprocess(world.render(scenes), output_type="pil")
+    scenes, questions = language.sample_questions(num_questions, generator, split="test")
+    images = processor.image_processor.postprocess(language.world.render(scenes), output_type="pil")
     answers: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for start in range(0, num_questions, batch_size):
         batch = questions[start : start + batch_size]

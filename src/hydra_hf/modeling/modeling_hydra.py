@@ -327,6 +327,11 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, GenerationMixin):
         if labels is not None:
             language_loss = self.loss_function(logits, labels, self.config.text_config.vocab_size, **kwargs)
         if velocity_target is not None:
+            if velocity is None or velocity.shape != velocity_target.shape:
+                shape = None if velocity is None else tuple(velocity.shape)
+                raise ValueError(
+                    f"velocity_target {tuple(velocity_target.shape)} needs is_generated and the shape of the velocity, got {shape}."
+                )
             flow_loss = nn.functional.mse_loss(velocity, velocity_target.to(velocity))
         losses = [loss for loss in (language_loss, flow_loss) if loss is not None]
         return HydraOutput(
@@ -346,6 +351,8 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, GenerationMixin):
                 f"is_generated {tuple(is_generated.shape)} needs latents of as many images,"
                 f" got {None if latents is None else tuple(latents.shape)}."
             )
+        if not is_generated.any():
+            raise ValueError(f"is_generated marks none of {len(latents)} images; leave it out where nothing is generated.")
         return self._draw(image_hidden_states[is_generated], latents[is_generated], sigma[is_generated])
 
     def _draw(self, states: Tensor, noisy_latents: Tensor, sigma: Tensor) -> Tensor:
@@ -472,8 +479,8 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, GenerationMixin):
 
     def get_latent_grid(self, height: int | None, width: int | None) -> tuple[int, int]:
         """(h, w) of the latents of an image; None is the tokenizer's own size. ValueError off the patch grid."""
-        vision_config = self.config.vision_config
-        height, width, patch = height or vision_config.image_size, width or vision_config.image_size, vision_config.patch_size
+        patch, default = self.config.vision_config.patch_size, self.config.vision_config.image_size
+        height, width = default if height is None else height, default if width is None else width
         if height % patch or width % patch or min(height, width) < patch:
             raise ValueError(f"{height=} and {width=} must be positive multiples of the patch size {patch}.")
         return height // patch, width // patch
@@ -494,11 +501,12 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, GenerationMixin):
     # Text: what GenerationMixin needs to know about images.
 
     def prepare_inputs_for_generation(
-        self, input_ids, is_first_iteration=False, use_cache=True, mm_token_type_ids=None, **kwargs
+        self, input_ids, inputs_embeds=None, is_first_iteration=False, use_cache=True, mm_token_type_ids=None, **kwargs
     ):
         needs_images = is_first_iteration or not use_cache
         return super().prepare_inputs_for_generation(
             input_ids,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             use_cache=use_cache,
             mm_token_type_ids=mm_token_type_ids if needs_images else None,

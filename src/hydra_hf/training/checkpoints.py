@@ -37,7 +37,8 @@ def save_state(folder: Path, name: str, state: dict) -> None:
 
     def strip(value, path: str):
         if isinstance(value, torch.Tensor):
-            tensors[path] = value.detach().contiguous()
+            assert path not in tensors, path  # {"a.b": ...} beside {"a": {"b": ...}}
+            tensors[path] = value.detach().clone(memory_format=torch.contiguous_format)  # tied weights share memory
             return {"__tensor__": path}
         if isinstance(value, dict):
             return {"__items__": [[key, strip(item, f"{path}.{key}")] for key, item in value.items()]}

@@ -13,16 +13,17 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hydra_hf.data.collate import collate
+from hydra_hf.data.toy_language import ToyLanguage
 from hydra_hf.data.toy_world import ToyWorld
 from hydra_hf.evaluation.pictures import save_grid
-from hydra_hf.modeling import HydraForConditionalGeneration, HydraProcessor
+from hydra_hf.modeling import HydraForConditionalGeneration, HydraProcessor, HydraTokModel
 from hydra_hf.modeling.flow import add_noise, sample_sigma, velocity_target
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
 from .checkpoints import load_state, save_state, write_folder
 from .losses import weighted_sum
 from .optimizers import create_optimizer
-from .recipe import HydraStage, Recipe, freeze_unnamed
+from .recipe import HydraRecipe, HydraStage, freeze_unnamed
 from .tokenizer_trainer import step_generator
 
 
@@ -32,8 +33,8 @@ logger = logging.getLogger(__name__)
 class ToyBundles(Dataset):
     """Bundle `step` of a stage: one collated batch for each task, the same whenever it is asked for."""
 
-    def __init__(self, world: ToyWorld, processor: HydraProcessor, stage: HydraStage, seed: int):
-        self.world, self.processor, self.stage, self.seed = world, processor, stage, seed
+    def __init__(self, language: ToyLanguage, processor: HydraProcessor, stage: HydraStage, seed: int):
+        self.language, self.processor, self.stage, self.seed = language, processor, stage, seed
 
     def __len__(self) -> int:
         return self.stage.num_steps
@@ -46,11 +47,11 @@ class ToyBundles(Dataset):
     def samples(self, task: str, generator: torch.Generator) -> list:
         stage, count = self.stage, self.stage.tasks[task]
         if task == "generate":
-            return self.world.generate_samples(
+            return self.language.generate_samples(
                 count, generator, max_objects=stage.max_objects, drop_prompt=stage.drop_prompt
             )
         if task == "understand":
-            return self.world.understand_samples(
+            return self.language.understand_samples(
                 count, generator, stage.questions_per_image, max_objects=stage.max_objects
             )
         raise ValueError(f"{task=} of stage {stage.name!r} is not one that the toy world has: generate, understand.")
@@ -76,6 +77,7 @@ class HydraTrainer(Trainer):
             max_steps=stage.num_steps,
             per_device_train_batch_size=1,  # one bundle
             bf16=stage.mixed_precision == "bf16",
+            use_cpu=not torch.accelerator.is_available(),
             max_grad_norm=stage.max_grad_norm,
             logging_steps=log_every,
             save_steps=save_every,
@@ -190,9 +192,9 @@ class _EveryStep(TrainerCallback):
 class SampleGrids(TrainerCallback):
     """Draws held-out prompts with the averaged weights, as a PNG."""
 
-    def __init__(self, ema: AveragedModel, processor: HydraProcessor, world: ToyWorld, output_dir: Path, every: int, seed: int):
+    def __init__(self, ema: AveragedModel, processor: HydraProcessor, language: ToyLanguage, output_dir: Path, every: int, seed: int):
         self.ema, self.processor, self.output_dir, self.every, self.seed = ema, processor, output_dir, every, seed
-        self.prompts, _ = world.sample_prompts(24, step_generator(seed, 0), split="test")
+        self.prompts, _ = language.sample_prompts(24, step_generator(seed, 0), split="test")
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every and state.global_step != args.max_steps:
@@ -229,27 +231,30 @@ def last_complete_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def train_hydra(
-    recipe: Recipe,
-    output_dir: Path,
-    model: HydraForConditionalGeneration,
-    processor: HydraProcessor,
-    *,
-    on_stage: Callable[[str], None] = logger.info,
-) -> Path:
+def create_model(recipe: HydraRecipe) -> HydraForConditionalGeneration:
+    """The model that the first stage starts from: a trained tokenizer, everything else new."""
+    torch.manual_seed(recipe.seed)  # first weights
+    model = HydraForConditionalGeneration(recipe.config)
+    model.model.vision_tower = HydraTokModel.from_pretrained(recipe.tokenizer)
+    return model
+
+
+def train_hydra(recipe: HydraRecipe, output_dir: Path, *, on_stage: Callable[[str], None] = logger.info) -> Path:
     """Runs every stage that is not done yet; the folder of the finished pipeline."""
-    world = ToyWorld(recipe.difficulty)
+    language, processor = ToyLanguage(ToyWorld(recipe.difficulty)), recipe.processor
+    model = create_model(recipe)
     for index, stage in enumerate(recipe.stages):
         folder, seed = output_dir / stage.name, recipe.seed + 1000 * index
         final = folder / "final"
         if not final.exists():
             on_stage(f"{recipe.name}: stage {stage.name}, {stage.num_steps} steps")
             folder.mkdir(parents=True, exist_ok=True)
-            bundles = ToyBundles(world, processor, stage, seed)
+            model.set_attn_implementation(recipe.attn_implementation)
+            bundles = ToyBundles(language, processor, stage, seed)
             trainer = HydraTrainer(
                 model, stage, bundles, folder, seed=seed, log_every=recipe.log_every, save_every=recipe.save_every
             )
-            trainer.add_callback(SampleGrids(trainer.ema, processor, world, folder, recipe.sample_every, recipe.seed))
+            trainer.add_callback(SampleGrids(trainer.ema, processor, language, folder, recipe.sample_every, recipe.seed))
             trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
             pipeline = create_pipeline(trainer.ema.module.eval(), processor)
             write_folder(final, pipeline.save_pretrained)

@@ -39,24 +39,29 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
-def is_hidden_matrix(module: nn.Module, parameter_name: str) -> bool:
-    """Whether Muon may have it: a linear layer's weight, but no output layer, modulation or embedding."""
+INPUT_AND_OUTPUT_LAYERS = ("lm_head", "pixel_decoder.out_proj", "pixel_decoder.patch_embedding")
+
+
+def is_hidden_matrix(module: nn.Module, module_name: str, parameter_name: str) -> bool:
+    """Whether Muon may have it: a linear layer's weight, but no embedding, modulation or output layer."""
     is_linear = isinstance(module, nn.Linear) and not isinstance(module, ZeroLinear)
-    return is_linear and parameter_name.endswith("weight") and "lm_head" not in parameter_name
+    return is_linear and parameter_name == "weight" and not module_name.endswith(INPUT_AND_OUTPUT_LAYERS)
 
 
 def create_optimizer(model: nn.Module, stage: Stage) -> MuonAdamW:
     """Groups by rate; `freeze_unnamed` has said what is trained."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    seen = set()  # a tied head is its embedding
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or parameter in seen:
                 continue
-            full_name = f"{module_name}.{name}"
-            rate = stage.learning_rate_of(full_name)
-            use_muon = stage.muon_scale > 0 and is_hidden_matrix(module, full_name)
+            seen.add(parameter)
+            rate = stage.learning_rate_of(f"{module_name}.{name}")
+            use_muon = stage.muon_scale > 0 and is_hidden_matrix(module, module_name, name)
             groups.setdefault((use_muon, rate), []).append(parameter)
     if not groups:
         raise ValueError(f"{stage.name} trains nothing: learning_rates={stage.learning_rates}.")
-    make = [({"params": params, "lr": rate * (stage.muon_scale if muon else 1)}, muon) for (muon, rate), params in groups.items()]
-    return MuonAdamW([g for g, muon in make if muon], [g for g, muon in make if not muon], stage.weight_decay)
+    muon = [{"params": p, "lr": rate * stage.muon_scale} for (use_muon, rate), p in groups.items() if use_muon]
+    adamw = [{"params": p, "lr": rate} for (use_muon, rate), p in groups.items() if not use_muon]
+    return MuonAdamW(muon, adamw, stage.weight_decay)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
 
-from hydra_hf.modeling import HydraConfig, HydraTokConfig, PixelFlowDecoderConfig, PixelViTDecoderConfig
+from hydra_hf.modeling import HydraConfig, HydraProcessor, HydraTokConfig, PixelFlowDecoderConfig, PixelViTDecoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,10 @@ class Stage:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     mixed_precision: str = "bf16"
+
+    def __post_init__(self):
+        if self.num_steps < 1 or self.warmup_steps < 1:
+            raise ValueError(f"{self.name}: num_steps={self.num_steps} and warmup_steps={self.warmup_steps} must be at least 1.")
 
     def learning_rate_of(self, parameter_name: str) -> float:
         """The rate of a parameter; 0 is frozen."""
@@ -91,13 +95,18 @@ class HydraStage(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Stages that follow each other, on the toy world of one difficulty."""
+    """Stages that follow each other, on the toy world of one difficulty.
+
+    Args:
+        attn_implementation: of the training run; it is not part of the checkpoint.
+    """
 
     name: str
     config: HydraTokConfig | HydraConfig
     stages: tuple[Stage, ...]
     difficulty: int = 1
     seed: int = 0
+    attn_implementation: str = "sdpa"
     log_every: int = 50
     save_every: int = 1000
     sample_every: int = 1000
@@ -108,6 +117,16 @@ class Recipe:
         if unknown := set(overrides) - known:
             raise ValueError(f"{self.name} has no {sorted(unknown)}; its stages have {sorted(known)}.")
         return replace(self, stages=tuple(replace(stage, **overrides) for stage in self.stages))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HydraRecipe(Recipe):
+    """Args:
+    tokenizer: folder or Hub id of the trained HYDRA-TOK.
+    """
+
+    tokenizer: str
+    processor: HydraProcessor
 
 
 def freeze_unnamed(module: nn.Module, stage: Stage) -> None:

@@ -207,8 +207,10 @@ def train_tokenizer(recipe: Recipe, output_dir: Path, *, on_stage: Callable[[str
             def batches(step: int, stage=stage, seed=seed) -> Tensor:
                 return toy_images(world, stage.batch_size, step_generator(seed + 1, step))
 
+            model = create_stage_model(recipe.config, stage, previous)
+            model.set_attn_implementation(recipe.attn_implementation)
             trainer = TokenizerTrainer(
-                create_stage_model(recipe.config, stage, previous), stage, batches, folder, seed=seed,
+                model, stage, batches, folder, seed=seed,
                 log_every=recipe.log_every, save_every=recipe.save_every, sample_every=recipe.sample_every,
             )  # fmt: skip
             model = trainer.train().eval()

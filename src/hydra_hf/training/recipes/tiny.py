@@ -8,14 +8,22 @@ from dataclasses import replace
 
 from transformers import Qwen2Config
 
+from hydra_hf.data.toy_language import ToyLanguage
+from hydra_hf.data.toy_world import ToyWorld
 from hydra_hf.modeling import (
     HydraConfig,
+    HydraImageProcessor,
+    HydraProcessor,
     HydraTokConfig,
     PixelFlowDecoderConfig,
     PixelViTDecoderConfig,
     VisionHeadConfig,
 )
-from hydra_hf.training.recipe import HydraStage, Recipe, TokenizerLossWeights, TokenizerStage
+from hydra_hf.training.recipe import HydraRecipe, HydraStage, Recipe, TokenizerLossWeights, TokenizerStage
+from hydra_hf.training.toy_tokenizer import train_toy_tokenizer
+
+
+ATTENTION = "eager"  # torch 2.15's fused attention takes 5 to 20 times as long backwards in bf16 on a CPU
 
 
 def tokenizer_config() -> HydraTokConfig:
@@ -67,7 +75,9 @@ def tokenizer() -> Recipe:
         ),
         loss_weights=TokenizerLossWeights(kl=0.0, cosine=0.0),
     )
-    return Recipe(name="tiny.tokenizer", config=tokenizer_config(), stages=(foundation, decoder))
+    return Recipe(
+        name="tiny.tokenizer", config=tokenizer_config(), stages=(foundation, decoder), attn_implementation=ATTENTION
+    )
 
 
 def hydra_config(vision_config: HydraTokConfig, tokenizer) -> HydraConfig:
@@ -100,26 +110,46 @@ def hydra_config(vision_config: HydraTokConfig, tokenizer) -> HydraConfig:
     )
 
 
-def hydra(config: HydraConfig | None = None) -> Recipe:
-    """Stages I to III. Gen-ViT, bottleneck and decoder stay frozen; the language model starts from nothing."""
+def processor(vision_config: HydraTokConfig, tokenizer) -> HydraProcessor:
+    size, patch_size = vision_config.image_size, vision_config.patch_size
+    image_processor = HydraImageProcessor(size={"height": size, "width": size}, patch_size=patch_size)
+    return HydraProcessor(image_processor, tokenizer, patch_size=patch_size)
+
+
+def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
+    """Stages I to III on a trained tokenizer; Gen-ViT, bottleneck and decoder stay frozen.
+
+    The language model starts from nothing, so stage I is short, and stage II begins with single objects (a curriculum).
+    """
+    text_tokenizer = train_toy_tokenizer(ToyLanguage(ToyWorld(difficulty=1)).corpus())
+    vision_config = HydraTokConfig.from_pretrained(tokenizer)
     heads = {"vision_head": 1e-3, "model.vision_tower.sem_vit": 1e-3, "model.vision_tower.bottleneck.semantic_up_proj": 1e-3,
              "model.multi_modal_projector": 1e-3, "model.time_embedding": 1e-3}  # fmt: skip
     stage1 = HydraStage(
         name="stage1",
-        num_steps=500,
+        num_steps=300,
         tasks={"understand": 8, "generate": 24},  # 0 : 1 : 3
         learning_rates=heads,
         muon_scale=3.0,
         decay_share=0.0,
         max_objects=1,
     )
-    stage2 = replace(
+    single = replace(
         stage1,
-        name="stage2",
-        num_steps=24_000,
+        name="stage2_single",
+        num_steps=500,
         tasks={"understand": 8, "generate": 32},
         learning_rates={**heads, "model.language_model": 1e-3},
-        max_objects=4,
     )
-    stage3 = replace(stage2, name="stage3", num_steps=8_000, decay_share=1.0)
-    return Recipe(name="tiny.hydra", config=config, stages=(stage1, stage2, stage3))
+    stage2 = replace(single, name="stage2", num_steps=3200, max_objects=4)
+    stage3 = replace(stage2, name="stage3", num_steps=2200, decay_share=1.0)
+    return HydraRecipe(
+        name="tiny.hydra",
+        config=hydra_config(vision_config, text_tokenizer),
+        stages=(stage1, single, stage2, stage3),
+        attn_implementation=ATTENTION,
+        save_every=500,
+        sample_every=500,
+        tokenizer=tokenizer,
+        processor=processor(vision_config, text_tokenizer),
+    )

@@ -1,0 +1,284 @@
+"""What is said about the toy world: captions, prompts in six categories after GenEval, questions and answers."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from .sample import Sample
+from .toy_world import COLORS, MAX_OBJECTS, NEAR, SHAPES, Scenes, ToyWorld, check_split, is_held_out
+
+
+CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
+RELATIONS = ("left of", "right of", "above", "below")
+TEMPLATES = ("{}", "a picture of {}", "draw {}", "{} on a plain background")  # the first, bare one is never held out
+QUESTION_TYPES = ("what", "color", "count", "exist", "horizontal", "vertical", "nearer")
+NUMBERS = ("zero", "one", "two", "three", "four")
+PLURALS = {"fish": "fish"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`objects` in reading order; `relation` of the first-named object to the second, for the category position."""
+
+    category: str
+    text: str
+    objects: tuple[int, ...]
+    relation: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a scene and its only answer."""
+
+    type: str
+    question: str
+    answer: str
+
+
+def with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def plural(name: str) -> str:
+    head, last = name.rpartition(" ")[0], name.rpartition(" ")[2]
+    if last in PLURALS:
+        last = PLURALS[last]
+    elif last.endswith(("s", "x", "ch", "sh")):
+        last += "es"
+    elif last.endswith("y"):
+        last = last[:-1] + "ies"
+    else:
+        last += "s"
+    return f"{head} {last}".strip()
+
+
+class ToyLanguage:
+    """Everything that can be said about a world. All randomness comes from the caller's generator."""
+
+    def __init__(self, world: ToyWorld):
+        self.world = world
+        self.shape_ids = {name: i + world.num_emoji for i, name in enumerate(world.shape_names)}
+
+    # Prompts
+
+    def sample_prompts(
+        self,
+        num_prompts: int,
+        generator: torch.Generator,
+        *,
+        split: str = "train",
+        categories: tuple[str, ...] = CATEGORIES,
+    ) -> tuple[list[Prompt], Scenes]:
+        """Prompts of one split, and for each a scene that fulfils it; given the prompt only the background is open."""
+        check_split(split)
+        if unknown := set(categories) - set(CATEGORIES):
+            raise ValueError(f"categories {sorted(unknown)} are not among {CATEGORIES}.")
+        rng = _random_from(generator)
+        prompts = []
+        while len(prompts) < num_prompts:
+            prompt, is_test = self._propose_prompt(rng.choice(categories), rng)
+            if is_test == (split == "test"):
+                prompts.append(prompt)
+        return prompts, self.scenes_of(prompts, generator)
+
+    def _propose_prompt(self, category: str, rng: random.Random) -> tuple[Prompt, bool]:
+        """A prompt, and whether it is of the test split."""
+        world = self.world
+        template = rng.choice(TEMPLATES) if rng.random() < 0.5 else TEMPLATES[0]
+        relation = None
+        if category in ("single_object", "colors"):
+            names = world.emoji_names if category == "single_object" else world.shape_names
+            objects = (world.names.index(rng.choice(names)),)
+            is_test = template != TEMPLATES[0] and is_held_out(f"{template} {world.names[objects[0]]}", share=4)
+            phrase = with_article(world.names[objects[0]])
+        elif category == "counting":
+            count, name = rng.randint(2, MAX_OBJECTS), rng.randrange(len(world.names))
+            objects, is_test = (name,) * count, bool(world.test_counts[name, count])
+            phrase = f"{NUMBERS[count]} {plural(world.names[name])}"
+        else:
+            pool = range(len(world.names)) if category != "color_attribution" else range(world.num_emoji, len(world.names))
+            first, second = rng.sample(pool, 2)
+            while category == "color_attribution" and not self._differ_in_color_and_shape(first, second):
+                first, second = rng.sample(pool, 2)
+            is_test = bool(world.test_pairs[first, second])
+            relation = rng.choice(RELATIONS) if category == "position" else None
+            objects = (second, first) if relation in ("right of", "below") else (first, second)
+            phrase = f"{with_article(world.names[first])} {relation or 'and'} {with_article(world.names[second])}"
+        return Prompt(category, template.format(phrase), objects, relation), is_test
+
+    def _differ_in_color_and_shape(self, first: int, second: int) -> bool:
+        return all(a != b for a, b in zip(self.world.names[first].split(), self.world.names[second].split()))
+
+    def scenes_of(self, prompts: list[Prompt], generator: torch.Generator) -> Scenes:
+        """Near objects in the layout that the prompts ask for."""
+        objects = torch.tensor([[*prompt.objects, *[-1] * (MAX_OBJECTS - len(prompt.objects))] for prompt in prompts])
+        is_column = torch.tensor([prompt.relation in ("above", "below") for prompt in prompts])
+        return self.world.arrange(objects, is_column, torch.full(objects.shape, NEAR), generator)
+
+    def caption(self, scenes: Scenes, index: int) -> str:
+        """The objects of scene `index` in reading order: "a cat, a dog and a red circle"."""
+        names = [with_article(self.world.names[i]) for i in scenes.objects[index].tolist() if i >= 0]
+        return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+    # Questions
+
+    def questions(self, scenes: Scenes, index: int, num_questions: int, rng: random.Random) -> list[Question]:
+        """Questions about scene `index`, their types uniform over those that it allows."""
+        scene = _SceneFacts(self.world, scenes, index)
+        makers = {name: getattr(self, f"_ask_{name}") for name in QUESTION_TYPES}
+        possible = [name for name, maker in makers.items() if maker(scene, random.Random(0)) is not None]
+        return [makers[rng.choice(possible)](scene, rng) for _ in range(num_questions)]
+
+    def _ask_what(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        if len(scene.names) == 1:
+            return Question("what", "what is in the picture?", scene.names[0])
+        if len(scene.names) > 2:
+            return None
+        places = ("on the left", "on the right") if scene.is_row else ("at the top", "at the bottom")
+        which = rng.randrange(2)
+        return Question("what", f"what is {places[which]}?", scene.names[which])
+
+    def _ask_color(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        shapes = [name.split() for name in scene.names if name in self.shape_ids]
+        unique = [(color, shape) for color, shape in shapes if [s for _, s in shapes].count(shape) == 1]
+        if not unique:
+            return None
+        color, shape = rng.choice(unique)
+        return Question("color", f"what color is the {shape}?", color)
+
+    def _ask_count(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        kind = rng.random()
+        if kind < 0.3:
+            return Question("count", "how many objects are there?", NUMBERS[len(scene.names)])
+        name = rng.choice(self.world.names if kind < 0.45 else scene.names)
+        return Question("count", f"how many {plural(name)} are there?", NUMBERS[scene.names.count(name)])
+
+    def _ask_exist(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        if rng.random() < 0.5:
+            name = rng.choice(scene.names)
+        else:
+            name = rng.choice([name for name in self.world.names if name not in scene.names])
+        return Question("exist", f"is there {with_article(name)}?", "yes" if name in scene.names else "no")
+
+    def _ask_horizontal(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        return self._ask_side("horizontal", 0, ("left", "right of"), scene, rng)
+
+    def _ask_vertical(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        return self._ask_side("vertical", 1, ("above", "below"), scene, rng)
+
+    def _ask_side(self, kind: str, axis: int, words: tuple[str, str], scene: "_SceneFacts", rng: random.Random):
+        pairs = scene.pairs(lambda a, b: abs(scene.centers[a][axis] - scene.centers[b][axis]) > 12)
+        if not pairs:
+            return None
+        a, b = rng.choice(pairs)
+        question = f"is the {scene.names[a]} {words[0]} or {words[1]} the {scene.names[b]}?"
+        is_first = scene.centers[a][axis] < scene.centers[b][axis]
+        return Question(kind, question, words[0 if is_first else 1].split()[0])
+
+    def _ask_nearer(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        pairs = scene.pairs(lambda a, b: scene.distances[a] != scene.distances[b])
+        if not pairs:
+            return None
+        a, b = rng.choice(pairs)
+        nearer = a if scene.distances[a] < scene.distances[b] else b
+        question = f"which is nearer, the {scene.names[a]} or the {scene.names[b]}?"
+        return Question("nearer", question, scene.names[nearer])
+
+    # Samples
+
+    def generate_samples(
+        self,
+        num_samples: int,
+        generator: torch.Generator,
+        *,
+        max_objects: int = MAX_OBJECTS,
+        drop_prompt: float = 0.0,
+        split: str = "train",
+    ) -> list[Sample]:
+        """Text to image; the prompt is empty with probability `drop_prompt`."""
+        categories = CATEGORIES if max_objects > 1 else ("single_object", "colors")
+        prompts, scenes = self.sample_prompts(num_samples, generator, split=split, categories=categories)
+        is_dropped = torch.rand(num_samples, generator=generator) < drop_prompt
+        return [
+            _chat("generate", [("user", "" if dropped else prompt.text), ("assistant", image)])
+            for prompt, image, dropped in zip(prompts, self.world.render(scenes), is_dropped.tolist())
+        ]
+
+    def understand_samples(
+        self,
+        num_samples: int,
+        generator: torch.Generator,
+        questions_per_image: int,
+        *,
+        max_objects: int = MAX_OBJECTS,
+        split: str = "train",
+    ) -> list[Sample]:
+        """Conversations about one image each, the last turn a description."""
+        scenes = self.world.sample_scenes(num_samples, generator, split=split, max_objects=max_objects)
+        rng, samples = _random_from(generator), []
+        for index, image in enumerate(self.world.render(scenes)):
+            turns = [("user", image)]
+            for question in self.questions(scenes, index, questions_per_image - 1, rng):
+                turns += [("user", question.question), ("assistant", question.answer)]
+            turns += [("user", "what do you see?"), ("assistant", self.caption(scenes, index))]
+            samples.append(_chat("understand", turns))
+        return samples
+
+    def sample_questions(
+        self, num_questions: int, generator: torch.Generator, *, split: str = "train"
+    ) -> tuple[Scenes, list[Question]]:
+        """Scenes of one split with one question each."""
+        scenes = self.world.sample_scenes(num_questions, generator, split=split)
+        rng = _random_from(generator)
+        return scenes, [self.questions(scenes, index, 1, rng)[0] for index in range(num_questions)]
+
+    def corpus(self) -> list[str]:
+        """Texts with every word that is ever said, for a tokenizer."""
+        names = self.world.names
+        phrases = [with_article(name) for name in names] + [f"{n} {plural(name)}" for n in NUMBERS for name in names]
+        texts = [template.format(phrase) for template in TEMPLATES for phrase in phrases]
+        texts += [f"a {relation} a" for relation in (*RELATIONS, "and")]
+        texts += [f"what color is the {shape}? {color}" for shape in SHAPES for color in COLORS]
+        texts += [
+            "what is in the picture?", "what is on the left?", "what is on the right?", "what is at the top?",
+            "what is at the bottom?", "how many objects are there?", "is there a cat? yes no",
+            "is the cat left or right of the dog?", "is the cat above or below the dog?",
+            "which is nearer, the cat or the dog?", "what do you see? a cat, a dog and an apple",
+        ]  # fmt: skip
+        return texts
+
+
+class _SceneFacts:
+    """One scene in plain Python."""
+
+    def __init__(self, world: ToyWorld, scenes: Scenes, index: int):
+        objects = [i for i in scenes.objects[index].tolist() if i >= 0]
+        self.names = [world.names[i] for i in objects]
+        self.distances = scenes.distances[index].tolist()
+        half = (scenes.sizes[index, :, None] // 2).expand(-1, 2)
+        self.centers = (scenes.positions[index] + half).tolist()
+        self.is_row = len(objects) == 2 and self.centers[1][0] - self.centers[0][0] > 12
+
+    def pairs(self, holds) -> list[tuple[int, int]]:
+        """Ordered pairs of objects, each the only one of its name, for which `holds(a, b)`."""
+        unique = [i for i, name in enumerate(self.names) if self.names.count(name) == 1]
+        return [(a, b) for a in unique for b in unique if a != b and holds(a, b)]
+
+
+def _random_from(generator: torch.Generator) -> random.Random:
+    """Python's generator, seeded from torch's: choices among strings are its trade."""
+    return random.Random(int(torch.randint(2**62, (), generator=generator)))
+
+
+def _chat(task: str, turns: list[tuple[str, object]]) -> Sample:
+    """Turns of text or pixels as messages; neighbours of one role share a message."""
+    messages: list[dict] = []
+    for role, value in turns:
+        part = {"type": "text", "text": value} if isinstance(value, str) else {"type": "image", "image": value}
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"].append(part)
+        else:
+            messages.append({"role": role, "content": [part]})
+    return Sample(task=task, messages=messages)
+
