@@ -47,9 +47,13 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     _add_model(command, TINY)
 
-    command = _add(commands, train, "train a recipe, or go on with it", "hydra train tiny.tokenizer --out runs/tiny.tokenizer")
+    command = _add(
+        commands, train, "train a recipe, or go on with it", "hydra train tiny.tokenizer --out runs/tiny.tokenizer"
+    )
     command.add_argument("recipe", help="module.function in hydra_hf.training.recipes, such as tiny.hydra")
-    command.add_argument("--out", type=Path, help="folder of the run; runs/RECIPE by default. An unfinished one goes on")
+    command.add_argument(
+        "--out", type=Path, help="folder of the run; runs/RECIPE by default. An unfinished one goes on"
+    )
     command.add_argument("--tokenizer", help="trained HYDRA-TOK, for recipes of HYDRA")
     command.add_argument("--num_steps", type=int, help="of every stage, instead of the recipe's")
 
@@ -110,7 +114,9 @@ def reconstruct(options: argparse.Namespace) -> None:
     pipeline = HydraPipeline.from_pretrained(options.model)
     image_processor = pipeline.processor.image_processor
     original = _open(options.image)
-    image = HydraReconstructionPipeline(vision_tower=pipeline.model.model.vision_tower, image_processor=image_processor)(
+    image = HydraReconstructionPipeline(
+        vision_tower=pipeline.model.model.vision_tower, image_processor=image_processor
+    )(
         original,
         num_inference_steps=options.num_inference_steps,
         generator=torch.Generator().manual_seed(options.seed),

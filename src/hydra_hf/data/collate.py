@@ -34,7 +34,9 @@ def collate(samples: list[Sample], processor: HydraProcessor) -> dict[str, Tenso
 def text_labels(batch: dict[str, Tensor], assistant_masks: Tensor, processor: HydraProcessor) -> Tensor:
     """The assistant's text; -100 elsewhere, and after a generated image, since what follows would see its noise."""
     input_ids, is_image = batch["input_ids"], batch["mm_token_type_ids"] == 1
-    vision_tokens = processor.tokenizer.convert_tokens_to_ids([processor.vision_start_token, processor.vision_end_token])
+    vision_tokens = processor.tokenizer.convert_tokens_to_ids(
+        [processor.vision_start_token, processor.vision_end_token]
+    )
     is_vision = is_image | torch.isin(input_ids, torch.tensor(vision_tokens))
     after_generated = (is_image & assistant_masks).cumsum(dim=1) > 0
     return input_ids.masked_fill(~assistant_masks | is_vision | after_generated, -100)

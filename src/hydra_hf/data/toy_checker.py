@@ -22,7 +22,9 @@ class ToyChecker:
     def detect(self, pixel_values: Tensor) -> list[tuple[int, tuple[int, int]]]:
         """(object, (x, y) of its top left corner) of everything in a picture (3, 64, 64) in [-1, 1], best match first."""
         if pixel_values.shape != (3, CANVAS, CANVAS):
-            raise ValueError(f"A picture of the toy world is (3, {CANVAS}, {CANVAS}), got {tuple(pixel_values.shape)}.")
+            raise ValueError(
+                f"A picture of the toy world is (3, {CANVAS}, {CANVAS}), got {tuple(pixel_values.shape)}."
+            )
         pixels = (pixel_values.float().clamp(-1, 1) + 1) / 2
         background = _border(pixels).median(dim=1).values  # (3,)
         empty = background.repeat_interleave(SPRITE**2)  # (3 * 32 * 32,)

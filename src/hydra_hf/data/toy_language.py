@@ -97,7 +97,11 @@ class ToyLanguage:
             objects, is_test = (name,) * count, bool(world.test_counts[name, count])
             phrase = f"{NUMBERS[count]} {plural(world.names[name])}"
         else:
-            pool = range(len(world.names)) if category != "color_attribution" else range(world.num_emoji, len(world.names))
+            pool = (
+                range(len(world.names))
+                if category != "color_attribution"
+                else range(world.num_emoji, len(world.names))
+            )
             first, second = rng.sample(pool, 2)
             while category == "color_attribution" and not self._differ_in_color_and_shape(first, second):
                 first, second = rng.sample(pool, 2)
@@ -281,4 +285,3 @@ def _chat(task: str, turns: list[tuple[str, object]]) -> Sample:
         else:
             messages.append({"role": role, "content": [part]})
     return Sample(task=task, messages=messages)
-

@@ -8,7 +8,12 @@ from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
 
 def evaluate_generation(
-    pipeline: HydraPipeline, language: ToyLanguage, prompts_per_category: int, seed: int = 0, batch_size: int = 64, **kwargs
+    pipeline: HydraPipeline,
+    language: ToyLanguage,
+    prompts_per_category: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    **kwargs,
 ) -> dict[str, float]:
     """Share of held-out prompts drawn right: `t2i/<category>` and `t2i/mean`, the mean of the six.
 

@@ -13,7 +13,9 @@ from .metrics import psnr
 def reconstruct(model: HydraTokModel, pixel_values: Tensor, seed: int = 0, batch_size: int = 64) -> Tensor:
     """Pixels (B, 3, H, W) through the mean of the posterior and back."""
     generator = torch.Generator().manual_seed(seed)
-    parts = [model.decode(model.encode(part).latent, generator=generator).sample for part in pixel_values.split(batch_size)]
+    parts = [
+        model.decode(model.encode(part).latent, generator=generator).sample for part in pixel_values.split(batch_size)
+    ]
     return torch.cat(parts)
 
 

@@ -19,7 +19,9 @@ def answer(
 ) -> list[str]:
     """Greedy answers to one question about each image. ValueError for lists of different lengths or an empty question."""
     if len(images) != len(questions) or not questions:
-        raise ValueError(f"Got {len(images)} images and {len(questions)} questions, expected as many, and at least one.")
+        raise ValueError(
+            f"Got {len(images)} images and {len(questions)} questions, expected as many, and at least one."
+        )
     if empty := [index for index, question in enumerate(questions) if not question.strip()]:
         raise ValueError(f"The questions {empty} are empty.")
     chats = [

@@ -41,7 +41,9 @@ class Bottleneck(nn.Module):
     def forward(self, hidden_states: Tensor) -> BottleneckOutput:
         mean, logvar = self.down_proj(hidden_states).chunk(2, dim=-1)  # mu, rho in eq. 2
         return BottleneckOutput(
-            mean=mean, logvar=logvar.clamp(-30, 20), hidden_states=self.semantic_up_proj(mean)  # eq. 4
+            mean=mean,
+            logvar=logvar.clamp(-30, 20),
+            hidden_states=self.semantic_up_proj(mean),  # eq. 4
         )
 
     def normalize(self, latents: Tensor) -> Tensor:

@@ -218,7 +218,9 @@ class HydraConfig(HydraPreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.tie_word_embeddings = self.text_config.tie_word_embeddings  # only the top-level flag ties the language head
+        self.tie_word_embeddings = (
+            self.text_config.tie_word_embeddings
+        )  # only the top-level flag ties the language head
 
     @property
     def num_time_tokens(self) -> int:

@@ -12,6 +12,7 @@ from huggingface_hub import get_session
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_base import ImageProcessingMixin  # noqa: F401, diffusers looks for it here
 from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs

@@ -352,7 +352,9 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, GenerationMixin):
                 f" got {None if latents is None else tuple(latents.shape)}."
             )
         if not is_generated.any():
-            raise ValueError(f"is_generated marks none of {len(latents)} images; leave it out where nothing is generated.")
+            raise ValueError(
+                f"is_generated marks none of {len(latents)} images; leave it out where nothing is generated."
+            )
         return self._draw(image_hidden_states[is_generated], latents[is_generated], sigma[is_generated])
 
     def _draw(self, states: Tensor, noisy_latents: Tensor, sigma: Tensor) -> Tensor:
@@ -427,7 +429,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, GenerationMixin):
     @apply_forward_hook
     def decode_latents(self, latents: Tensor, **kwargs) -> Tensor:
         """Pixels (B, 3, H, W) of clean latents; see `HydraTokModel.decode`."""
-        return self.model.vision_tower.decode(latents.to(self.dtype), **kwargs).sample
+        return self.model.vision_tower.decode(latents, **kwargs).sample
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_mode: str = "text", **kwargs):
@@ -438,7 +440,9 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, GenerationMixin):
             raise ValueError(f"{generation_mode=} must be 'text' or 'image'.")
         generation_config = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("prefill_chunk_size", generation_config.prefill_chunk_size) is not None:
-            raise ValueError("prefill_chunk_size would cut an image block in two and change the answer; leave it None.")
+            raise ValueError(
+                "prefill_chunk_size would cut an image block in two and change the answer; leave it None."
+            )
         return super().generate(inputs=inputs, **kwargs)
 
     @torch.no_grad()

@@ -361,7 +361,10 @@ class HydraTokForPreTraining(HydraTokPreTrainedModel):
             patches = patchify(normalized, patch)  # (B, N, 3 p p)
             noisy_patches = add_noise(patches, pixel_noise, sigma)
             conditions = model.pixel_decoder.get_conditions(decoder_states, grid)
-            velocity, target = model.pixel_decoder(noisy_patches, sigma, conditions), velocity_target(patches, pixel_noise)
+            velocity, target = (
+                model.pixel_decoder(noisy_patches, sigma, conditions),
+                velocity_target(patches, pixel_noise),
+            )
             clean_patches = predict_clean(noisy_patches, velocity, sigma)
         else:
             clean_patches = model.pixel_decoder(decoder_states, grid)

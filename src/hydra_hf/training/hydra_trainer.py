@@ -192,7 +192,15 @@ class _EveryStep(TrainerCallback):
 class SampleGrids(TrainerCallback):
     """Draws held-out prompts with the averaged weights, as a PNG."""
 
-    def __init__(self, ema: AveragedModel, processor: HydraProcessor, language: ToyLanguage, output_dir: Path, every: int, seed: int):
+    def __init__(
+        self,
+        ema: AveragedModel,
+        processor: HydraProcessor,
+        language: ToyLanguage,
+        output_dir: Path,
+        every: int,
+        seed: int,
+    ):
         self.ema, self.processor, self.output_dir, self.every, self.seed = ema, processor, output_dir, every, seed
         self.prompts, _ = language.sample_prompts(24, step_generator(seed, 0), split="test")
 
@@ -234,8 +242,9 @@ def last_complete_checkpoint(folder: Path) -> str | None:
 def create_model(recipe: HydraRecipe) -> HydraForConditionalGeneration:
     """The model that the first stage starts from: a trained tokenizer, everything else new."""
     torch.manual_seed(recipe.seed)  # first weights
-    model = HydraForConditionalGeneration(recipe.config)
-    model.model.vision_tower = HydraTokModel.from_pretrained(recipe.tokenizer)
+    attention = recipe.attn_implementation
+    model = HydraForConditionalGeneration._from_config(recipe.config, attn_implementation=attention)
+    model.model.vision_tower = HydraTokModel.from_pretrained(recipe.tokenizer, attn_implementation=attention)
     return model
 
 
@@ -249,14 +258,27 @@ def train_hydra(recipe: HydraRecipe, output_dir: Path, *, on_stage: Callable[[st
         if not final.exists():
             on_stage(f"{recipe.name}: stage {stage.name}, {stage.num_steps} steps")
             folder.mkdir(parents=True, exist_ok=True)
-            model.set_attn_implementation(recipe.attn_implementation)
             bundles = ToyBundles(language, processor, stage, seed)
             trainer = HydraTrainer(
                 model, stage, bundles, folder, seed=seed, log_every=recipe.log_every, save_every=recipe.save_every
             )
-            trainer.add_callback(SampleGrids(trainer.ema, processor, language, folder, recipe.sample_every, recipe.seed))
+            trainer.add_callback(
+                SampleGrids(trainer.ema, processor, language, folder, recipe.sample_every, recipe.seed)
+            )
             trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
             pipeline = create_pipeline(trainer.ema.module.eval(), processor)
             write_folder(final, pipeline.save_pretrained)
-        model = HydraForConditionalGeneration.from_pretrained(final / "model")
-    return final
+        model = HydraForConditionalGeneration.from_pretrained(
+            final / "model", attn_implementation=recipe.attn_implementation
+        )
+    compact = output_dir / "final"
+    write_folder(compact, lambda folder: save_compact(create_pipeline(model, processor), folder))
+    return compact
+
+
+def save_compact(pipeline: HydraPipeline, folder: Path) -> None:
+    """A pipeline whose weights take half the space: bf16 on disk, fp32 again once opened."""
+    pipeline.model.to(torch.bfloat16)
+    pipeline.save_pretrained(folder)
+    path = folder / "model" / "config.json"
+    path.write_text(path.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))

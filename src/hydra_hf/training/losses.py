@@ -33,4 +33,3 @@ def tokenizer_losses(outputs: HydraTokForPreTrainingOutput, pixel_values: Tensor
 def weighted_sum(losses: dict[str, Tensor], weights) -> Tensor:
     """The loss to minimise: each term times the weight of its name."""
     return sum(getattr(weights, name) * value for name, value in losses.items())
-

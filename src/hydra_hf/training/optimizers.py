@@ -17,7 +17,9 @@ class MuonAdamW(torch.optim.Optimizer):
             muon = torch.optim.Muon(muon_groups, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
             self.parts.append(muon)
         if adamw_groups:
-            self.parts.append(torch.optim.AdamW(adamw_groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True))
+            self.parts.append(
+                torch.optim.AdamW(adamw_groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
+            )
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share_groups()
 

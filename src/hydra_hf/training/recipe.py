@@ -7,7 +7,13 @@ from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
 
-from hydra_hf.modeling import HydraConfig, HydraProcessor, HydraTokConfig, PixelFlowDecoderConfig, PixelViTDecoderConfig
+from hydra_hf.modeling import (
+    HydraConfig,
+    HydraProcessor,
+    HydraTokConfig,
+    PixelFlowDecoderConfig,
+    PixelViTDecoderConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,9 @@ class Stage:
 
     def __post_init__(self):
         if self.num_steps < 1 or self.warmup_steps < 1:
-            raise ValueError(f"{self.name}: num_steps={self.num_steps} and warmup_steps={self.warmup_steps} must be at least 1.")
+            raise ValueError(
+                f"{self.name}: num_steps={self.num_steps} and warmup_steps={self.warmup_steps} must be at least 1."
+            )
 
     def learning_rate_of(self, parameter_name: str) -> float:
         """The rate of a parameter; 0 is frozen."""

@@ -166,7 +166,9 @@ class TokenizerTrainer:
 
 
 @torch.no_grad()
-def measure_latents(model: HydraTokModel, batches: Iterator[Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def measure_latents(
+    model: HydraTokModel, batches: Iterator[Tensor], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) of sampled latents, in fp64; a dead channel then keeps its unit noise."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for pixel_values in batches:
@@ -179,10 +181,12 @@ def measure_latents(model: HydraTokModel, batches: Iterator[Tensor], generator: 
     return (mean * old_std + old_mean).float(), (std * old_std).float()
 
 
-def create_stage_model(config: HydraTokConfig, stage: TokenizerStage, previous: HydraTokModel | None):
-    """A model with the stage's decoder; encoder (and decoder, if it is the same) from the stage before."""
-    config = type(config).from_dict({**config.to_dict(), "decoder_config": stage.decoder_config.to_dict()})
-    model = HydraTokForPreTraining(config)
+def create_stage_model(
+    recipe: Recipe, stage: TokenizerStage, previous: HydraTokModel | None
+) -> HydraTokForPreTraining:
+    """A model with the stage's decoder; encoder (and decoder, if it is of the same kind) from the stage before."""
+    config = HydraTokConfig.from_dict({**recipe.config.to_dict(), "decoder_config": stage.decoder_config.to_dict()})
+    model = HydraTokForPreTraining._from_config(config, attn_implementation=recipe.attn_implementation)
     if previous is not None:
         weights = previous.state_dict()
         if type(previous.pixel_decoder) is not type(model.model.pixel_decoder):
@@ -207,10 +211,8 @@ def train_tokenizer(recipe: Recipe, output_dir: Path, *, on_stage: Callable[[str
             def batches(step: int, stage=stage, seed=seed) -> Tensor:
                 return toy_images(world, stage.batch_size, step_generator(seed + 1, step))
 
-            model = create_stage_model(recipe.config, stage, previous)
-            model.set_attn_implementation(recipe.attn_implementation)
             trainer = TokenizerTrainer(
-                model, stage, batches, folder, seed=seed,
+                create_stage_model(recipe, stage, previous), stage, batches, folder, seed=seed,
                 log_every=recipe.log_every, save_every=recipe.save_every, sample_every=recipe.sample_every,
             )  # fmt: skip
             model = trainer.train().eval()

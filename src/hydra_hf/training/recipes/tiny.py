@@ -1,7 +1,7 @@
 """The embedded checkpoint: the papers' stages at a size that two CPU cores train in hours, on the toy world.
 
-    hydra train tiny.tokenizer
-    hydra train tiny.hydra
+hydra train tiny.tokenizer
+hydra train tiny.hydra
 """
 
 from dataclasses import replace
@@ -82,8 +82,9 @@ def tokenizer() -> Recipe:
 
 def hydra_config(vision_config: HydraTokConfig, tokenizer) -> HydraConfig:
     """A Qwen2 of 6 layers over a tokenizer of the toy world's words."""
-    ids = dict(zip(names := ("image_token_id", "vision_start_token_id", "vision_end_token_id"),
-                   tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"])))  # fmt: skip
+    image_token_id, start_id, end_id = tokenizer.convert_tokens_to_ids(
+        ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    )
     null_prompt = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"
     return HydraConfig(
         text_config=Qwen2Config(
@@ -106,7 +107,9 @@ def hydra_config(vision_config: HydraTokConfig, tokenizer) -> HydraConfig:
         sigma_shift=3.3,
         sigma_logit_std=1.6,
         null_prompt_ids=tokenizer(null_prompt).input_ids,
-        **ids,
+        image_token_id=image_token_id,
+        vision_start_token_id=start_id,
+        vision_end_token_id=end_id,
     )
 
 
