@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except (ValueError, OSError) as error:
-        print(f"hydra {options.command}: {error}", file=sys.stderr)
+        print(f"hydra {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -82,9 +82,7 @@ def _add_model(command: argparse.ArgumentParser, default: str) -> None:
 def generate(options: argparse.Namespace) -> None:
     import torch
 
-    from hydra_hf import HydraPipeline
-
-    image = HydraPipeline.from_pretrained(options.model)(
+    image = _load(options.model)(
         options.prompt,
         negative_prompt=options.negative_prompt,
         height=options.height,
@@ -98,22 +96,22 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def ask(options: argparse.Namespace) -> None:
-    from hydra_hf import HydraPipeline
     from hydra_hf.evaluation.understanding import answer
 
-    pipeline = HydraPipeline.from_pretrained(options.model)
-    print(answer(pipeline.model, pipeline.processor, [_open(options.image)], [options.question])[0])
+    image = _open(options.image)
+    pipeline = _load(options.model)
+    print(answer(pipeline.model, pipeline.processor, [image], [options.question])[0])
 
 
 def reconstruct(options: argparse.Namespace) -> None:
     import torch
 
-    from hydra_hf import HydraPipeline, HydraReconstructionPipeline
+    from hydra_hf import HydraReconstructionPipeline
     from hydra_hf.evaluation.metrics import psnr
 
-    pipeline = HydraPipeline.from_pretrained(options.model)
-    image_processor = pipeline.processor.image_processor
     original = _open(options.image)
+    pipeline = _load(options.model)
+    image_processor = pipeline.processor.image_processor
     image = HydraReconstructionPipeline(
         vision_tower=pipeline.model.model.vision_tower, image_processor=image_processor
     )(
@@ -129,13 +127,20 @@ def reconstruct(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     from importlib import import_module
 
-    from hydra_hf.training.recipe import HydraRecipe
+    from inspect import signature
+
+    from hydra_hf.training.recipe import HydraRecipe, Recipe
 
     module_name, _, function_name = options.recipe.partition(".")
     try:
         make = getattr(import_module(f"hydra_hf.training.recipes.{module_name}"), function_name)
-    except (ImportError, AttributeError) as error:
+        made = signature(make)
+    except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"There is no recipe {options.recipe!r}; see hydra_hf.training.recipes.") from error
+    if made.return_annotation not in (Recipe, HydraRecipe):
+        raise ValueError(f"{options.recipe!r} is not a function that gives a recipe; see hydra_hf.training.recipes.")
+    if options.tokenizer and "tokenizer" not in made.parameters:
+        raise ValueError(f"The recipe {options.recipe} takes no --tokenizer, it trains one.")
     recipe = make(options.tokenizer) if options.tokenizer else make()
     if options.num_steps is not None:
         recipe = recipe.with_overrides(num_steps=options.num_steps)
@@ -148,7 +153,6 @@ def train(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    from hydra_hf import HydraPipeline
     from hydra_hf.data.toy_language import ToyLanguage
     from hydra_hf.data.toy_world import ToyWorld
     from hydra_hf.evaluation.generation import evaluate_generation
@@ -156,7 +160,11 @@ def evaluate(options: argparse.Namespace) -> None:
     from hydra_hf.evaluation.understanding import evaluate_understanding
     from hydra_hf.training.checkpoints import write_text
 
-    pipeline = HydraPipeline.from_pretrained(options.model)
+    for name in ("prompts_per_category", "num_questions", "num_scenes"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1.")
+    options.out.parent.mkdir(parents=True, exist_ok=True)  # before the long part
+    pipeline = _load(options.model)
     pipeline.set_progress_bar_config(disable=True)
     language, seed = ToyLanguage(ToyWorld(options.difficulty)), options.seed
     scores = {
@@ -169,9 +177,24 @@ def evaluate(options: argparse.Namespace) -> None:
         "num_questions": options.num_questions,
         "num_scenes": options.num_scenes,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(options.out, json.dumps(scores, indent=2) + "\n")
     print(json.dumps(scores, indent=2))
+
+
+def _load(model: str):
+    """The pipeline in a folder or on the Hub, without bars; ValueError or OSError says what is wrong with it."""
+    import diffusers
+    import transformers
+    from safetensors import SafetensorError
+
+    from hydra_hf import HydraPipeline
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return HydraPipeline.from_pretrained(model)
+    except (SafetensorError, RuntimeError) as error:  # a file cut short; weights that do not fit their config
+        raise ValueError(f"The weights of {model} cannot be loaded: {error}") from error
 
 
 def _open(path: Path):
@@ -181,7 +204,9 @@ def _open(path: Path):
     try:
         image = Image.open(path)
         image.load()
-    except (UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError) and error.errno is not None:
+            raise  # the file system, not the picture
         raise ValueError(f"{path} is not a picture that can be read: {error}") from error
     return image
 

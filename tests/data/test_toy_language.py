@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from hydra_hf.data.sample import TASKS, Sample
-from hydra_hf.data.toy_language import CATEGORIES, NUMBERS, QUESTION_TYPES, TEMPLATES, ToyLanguage, plural, with_article
+from hydra_hf.data.toy_language import (
+    CATEGORIES,
+    NUMBERS,
+    QUESTION_TYPES,
+    TEMPLATES,
+    ToyLanguage,
+    plural,
+    with_article,
+)
 from hydra_hf.data.toy_world import Scenes, ToyWorld
 
 
@@ -75,7 +83,15 @@ def test_the_commonest_answer_of_a_type_is_a_poor_guess(language):
     for question in questions:
         answers[question.type][question.answer] += 1
     share = {name: max(counter.values()) / counter.total() for name, counter in answers.items()}
-    limits = {"exist": 0.57, "horizontal": 0.57, "vertical": 0.57, "count": 0.47, "color": 0.3, "what": 0.15, "nearer": 0.15}
+    limits = {
+        "exist": 0.57,
+        "horizontal": 0.57,
+        "vertical": 0.57,
+        "count": 0.47,
+        "color": 0.3,
+        "what": 0.15,
+        "nearer": 0.15,
+    }
     assert all(share[name] < limit for name, limit in limits.items()), share
 
 
@@ -138,7 +154,9 @@ def test_scene_of_a_prompt_is_what_its_text_says(language, category, split):
 
 def test_bare_phrase_is_about_half_of_the_prompts(language):
     prompts, _ = language.sample_prompts(2000, seeded(), categories=("two_objects",))
-    dressed = sum(prompt.text.startswith(("draw", "a picture")) or prompt.text.endswith("background") for prompt in prompts)
+    dressed = sum(
+        prompt.text.startswith(("draw", "a picture")) or prompt.text.endswith("background") for prompt in prompts
+    )
     assert 0.3 < dressed / len(prompts) < 0.5  # half of the time any template, the bare one among them
 
 
@@ -155,7 +173,7 @@ def test_every_word_that_is_said_is_in_the_corpus():
     for difficulty in (1, 2):
         language = ToyLanguage(ToyWorld(difficulty))
         known = set(re.findall(r"\w+|[^\w\s]", " ".join(language.corpus())))
-        samples = language.generate_samples(1500, seeded()) + language.understand_samples(400, seeded(), 4)
+        samples = language.generate_samples(400, seeded()) + language.understand_samples(200, seeded(), 4)
         parts = [part for sample in samples for message in sample.messages for part in message["content"]]
         said = {word for part in parts if part["type"] == "text" for word in re.findall(r"\w+|[^\w\s]", part["text"])}
         assert said <= known
@@ -174,9 +192,9 @@ def test_generated_picture_is_the_assistants_and_understood_picture_the_users(la
 
 
 def test_dropped_prompts_are_empty_at_the_given_rate(language):
-    samples = language.generate_samples(1000, seeded(), drop_prompt=0.2)
+    samples = language.generate_samples(500, seeded(), drop_prompt=0.2)
     empty = sum(sample.messages[0]["content"][0]["text"] == "" for sample in samples)
-    assert 150 < empty < 250
+    assert 70 < empty < 130
 
 
 def test_equal_seeds_say_the_same(language):

@@ -8,7 +8,7 @@ from .toy_world import CANVAS, SPRITE, ToyWorld
 
 
 STEP = 2  # pixels between two places that are tried
-THRESHOLD = 0.35  # of the error that an empty place has
+THRESHOLD = 0.25  # of the error that an empty place has; a sprite mixed half and half with the background reaches it
 
 
 class ToyChecker:

@@ -46,7 +46,7 @@ def plural(name: str) -> str:
         last = PLURALS[last]
     elif last.endswith(("s", "x", "ch", "sh")):
         last += "es"
-    elif last.endswith("y"):
+    elif last.endswith("y") and last[-2] not in "aeiou":
         last = last[:-1] + "ies"
     else:
         last += "s"
@@ -80,7 +80,10 @@ class ToyLanguage:
             prompt, is_test = self._propose_prompt(rng.choice(categories), rng)
             if is_test == (split == "test"):
                 prompts.append(prompt)
-        return prompts, self.scenes_of(prompts, generator)
+        scenes = self.scenes_of(prompts, generator)
+        while split == "train" and (held_out := self.world.is_test(scenes)).any():  # as pictures of the other task
+            scenes = self.scenes_of(prompts, generator).where(held_out, scenes)
+        return prompts, scenes
 
     def _propose_prompt(self, category: str, rng: random.Random) -> tuple[Prompt, bool]:
         """A prompt, and whether it is of the test split."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 ASSETS = Path(__file__).parents[1] / "assets" / "sprites"
-CANVAS, SPRITE, TILE = 64, 32, 64  # pixels: the picture, an object, a tile of the atlas
+CANVAS, SPRITE, FAR_SPRITE, TILE = 64, 32, 24, 64  # pixels: the picture, an object, a small one, a tile of the atlas
 SHAPES = ("circle", "square", "triangle", "diamond")
 COLORS = {
     "red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), "yellow": (235, 205, 40),
@@ -78,6 +78,8 @@ class ToyWorld:
         self.shape_names = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)
         self.names = self.emoji_names + self.shape_names
         self.sprites = torch.cat([_load_emoji(self.num_emoji), _draw_shapes()])  # (V, 4, 32, 32), premultiplied
+        small = torch.nn.functional.interpolate(self.sprites, size=(FAR_SPRITE, FAR_SPRITE), mode="bilinear", antialias=True)
+        self.sprites_of_size = {len(s[0, 0]): s.permute(0, 2, 3, 1) for s in (self.sprites, small)}
         count = len(self.names)
         self.test_pairs = torch.zeros(count, count, dtype=torch.bool)
         for i in range(count):
@@ -121,9 +123,9 @@ class ToyWorld:
         positions = layouts[torch.where((counts == 2) & is_column, 4, counts - 1)]
         sizes = torch.full_like(objects, SPRITE)
         if self.difficulty == 3:
-            positions = positions + torch.randint(-4, 5, positions.shape, generator=generator)
+            positions = positions + 2 * torch.randint(-2, 3, positions.shape, generator=generator)
             positions = positions.clamp(0, CANVAS - SPRITE)
-            sizes = torch.where(distances == FAR, 3 * SPRITE // 4, SPRITE)
+            sizes = torch.where(distances == FAR, FAR_SPRITE, SPRITE)
         num_backgrounds = len(BACKGROUNDS) * (1 if self.difficulty == 1 else 2)
         backgrounds = torch.randint(num_backgrounds, (len(objects),), generator=generator)
         return Scenes(objects, positions, distances, sizes, backgrounds)
@@ -145,26 +147,26 @@ class ToyWorld:
     def render(self, scenes: Scenes) -> Tensor:
         """Pixels (B, 3, 64, 64) in [-1, 1]; a far object is half as strong against the background."""
         background = self._background(scenes)  # (B, 3, 64, 64)
-        canvas = background
-        for layer, distance in zip(self._layers(scenes), scenes.distances.unbind(1)):
-            color, alpha = layer[:, :3], layer[:, 3:]
-            haze = torch.where(distance == FAR, HAZE, 0.0)[:, None, None, None]
-            canvas = canvas * (1 - alpha) + color * (1 - haze) + background * alpha * haze
+        canvas = background.clone()
+        for place, sprites, distances in self._placed(scenes):
+            haze = torch.where(distances == FAR, HAZE, 0.0)[:, None, None, None]
+            color, alpha = sprites[..., :3], sprites[..., 3:]
+            canvas[place] = canvas[place] * (1 - alpha) + color * (1 - haze) + background[place] * alpha * haze
         return canvas * 2 - 1
 
     def render_depth(self, scenes: Scenes) -> Tensor:
         """Nearness (B, 3, 64, 64): -1 background, 0 far, 1 near."""
         depth = torch.full((len(scenes), 1, CANVAS, CANVAS), -1.0)
-        for layer, distance in zip(self._layers(scenes), scenes.distances.unbind(1)):
-            nearness = torch.where(distance == FAR, 0.0, 1.0)[:, None, None, None]
-            depth = torch.where(layer[:, 3:] > 0.5, nearness, depth)
+        for place, sprites, distances in self._placed(scenes):
+            nearness = torch.where(distances == FAR, 0.0, 1.0)[:, None, None, None]
+            depth[place] = torch.where(sprites[..., 3:] > 0.5, nearness, depth[place])
         return depth.expand(-1, 3, -1, -1)
 
     def render_segmentation(self, scenes: Scenes) -> Tensor:
         """Boundaries of the objects (B, 3, 64, 64), white (1) on black (-1): UniMRG's form."""
         labels = torch.zeros(len(scenes), 1, CANVAS, CANVAS)
-        for index, layer in enumerate(self._layers(scenes)):
-            labels = torch.where(layer[:, 3:] > 0.5, float(index + 1), labels)
+        for index, (place, sprites, _) in enumerate(self._placed(scenes)):
+            labels[place] = torch.where(sprites[..., 3:] > 0.5, float(index + 1), labels[place])
         padded = torch.nn.functional.pad(labels, (1, 1, 1, 1), mode="replicate")
         high = torch.nn.functional.max_pool2d(padded, 3, stride=1)
         low = -torch.nn.functional.max_pool2d(-padded, 3, stride=1)
@@ -178,16 +180,17 @@ class ToyWorld:
         shade = torch.linspace(1, 0.7, CANVAS)[:, None]
         return torch.where(is_graded, flat * shade, flat)
 
-    def _layers(self, scenes: Scenes):
-        """Each slot's sprite on an empty canvas, premultiplied RGBA (B, 4, 64, 64)."""
-        pixels = torch.arange(CANVAS) + 0.5
+    def _placed(self, scenes: Scenes):
+        """Slot by slot and size by size: an index of the canvas, the sprites (n, size, size, 4) there, their distances."""
         for slot in range(MAX_OBJECTS):
-            sprites = self.sprites[scenes.objects[:, slot].clamp(min=0)]
-            sprites = sprites * (scenes.objects[:, slot] >= 0)[:, None, None, None]
-            corner, size = scenes.positions[:, slot, :, None], scenes.sizes[:, slot, None, None]
-            x, y = ((pixels - corner) / size * 2 - 1).unbind(1)  # (B, 64) each, in the sprite's own units
-            grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
-            yield torch.nn.functional.grid_sample(sprites, grid, align_corners=False)
+            objects, sizes = scenes.objects[:, slot], scenes.sizes[:, slot]
+            for size, sprites in self.sprites_of_size.items():
+                rows = ((objects >= 0) & (sizes == size)).nonzero()[:, 0]
+                if not len(rows):
+                    continue
+                x, y = (scenes.positions[rows, slot, :, None] + torch.arange(size)).unbind(1)  # (n, size) each
+                place = (rows[:, None, None], slice(None), y[:, :, None], x[:, None, :])
+                yield place, sprites[objects[rows]], scenes.distances[rows, slot]
 
 
 def check_split(split: str) -> None:

@@ -34,13 +34,13 @@ def evaluate_reconstruction(
 
 
 def photo_crops(size: int) -> Tensor:
-    """Every whole tile of `size` px of the colour photographs inside scikit-image, halved twice; (B, 3, size, size)."""
+    """Every whole tile of `size` px of the colour photographs inside scikit-image, halved; (B, 3, size, size)."""
     import numpy as np  # with scikit-image: pip install hydra_hf[eval]
     from skimage import data
 
     tiles = []
     for name in ("astronaut", "chelsea", "coffee", "rocket"):
         photo = torch.from_numpy(np.ascontiguousarray(getattr(data, name)())).permute(2, 0, 1)[None].float()
-        photo = torch.nn.functional.avg_pool2d(photo, 4) / 127.5 - 1
+        photo = torch.nn.functional.avg_pool2d(photo, 2) / 127.5 - 1
         tiles.append(photo.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(0, 2))
     return torch.cat(tiles)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -22,7 +22,7 @@ from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
 from .checkpoints import load_state, save_state, write_folder
 from .losses import weighted_sum
-from .optimizers import create_optimizer
+from .optimizers import create_average, create_optimizer
 from .recipe import HydraRecipe, HydraStage, freeze_unnamed
 from .tokenizer_trainer import step_generator
 
@@ -69,9 +69,9 @@ class HydraTrainer(Trainer):
     def __init__(self, model: HydraForConditionalGeneration, stage: HydraStage, bundles: Dataset, output_dir: Path, *,
                  seed: int, log_every: int, save_every: int, callbacks: tuple = ()):  # fmt: skip
         self.stage, self.noise_seed = stage, seed
-        self.loss_sums: dict[str, float] = defaultdict(float)
+        self.loss_history: dict[str, list[float]] = defaultdict(list)  # since the last log
         freeze_unnamed(model, stage)
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(stage.ema_decay))
+        self.ema = create_average(model, stage.ema_decay)
         arguments = TrainingArguments(
             output_dir=str(output_dir),
             max_steps=stage.num_steps,
@@ -120,7 +120,7 @@ class HydraTrainer(Trainer):
         losses = {name: totals[name] / counts[name] for name in totals}
         loss = weighted_sum(losses, self.stage.loss_weights)
         for name, value in {"loss": loss, **losses}.items():
-            self.loss_sums[name] += value.item()
+            self.loss_history[name].append(value.item())
         return (loss, outputs) if return_outputs else loss
 
     def prepare_batch(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[dict, int, int]:
@@ -150,11 +150,15 @@ class HydraTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Named losses, the mean since the last log."""
         if "loss" in logs:
-            logs |= {name: round(total / self.args.logging_steps, 5) for name, total in self.loss_sums.items()}
-            self.loss_sums.clear()
+            logs |= {name: round(sum(values) / len(values), 5) for name, values in self.loss_history.items()}
+            self.loss_history.clear()
         super().log(logs, start_time)
 
     # State in safetensors and JSON; there is no other randomness than the steps' own.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle; nothing reads it
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_state(Path(output_dir), "optimizer", self.optimizer.optimizer.state_dict())

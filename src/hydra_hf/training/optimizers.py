@@ -1,11 +1,23 @@
-"""One optimizer for one stage: Muon for the matrices of hidden layers, AdamW for everything else."""
+"""One optimizer for one stage, Muon for the matrices of hidden layers and AdamW for everything else; and the average."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from hydra_hf.modeling.layers import ZeroLinear
 
 from .recipe import Stage
+
+
+def create_average(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average that forgets its start: step n has at least 9 / (10 + n) of the weight."""
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], values: list[Tensor], num_averaged: Tensor) -> None:
+        step = int(num_averaged)
+        torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + step) / (10 + step)))
+
+    return AveragedModel(model, multi_avg_fn=update)
 
 
 class MuonAdamW(torch.optim.Optimizer):

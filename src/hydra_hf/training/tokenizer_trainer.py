@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from hydra_hf.data.toy_world import ToyWorld
@@ -20,7 +19,7 @@ from hydra_hf.modeling.layers import latents_to_tokens
 
 from .checkpoints import load_state, save_state, write_folder
 from .losses import tokenizer_losses, weighted_sum
-from .optimizers import create_optimizer
+from .optimizers import create_average, create_optimizer
 from .recipe import Recipe, TokenizerStage, freeze_unnamed
 
 
@@ -61,7 +60,7 @@ class TokenizerTrainer:
         freeze_unnamed(model, stage)
         optimizer = create_optimizer(model, stage)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, stage.learning_rate_factor)
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(stage.ema_decay))
+        self.ema = create_average(model, stage.ema_decay)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.scheduler = scheduler
         self.step = 0
@@ -70,17 +69,17 @@ class TokenizerTrainer:
         """Trains to the end of the stage, from the last checkpoint if there is one; gives the averaged model."""
         if (self.output_dir / "checkpoint").exists():
             self.load_checkpoint()
-        sums: dict[str, float] = defaultdict(float)
+        history: dict[str, list[float]] = defaultdict(list)  # since the last log
         progress = tqdm(total=self.stage.num_steps, initial=self.step, desc=self.stage.name, mininterval=5)
         while self.step < self.stage.num_steps:
             losses = self.train_step()
             self.step += 1
             progress.update()
             for name, value in losses.items():
-                sums[name] += value.item()
+                history[name].append(value.item())
             if self.step % self.log_every == 0:
-                self.log(progress, {name: total / self.log_every for name, total in sums.items()})
-                sums.clear()
+                self.log(progress, {name: sum(values) / len(values) for name, values in history.items()})
+                history.clear()
             if self.step % self.sample_every == 0 or self.step == self.stage.num_steps:
                 self.save_samples()
             if self.step % self.save_every == 0 or self.step == self.stage.num_steps:
@@ -199,7 +198,6 @@ def create_stage_model(
 def train_tokenizer(recipe: Recipe, output_dir: Path, *, on_stage: Callable[[str], None] = logger.info) -> Path:
     """Runs every stage that is not done yet; the folder of the finished tokenizer."""
     world = ToyWorld(recipe.difficulty)
-    torch.manual_seed(recipe.seed)  # first weights
     previous = None
     for index, stage in enumerate(recipe.stages):
         folder = output_dir / stage.name
@@ -207,6 +205,7 @@ def train_tokenizer(recipe: Recipe, output_dir: Path, *, on_stage: Callable[[str
         if not final.exists():
             on_stage(f"{recipe.name}: stage {stage.name}, {stage.num_steps} steps")
             seed = recipe.seed + 1000 * index
+            torch.manual_seed(seed)  # first weights, the same whether or not the stages before ran in this process
 
             def batches(step: int, stage=stage, seed=seed) -> Tensor:
                 return toy_images(world, stage.batch_size, step_generator(seed + 1, step))

@@ -1,0 +1,26 @@
+import torch
+from toy import toy_language, toy_pipeline
+
+from hydra_hf.evaluation.reconstruction import evaluate_reconstruction, photo_crops, reconstruct
+
+
+def test_scores_have_their_keys_and_one_seed_gives_one_score():
+    model = toy_pipeline().model.model.vision_tower
+    scores = evaluate_reconstruction(model, toy_language(), 3)
+    assert list(scores) == ["reconstruction/psnr", "reconstruction/psnr_photos"]
+    assert all(0 < score < 40 for score in scores.values())
+    assert evaluate_reconstruction(model, toy_language(), 3) == scores
+
+
+def test_a_reconstruction_has_the_pictures_shape_whatever_the_batch():
+    model = toy_pipeline().model.model.vision_tower
+    pixel_values = torch.rand(3, 3, 64, 64) * 2 - 1
+    assert reconstruct(model, pixel_values, batch_size=2).shape == pixel_values.shape
+
+
+def test_photographs_are_cut_into_whole_tiles():
+    tiles = photo_crops(64)
+    assert tiles.shape == (2 * 2 + 1 * 1 + 1 * 2 + 1 * 2, 3, 64, 64)  # 128x128, 75x112, 100x150, 106x160
+    assert tiles.min() >= -1
+    assert tiles.max() <= 1
+    assert tiles.std() > 0.3

@@ -1,0 +1,77 @@
+"""The README is true: its blocks run, its tree and its numbers are those of the repository."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hydra_hf
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def run_hydra(line: str, folder: Path) -> str:
+    """One command line of the README; training runs take two steps instead of thousands."""
+    words = shlex.split(line, comments=True)
+    if words[:2] == ["hydra", "train"]:
+        words += ["--num_steps", "2"]
+    if words[:2] == ["hydra", "evaluate"]:
+        words += ["--prompts_per_category", "2", "--num_questions", "4", "--num_scenes", "2"]
+    command = [sys.executable, "-m", "hydra_hf.cli", *words[1:]]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_there_are_exactly_two_commands_for_a_fresh_machine():
+    commands = [line for line in blocks("sh")[0].splitlines() if line and not line.startswith("#")]
+    assert [shlex.split(line, comments=True)[:2] for line in commands] == [["make", "try"], ["make", "test"]]
+    assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in ("try", "test"))
+
+
+def test_ci_runs_the_two_commands():
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert {"make try", "make test"} <= set(ci)
+
+
+@pytest.mark.parametrize("index", range(len(blocks("python"))))
+def test_python_block_runs(index, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks("python")[index], f"README block {index}", "exec"), {"__name__": "__readme__"})
+    assert True  # an exception is the failure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(len(blocks("bash"))))
+def test_command_block_runs(index, tmp_path):
+    lines = [line for line in blocks("bash")[index].splitlines() if line.startswith("hydra ")]
+    assert lines
+    run_hydra('hydra generate "a cat" --out cat.png', tmp_path)
+    for line in lines:
+        run_hydra(line, tmp_path)
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    (tree,) = (block for block in blocks("text") if "modeling/" in block)
+    named = set(re.findall(r"(\w+\.py)\b", tree))
+    present = {path.name for path in (ROOT / "src" / "hydra_hf").rglob("*.py") if path.name != "__init__.py"}
+    assert named == present
+
+
+def test_the_scores_in_the_readme_are_those_of_the_checkpoint():
+    scores = json.loads((Path(hydra_hf.TINY) / "scores.json").read_text())
+    rows = dict(re.findall(r"^\| `([\w/]+)` \| ([\d.]+) \|", README, flags=re.MULTILINE))
+    assert set(rows) == {name for name in scores if "/" in name}
+    for name, value in rows.items():
+        assert float(value) == round(scores[name], 3 if "reconstruction" not in name else 2), name
