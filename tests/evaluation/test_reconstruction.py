@@ -20,7 +20,7 @@ def test_a_reconstruction_has_the_pictures_shape_whatever_the_batch():
 
 def test_photographs_are_cut_into_whole_tiles():
     tiles = photo_crops(64)
-    assert tiles.shape == (2 * 2 + 1 * 1 + 1 * 2 + 1 * 2, 3, 64, 64)  # 128x128, 75x112, 100x150, 106x160
+    assert tiles.shape == (4 * 4 + 2 * 3 + 3 * 4 + 3 * 5, 3, 64, 64)  # 256x256, 150x225, 200x300, 213x320
     assert tiles.min() >= -1
     assert tiles.max() <= 1
     assert tiles.std() > 0.3

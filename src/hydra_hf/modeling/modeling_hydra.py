@@ -12,7 +12,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -435,6 +435,9 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, generation_mode: str = "text", **kwargs):
         """Token ids, or with `generation_mode="image"` pixels (B, 3, H, W): see `generate_images`."""
         if generation_mode == "image":
+            # transformers' pipelines add their defaults for text, such as max_new_tokens, to every call
+            text_only = ({*vars(GenerationConfig())} | {"generation_config"}) - {"guidance_scale"}
+            kwargs = {name: value for name, value in kwargs.items() if name not in text_only}
             return self.generate_images(kwargs.pop("input_ids", inputs), **kwargs)
         if generation_mode != "text":
             raise ValueError(f"{generation_mode=} must be 'text' or 'image'.")

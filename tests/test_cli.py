@@ -1,0 +1,265 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from toy import toy_pipeline
+
+from hydra_hf import HydraTokModel
+from hydra_hf.cli import main
+
+
+COMMANDS = ("generate", "ask", "reconstruct", "train", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """The folder of a random pipeline."""
+    folder = tmp_path_factory.mktemp("model")
+    toy_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+    Image.new("RGB", (64, 64), "orange").save(tmp_path / "picture.png")
+    return str(tmp_path / "picture.png")
+
+
+def error_of(capsys, *arguments: str) -> str:
+    """The one line that a wrong call writes."""
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"hydra {arguments[0]}: ")
+    assert len(captured.err.splitlines()) == 1
+    return captured.err
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--help"])
+    assert exit_info.value.code == 0
+    assert f"example: hydra {command} " in capsys.readouterr().out
+
+
+def test_a_call_without_a_command_is_an_error(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main([])
+    assert exit_info.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+# Drawing, asking, reconstructing
+
+
+def test_generate_writes_the_picture_that_it_names(model, tmp_path, capsys):
+    out = tmp_path / "new" / "cat.png"
+    assert main(["generate", "a cat", "--out", str(out), "--model", model, "--num_inference_steps", "1"]) == 0
+    assert capsys.readouterr().out == f"{out}: 64x64\n"
+    with Image.open(out) as image:
+        assert image.size == (64, 64)
+    assert [path.name for path in out.parent.iterdir()] == ["cat.png"]
+
+
+def test_one_seed_draws_one_picture(model, tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert main(["generate", "a cat", "--out", str(tmp_path / f"{name}.png"), "--model", model, "--seed", seed]) == 0
+    first, same, other = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert first == same
+    assert first != other
+
+
+def test_generate_draws_other_sizes(model, tmp_path):
+    out = tmp_path / "wide.jpg"
+    arguments = ["--height", "32", "--width", "80", "--num_inference_steps", "1"]
+    assert main(["generate", "", "--out", str(out), "--model", model, *arguments]) == 0
+    with Image.open(out) as image:
+        assert (image.size, image.format) == ((80, 32), "JPEG")
+
+
+def test_the_answer_is_the_last_line_of_stdout(model, picture, capsys):
+    from hydra_hf.evaluation.understanding import answer
+
+    assert main(["ask", picture, "what is in the picture?", "--model", model]) == 0
+    pipeline = toy_pipeline()
+    expected = answer(pipeline.model, pipeline.processor, [Image.open(picture)], ["what is in the picture?"])[0]
+    assert capsys.readouterr().out.rstrip("\n").endswith(expected)
+
+
+SIXTEEN_BIT = Image.fromarray(np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("16bit.png", SIXTEEN_BIT),
+        ("rgba.png", Image.new("RGBA", (20, 30), (255, 0, 0, 128))),
+        ("one_pixel.png", Image.new("RGB", (1, 1), "red")),
+        ("palette.gif", Image.new("RGB", (64, 64), "green").convert("P")),
+        ("grey_alpha.png", Image.new("LA", (64, 64), (10, 200))),
+        ("cmyk.jpg", Image.new("CMYK", (64, 64))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pictures_of_any_mode_can_be_asked_about(model, tmp_path, capsys, name, image):
+    image.save(tmp_path / name)
+    assert main(["ask", str(tmp_path / name), "what is in the picture?", "--model", model]) == 0
+    assert capsys.readouterr().out
+
+
+def test_reconstruct_prints_how_near_the_copy_is(model, picture, tmp_path, capsys):
+    out = tmp_path / "again.png"
+    assert main(["reconstruct", picture, "--out", str(out), "--model", model]) == 0
+    line = capsys.readouterr().out
+    assert line.startswith("PSNR ")
+    assert line.endswith(" dB at 64x64\n")
+    assert float(line.split()[1]) > 0
+    assert out.exists()
+
+
+def test_evaluate_writes_every_score_and_how_it_was_measured(model, tmp_path, capsys):
+    out = tmp_path / "new" / "scores.json"
+    sizes = ["--prompts_per_category", "1", "--num_questions", "8", "--num_scenes", "2", "--seed", "3"]
+    assert main(["evaluate", model, "--out", str(out), *sizes]) == 0
+    scores = json.loads(out.read_text())
+    assert json.loads(capsys.readouterr().out) == scores
+    categories = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution", "mean")
+    expected = {*(f"t2i/{name}" for name in categories), "vqa/mean", "vqa/majority", "reconstruction/psnr",
+                "reconstruction/psnr_photos"}  # fmt: skip
+    assert expected <= set(scores)
+    settings = {"seed": 3, "difficulty": 1, "prompts_per_category": 1, "num_questions": 8, "num_scenes": 2}
+    assert {name: scores[name] for name in settings} == settings
+
+
+# Errors
+
+
+def test_a_missing_picture_is_named(model, capsys):
+    assert "nowhere.png" in error_of(capsys, "ask", "nowhere.png", "what?", "--model", model)
+
+
+def test_a_text_file_is_no_picture(model, tmp_path, capsys):
+    path = tmp_path / "text.png"
+    path.write_text("not a picture")
+    for command in (["ask", path, "what?"], ["reconstruct", path, "--out", tmp_path / "out.png"]):
+        assert f"{path} is not a picture" in error_of(capsys, *command, "--model", model)
+
+
+def test_a_picture_cut_short_is_no_picture(model, tmp_path, capsys):
+    path = tmp_path / "noise.png"
+    noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    assert f"{path} is not a picture" in error_of(capsys, "ask", path, "what?", "--model", model)
+
+
+def test_a_folder_is_no_picture(model, tmp_path, capsys):
+    assert str(tmp_path) in error_of(capsys, "ask", tmp_path, "what?", "--model", model)
+
+
+def test_an_empty_question_is_an_error(model, picture, capsys):
+    assert "empty" in error_of(capsys, "ask", picture, " ", "--model", model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--height", "30"], "multiple of the patch size 16"),
+        (["--height", "0"], "height=0"),
+        (["--num_inference_steps", "0"], "num_inference_steps=0"),
+    ],
+)
+def test_an_option_that_cannot_be_drawn_is_an_error(model, tmp_path, capsys, arguments, expected):
+    out = tmp_path / "cat.png"
+    assert expected in error_of(capsys, "generate", "a cat", "--out", out, "--model", model, *arguments)
+    assert not out.exists()
+
+
+def test_an_ending_that_is_no_format_is_an_error(model, tmp_path, capsys):
+    assert ".txt" in error_of(capsys, "generate", "a cat", "--out", tmp_path / "cat.txt", "--model", model)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["./no/such/folder", "/no/such/folder", "nobody/nothing", "a b"])
+def test_a_model_that_does_not_exist_is_an_error(picture, capsys, name):
+    assert name in error_of(capsys, "ask", picture, "what?", "--model", name)
+
+
+def test_a_folder_that_is_no_pipeline_is_an_error(picture, tmp_path, capsys):
+    assert "model_index.json" in error_of(capsys, "ask", picture, "what?", "--model", tmp_path)
+
+
+def test_weights_cut_short_are_an_error(model, picture, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    weights = copy / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert str(copy) in error_of(capsys, "ask", picture, "what?", "--model", copy)
+
+
+def test_weights_that_do_not_fit_their_config_are_an_error(model, picture, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "model" / "config.json").read_text())
+    config["text_config"]["intermediate_size"] *= 2
+    (copy / "model" / "config.json").write_text(json.dumps(config))
+    assert main(["ask", picture, "what?", "--model", str(copy)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"hydra ask: The weights of {copy} cannot be loaded")
+
+
+def test_a_config_that_is_no_json_is_an_error(model, picture, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    (copy / "model" / "config.json").write_text("{")
+    error_of(capsys, "ask", picture, "what?", "--model", copy)
+
+
+@pytest.mark.parametrize("name", ["prompts_per_category", "num_questions", "num_scenes"])
+def test_nothing_cannot_be_evaluated(model, tmp_path, capsys, name):
+    assert f"--{name} 0" in error_of(capsys, "evaluate", model, "--out", tmp_path / "scores.json", f"--{name}", "0")
+
+
+def test_an_unknown_difficulty_is_an_error(model, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    assert "difficulty=4" in error_of(capsys, "evaluate", model, "--out", out, "--difficulty", "4")
+
+
+# Training
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny.nothing", "nothing.tokenizer", "tiny.replace", "tiny.ATTENTION", ""])
+def test_a_recipe_that_does_not_exist_is_an_error(capsys, tmp_path, name):
+    assert repr(name) in error_of(capsys, "train", name, "--out", tmp_path)
+
+
+def test_a_recipe_that_trains_the_tokenizer_takes_none(capsys, tmp_path):
+    assert "takes no --tokenizer" in error_of(capsys, "train", "tiny.tokenizer", "--tokenizer", "x", "--out", tmp_path)
+
+
+def test_a_recipe_on_a_tokenizer_that_is_not_there_is_an_error(capsys, tmp_path):
+    error_of(capsys, "train", "tiny.hydra", "--tokenizer", tmp_path / "nowhere", "--out", tmp_path / "run")
+
+
+def test_a_run_without_steps_is_an_error(capsys, tmp_path):
+    assert "num_steps=0" in error_of(capsys, "train", "tiny.tokenizer", "--num_steps", "0", "--out", tmp_path)
+
+
+@pytest.mark.slow
+def test_train_runs_every_stage_of_a_recipe_and_a_second_call_none(capsys, tmp_path):
+    arguments = ["train", "tiny.tokenizer", "--num_steps", "2", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    final = str(tmp_path / "run" / "decoder" / "final")
+    assert lines == [f"tiny.tokenizer: stage {name}, 2 steps" for name in ("foundation", "decoder")] + [final]
+    HydraTokModel.from_pretrained(final)
+    shutil.rmtree(final)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines() == ["tiny.tokenizer: stage decoder, 2 steps", final]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines() == [final]
