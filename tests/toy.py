@@ -20,7 +20,13 @@ from hydra_hf.training.recipes import tiny
 from hydra_hf.training.toy_tokenizer import train_toy_tokenizer
 
 
-SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "patch_size": 16, "initializer_range": 0.1}
+SIZES = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "patch_size": 16,
+    "initializer_range": 0.1,
+}
 FLOW_DECODER = PixelFlowDecoderConfig(num_global_layers=1, num_flow_layers=1, prediction_type="sample", **SIZES)
 TOK_CONFIG = HydraTokConfig(
     num_gen_layers=1, num_sem_layers=1, image_size=64, latent_channels=4, decoder_config=FLOW_DECODER, **SIZES

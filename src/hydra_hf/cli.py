@@ -82,6 +82,7 @@ def _add_model(command: argparse.ArgumentParser, default: str) -> None:
 def generate(options: argparse.Namespace) -> None:
     import torch
 
+    _check_ending(options.out)
     image = _load(options.model)(
         options.prompt,
         negative_prompt=options.negative_prompt,
@@ -109,6 +110,7 @@ def reconstruct(options: argparse.Namespace) -> None:
     from hydra_hf import HydraReconstructionPipeline
     from hydra_hf.evaluation.metrics import psnr
 
+    _check_ending(options.out)
     original = _open(options.image)
     pipeline = _load(options.model)
     image_processor = pipeline.processor.image_processor
@@ -126,7 +128,6 @@ def reconstruct(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     from importlib import import_module
-
     from inspect import signature
 
     from hydra_hf.training.recipe import HydraRecipe, Recipe
@@ -182,7 +183,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _load(model: str):
-    """The pipeline in a folder or on the Hub, without bars; ValueError or OSError says what is wrong with it."""
+    """The pipeline in a folder or on the Hub, without bars; ValueError says what is wrong with it."""
     import diffusers
     import transformers
     from safetensors import SafetensorError
@@ -193,8 +194,8 @@ def _load(model: str):
     transformers.utils.logging.disable_progress_bar()
     try:
         return HydraPipeline.from_pretrained(model)
-    except (SafetensorError, RuntimeError) as error:  # a file cut short; weights that do not fit their config
-        raise ValueError(f"The weights of {model} cannot be loaded: {error}") from error
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: weights that do not fit their config
+        raise ValueError(f"The model {model} cannot be loaded: {error}") from error
 
 
 def _open(path: Path):
@@ -209,6 +210,14 @@ def _open(path: Path):
             raise  # the file system, not the picture
         raise ValueError(f"{path} is not a picture that can be read: {error}") from error
     return image
+
+
+def _check_ending(path: Path) -> None:
+    """Before the long part. Raises ValueError for a format that Pillow does not write."""
+    from PIL import Image
+
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"{path} cannot be written: {path.suffix!r} is no format of pictures, expected .png or .jpg.")
 
 
 def _save(image, path: Path) -> None:

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from toy import toy_language, toy_pipeline
 
 from hydra_hf.data.toy_checker import ToyChecker
 from hydra_hf.data.toy_language import CATEGORIES
 from hydra_hf.evaluation.generation import evaluate_generation
+from toy import toy_language, toy_pipeline
 
 
 KEYS = ["t2i/single_object", "t2i/two_objects", "t2i/counting", "t2i/colors", "t2i/position", "t2i/color_attribution",

@@ -3,10 +3,10 @@ from collections import defaultdict
 import pytest
 import torch
 from PIL import Image
-from toy import toy_language, toy_pipeline
 
 from hydra_hf.data.toy_language import QUESTION_TYPES
 from hydra_hf.evaluation.understanding import answer, evaluate_understanding
+from toy import toy_language, toy_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,9 @@ def test_answers_do_not_depend_on_the_batch(parts):
     pictures = [Image.new("RGB", (64, 64), color) for color in ("red", "white")]
     questions = ["what is in the picture?", "is there a cat?"]
     together = answer(*parts, pictures, questions, max_new_tokens=5)
-    alone = [answer(*parts, [picture], [question], max_new_tokens=5)[0] for picture, question in zip(pictures, questions)]
+    alone = [
+        answer(*parts, [picture], [question], max_new_tokens=5)[0] for picture, question in zip(pictures, questions)
+    ]
     assert together == alone
 
 

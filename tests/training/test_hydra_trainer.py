@@ -4,7 +4,6 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import toy_config, toy_language, toy_pipeline, toy_processor
 from torch import nn
 
 from hydra_hf.data.collate import collate
@@ -20,6 +19,7 @@ from hydra_hf.training.hydra_trainer import (
 )
 from hydra_hf.training.recipe import HydraRecipe, HydraStage
 from hydra_hf.training.tokenizer_trainer import step_generator
+from toy import toy_config, toy_language, toy_pipeline, toy_processor
 
 
 TOWER = "model.vision_tower."

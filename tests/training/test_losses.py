@@ -50,7 +50,11 @@ def test_weighted_sum_refuses_a_loss_without_a_weight():
 def tokenizer_outputs(config):
     torch.manual_seed(0)
     model, pixel_values = HydraTokForPreTraining(config), gaussian(2, 3, 32, 32).clamp(-1, 1)
-    noise = {"latent_noise": gaussian(2, 16, 4), "pixel_noise": gaussian(2, 16, 192), "sigma": torch.tensor([0.2, 1.0])}
+    noise = {
+        "latent_noise": gaussian(2, 16, 4),
+        "pixel_noise": gaussian(2, 16, 192),
+        "sigma": torch.tensor([0.2, 1.0]),
+    }
     return model(pixel_values, **noise), pixel_values
 
 

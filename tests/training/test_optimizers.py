@@ -39,7 +39,15 @@ def test_muon_gets_matrices_of_hidden_layers_only(tiny_model):
     optimizer = create_optimizer(tiny_model, EVERYTHING)
     names = names_of(tiny_model, optimizer, muon=True)
     assert all(name.endswith(".weight") and tiny_model.get_parameter(name).ndim == 2 for name in names)
-    others = ("embed_tokens", "lm_head", "embeddings", "modulation", "decoder.out_proj", "head.out_proj", "patch_embedding")
+    others = (
+        "embed_tokens",
+        "lm_head",
+        "embeddings",
+        "modulation",
+        "decoder.out_proj",
+        "head.out_proj",
+        "patch_embedding",
+    )
     assert not [name for name in names if any(other in name for other in others)]
     hidden = (
         "model.language_model.layers.0.self_attn.q_proj.weight",

@@ -27,10 +27,18 @@ from hydra_hf.training.tokenizer_trainer import (
 )
 
 
-SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "patch_size": 16, "initializer_range": 0.1}
+SIZES = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "patch_size": 16,
+    "initializer_range": 0.1,
+}
 VIT_DECODER = PixelViTDecoderConfig(num_hidden_layers=1, **SIZES)
 FLOW_DECODER = PixelFlowDecoderConfig(num_global_layers=1, num_flow_layers=1, prediction_type="sample", **SIZES)
-CONFIG = HydraTokConfig(num_gen_layers=1, num_sem_layers=1, image_size=64, latent_channels=4, use_cls_token=False, **SIZES)
+CONFIG = HydraTokConfig(
+    num_gen_layers=1, num_sem_layers=1, image_size=64, latent_channels=4, use_cls_token=False, **SIZES
+)
 FOUNDATION = TokenizerStage(
     name="foundation",
     num_steps=8,
@@ -181,7 +189,9 @@ def test_the_averaged_model_lags_behind_the_trained_one(make_trainer, tmp_path):
 
 
 def test_the_decoder_stage_leaves_the_encoder_as_it_was(finished):
-    first, second = (load_file(finished[0] / stage / "final" / "model.safetensors") for stage in ("foundation", "decoder"))
+    first, second = (
+        load_file(finished[0] / stage / "final" / "model.safetensors") for stage in ("foundation", "decoder")
+    )
     decoder = ("pixel_decoder", "bottleneck.decoder_up_proj")
     encoder = {name: value for name, value in first.items() if not name.startswith(decoder)}
     torch.testing.assert_close({name: second[name] for name in encoder}, encoder, rtol=0, atol=0)
@@ -254,7 +264,9 @@ def test_the_share_of_one_step_samples_is_that_of_sigma_one(make_trainer, tmp_pa
 @pytest.fixture
 def untrained(world) -> tuple[HydraTokModel, list[torch.Tensor]]:
     torch.manual_seed(0)
-    model = HydraTokForPreTraining(HydraTokConfig.from_dict({**CONFIG.to_dict(), "decoder_config": VIT_DECODER.to_dict()}))
+    model = HydraTokForPreTraining(
+        HydraTokConfig.from_dict({**CONFIG.to_dict(), "decoder_config": VIT_DECODER.to_dict()})
+    )
     return model.model.eval(), [toy_images(world, 5, step_generator(0, step)) for step in range(3)]
 
 

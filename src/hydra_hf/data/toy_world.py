@@ -78,7 +78,9 @@ class ToyWorld:
         self.shape_names = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)
         self.names = self.emoji_names + self.shape_names
         self.sprites = torch.cat([_load_emoji(self.num_emoji), _draw_shapes()])  # (V, 4, 32, 32), premultiplied
-        small = torch.nn.functional.interpolate(self.sprites, size=(FAR_SPRITE, FAR_SPRITE), mode="bilinear", antialias=True)
+        small = torch.nn.functional.interpolate(
+            self.sprites, size=(FAR_SPRITE, FAR_SPRITE), mode="bilinear", antialias=True
+        )
         self.sprites_of_size = {len(s[0, 0]): s.permute(0, 2, 3, 1) for s in (self.sprites, small)}
         count = len(self.names)
         self.test_pairs = torch.zeros(count, count, dtype=torch.bool)

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from ..modeling.flow import inference_sigmas
-from ..modeling.modeling_hydra import HydraForConditionalGeneration, ImagePrefix
+from ..modeling.image_generation import ImagePrefix
+from ..modeling.modeling_hydra import HydraForConditionalGeneration
 from ..modeling.processing_hydra import HydraProcessor
 
 

@@ -158,7 +158,9 @@ class HydraTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle; nothing reads it
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(
+            missing_ok=True
+        )  # a pickle; nothing reads it
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_state(Path(output_dir), "optimizer", self.optimizer.optimizer.state_dict())
@@ -170,6 +172,7 @@ class HydraTrainer(Trainer):
             return
         self.optimizer.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
         self.lr_scheduler.last_epoch = load_state(Path(checkpoint), "scheduler")["last_epoch"]
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the log says
         self.ema.load_state_dict(load_state(Path(checkpoint), "ema"))
 
     def _save_rng_state(self, output_dir: str) -> None:

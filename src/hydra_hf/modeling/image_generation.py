@@ -1,0 +1,157 @@
+"""Drawing with HYDRA: the prompt once, then only image tokens, step by step. HYDRA, section 2.2."""
+
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_bidirectional_mask
+
+from .flow import euler_step, inference_sigmas, resolution_shift
+from .prefix_cache import FrozenPrefixCache
+
+
+@dataclass
+class ImagePrefix:
+    """A prefilled prompt, ready to be drawn from: rows are the prompts, then the negative prompts in the same order."""
+
+    cache: FrozenPrefixCache
+    attention_mask: Tensor  # (rows, P)
+    masks: dict[int, Tensor] = field(default_factory=dict)  # number of image tokens -> attention mask of a step
+
+    def __len__(self) -> int:
+        return len(self.attention_mask)
+
+    def prompts_only(self, batch_size: int) -> "ImagePrefix":
+        """Without the negative prompts, for steps outside the guidance interval."""
+        rows = slice(batch_size)
+        return ImagePrefix(FrozenPrefixCache.from_cache(self.cache, rows), self.attention_mask[rows])
+
+
+class ImageGenerationMixin:
+    """What `GenerationMixin` is for text: for a model with `model`, `vision_head` and a `HydraConfig`."""
+
+    def get_sigma_shift(self, num_tokens: int) -> float:
+        """The shift of the noise levels for latents of `num_tokens`, the same in training and in sampling."""
+        if self.config.sigma_shift is not None:
+            return float(self.config.sigma_shift)
+        return resolution_shift(num_tokens * self.config.vision_config.latent_channels)
+
+    @apply_forward_hook
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None) -> ImagePrefix:
+        """Reads prompts (rows, P), left-padded, that end with <|vision_start|>; their cache is read-only from then on."""
+        if (input_ids[:, -1] != self.config.vision_start_token_id).any():
+            raise ValueError(
+                f"A prompt to draw from ends with vision_start_token_id={self.config.vision_start_token_id};"
+                f" the last tokens are {input_ids[:, -1].tolist()}. Pad on the left."
+            )
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.config.text_config)
+        self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+            pixel_values=pixel_values, use_cache=True,
+        )  # fmt: skip
+        return ImagePrefix(FrozenPrefixCache.from_cache(cache), attention_mask)
+
+    @apply_forward_hook
+    def denoise_step(
+        self, latents: Tensor, sigma: Tensor, prefix: ImagePrefix, guidance_scale: float | Tensor = 1.0
+    ) -> Tensor:
+        """Velocity (B, C, h, w) of latents at `sigma` (B,), guided when the prefix holds negative prompts as well.
+
+        Only image tokens run; Sem-ViT runs once for both branches and the language head not at all.
+        """
+        if len(prefix) not in (len(latents), 2 * len(latents)):
+            raise ValueError(f"A prefix of {len(prefix)} rows does not fit latents of {len(latents)} images.")
+        num_branches = len(prefix) // len(latents)
+        embeds = self.model.get_image_embeds(latents, sigma).repeat(num_branches, 1, 1)  # (rows, [1 +] N, D_llm)
+        states = self._image_states(embeds, prefix)  # (rows, N, D_llm)
+        velocity = self._draw(states, latents.repeat(num_branches, 1, 1, 1), sigma.repeat(num_branches))
+        if num_branches == 1:
+            return velocity
+        conditional, unconditional = velocity.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def _image_states(self, embeds: Tensor, prefix: ImagePrefix) -> Tensor:
+        num_rows, num_tokens = embeds.shape[:2]
+        embeds = embeds.to(self.get_input_embeddings().weight.dtype)
+        if num_tokens not in prefix.masks:
+            ones = prefix.attention_mask.new_ones(num_rows, num_tokens)
+            prefix.masks[num_tokens] = create_bidirectional_mask(
+                self.config.text_config, embeds, torch.cat([prefix.attention_mask, ones], dim=1),
+                past_key_values=prefix.cache, allow_is_bidirectional_skip=False,
+            )  # fmt: skip
+        position_ids = prefix.attention_mask.sum(-1, keepdim=True) + torch.arange(num_tokens, device=embeds.device)
+        outputs = self.model.language_model(
+            inputs_embeds=embeds, attention_mask=prefix.masks[num_tokens], position_ids=position_ids,
+            past_key_values=prefix.cache, use_cache=True,
+        )  # fmt: skip
+        return outputs.last_hidden_state[:, self.config.num_time_tokens :]
+
+    @apply_forward_hook
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Clean latents (B, C, h, w) of pixels (B, 3, H, W) in [-1, 1]."""
+        return self.model.get_latents(pixel_values)
+
+    @apply_forward_hook
+    def decode_latents(self, latents: Tensor, **kwargs) -> Tensor:
+        """Pixels (B, 3, H, W) of clean latents; see `HydraTokModel.decode`."""
+        return self.model.vision_tower.decode(latents, **kwargs).sample
+
+    @torch.no_grad()
+    def generate_images(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.5,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draws one image (3, H, W) in [-1, 1] for each prompt (B, P), left-padded; `HydraPipeline` has more options.
+
+        Args:
+            generator: draws the latents; None is torch's global generator, as in `generate`.
+        """
+        config, device = self.config, input_ids.device
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if (input_ids[:, -1] != config.vision_start_token_id).any():
+            start = input_ids.new_full((len(input_ids), 1), config.vision_start_token_id)
+            input_ids = torch.cat([input_ids, start], dim=1)
+            attention_mask = torch.cat([attention_mask, torch.ones_like(start)], dim=1)
+        prefix = self._prefill_with_null_prompt(input_ids, attention_mask, pixel_values, guidance_scale)
+        grid = self.get_latent_grid(height, width)
+        sigmas = inference_sigmas(num_inference_steps, self.get_sigma_shift(grid[0] * grid[1])).to(device)
+        sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        shape = (len(input_ids), config.vision_config.latent_channels, *grid)
+        latents = torch.randn(shape, generator=generator, device=device)
+        for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
+            velocity = self.denoise_step(latents, sigma.expand(len(latents)), prefix, guidance_scale)
+            latents = euler_step(latents, velocity, sigma, next_sigma)
+        return self.decode_latents(latents, generator=generator)
+
+    def get_latent_grid(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """(h, w) of the latents of an image; None is the tokenizer's own size. ValueError off the patch grid."""
+        patch, default = self.config.vision_config.patch_size, self.config.vision_config.image_size
+        height, width = default if height is None else height, default if width is None else width
+        if height % patch or width % patch or min(height, width) < patch:
+            raise ValueError(f"{height=} and {width=} must be positive multiples of the patch size {patch}.")
+        return height // patch, width // patch
+
+    def _prefill_with_null_prompt(self, input_ids, attention_mask, pixel_values, guidance_scale) -> ImagePrefix:
+        if guidance_scale == 1:
+            return self.prefill(input_ids, attention_mask, pixel_values)
+        if pixel_values is not None:
+            raise ValueError("Guidance for prompts with images is not supported yet; use guidance_scale=1.")
+        null = input_ids.new_tensor(self.config.null_prompt_ids).expand(len(input_ids), -1)
+        length = max(input_ids.shape[1], null.shape[1])
+        rows = [
+            nn.functional.pad(part, (length - part.shape[1], 0))
+            for part in (input_ids, null, attention_mask, torch.ones_like(null))
+        ]
+        return self.prefill(torch.cat(rows[:2]), torch.cat(rows[2:]))
