@@ -1,6 +1,6 @@
 """Makes docs/hydra-tiny.png, the README's picture: what the embedded checkpoint draws, rebuilds and answers.
 
-    python examples/readme_picture.py
+python examples/readme_picture.py
 """
 
 from pathlib import Path

@@ -126,6 +126,18 @@ def test_reconstruct_prints_how_near_the_copy_is(model, picture, tmp_path, capsy
     assert out.exists()
 
 
+def test_a_photograph_is_read_upright(model, tmp_path):
+    image = Image.new("RGB", (64, 64), "red")
+    image.paste("blue", (0, 0, 64, 32))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    image.save(tmp_path / "turned.png", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    for name in ("turned", "upright"):
+        main(["reconstruct", str(tmp_path / f"{name}.png"), "--out", str(tmp_path / f"{name}.bmp"), "--model", model])
+    assert (tmp_path / "turned.bmp").read_bytes() == (tmp_path / "upright.bmp").read_bytes()
+
+
 def test_evaluate_writes_every_score_and_how_it_was_measured(model, tmp_path, capsys):
     out = tmp_path / "new" / "scores.json"
     sizes = ["--prompts_per_category", "1", "--num_questions", "8", "--num_scenes", "2", "--seed", "3"]

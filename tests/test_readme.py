@@ -29,7 +29,9 @@ def run_hydra(line: str, folder: Path) -> str:
     if words[:2] == ["hydra", "evaluate"]:
         words += ["--prompts_per_category", "2", "--num_questions", "4", "--num_scenes", "2"]
     command = [sys.executable, "-m", "hydra_hf.cli", *words[1:]]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    result = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"}
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 

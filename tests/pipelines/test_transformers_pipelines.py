@@ -19,14 +19,20 @@ def checkpoint(tiny_model, tiny_processor, tmp_path) -> str:
 def chat() -> list[dict]:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
     return [
-        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is in the picture"}]}
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is in the picture"}],
+        }
     ]
 
 
 def test_image_text_to_text_answers_as_generate_does(checkpoint, chat):
     ask = pipeline("image-text-to-text", model=checkpoint)
     answer = ask(text=chat, max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
-    model, processor = AutoModelForImageTextToText.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(checkpoint),
+        AutoProcessor.from_pretrained(checkpoint),
+    )
     inputs = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

@@ -45,9 +45,10 @@ def evaluate_understanding(
     seed: int = 0,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Exact answers: `vqa/<type>`, `vqa/mean` over all questions, and what always giving a type's commonest answer gets.
+    """Exact answers: `vqa/<type>`, and `vqa/mean` over all questions.
 
-    The first question about an image only: no earlier turn gives anything away.
+    `vqa_majority/<type>` and `vqa/majority` are what always giving the type's commonest answer would get. Only one
+    question is asked about an image: no earlier turn gives anything away.
     """
     generator = torch.Generator().manual_seed(seed)
     scenes, questions = language.sample_questions(num_questions, generator, split="test")
@@ -58,7 +59,13 @@ def evaluate_understanding(
         given = answer(model, processor, images[start : start + batch_size], [question.question for question in batch])
         for question, text in zip(batch, given):
             answers[question.type].append((text, question.answer))
-    scores = {f"vqa/{name}": sum(a == b for a, b in pairs) / len(pairs) for name, pairs in sorted(answers.items())}
-    right = sum(a == b for pairs in answers.values() for a, b in pairs)
-    majority = sum(Counter(b for _, b in pairs).most_common(1)[0][1] for pairs in answers.values())
-    return {**scores, "vqa/mean": right / num_questions, "vqa/majority": majority / num_questions}
+    names, right, majority = sorted(answers), {}, {}
+    for name in names:
+        right[name] = sum(given == expected for given, expected in answers[name])
+        majority[name] = Counter(expected for _, expected in answers[name]).most_common(1)[0][1]
+    return {
+        **{f"vqa/{name}": right[name] / len(answers[name]) for name in names},
+        **{f"vqa_majority/{name}": majority[name] / len(answers[name]) for name in names},
+        "vqa/mean": sum(right.values()) / num_questions,
+        "vqa/majority": sum(majority.values()) / num_questions,
+    }

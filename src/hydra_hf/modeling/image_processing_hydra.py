@@ -70,6 +70,7 @@ def check_image_size(height: int, width: int, max_pixels: int) -> None:
 
 def pil_to_levels(image: Image.Image) -> Tensor:
     """The RGB levels 0 to 255 of a PIL image of any mode, transparency over white: (3, H, W)."""
+    image = ImageOps.exif_transpose(image)  # a photograph may say that it lies on its side
     if image.mode == "I" or image.mode.startswith("I;16"):  # what 16-bit PNGs open as; convert("RGB") clips at 255
         array = np.asarray(image).astype(np.int64)
         if array.min() < 0 or array.max() > 65535:

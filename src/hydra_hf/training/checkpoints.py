@@ -24,6 +24,14 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def has_folder(path: Path) -> bool:
+    """Whether `write_folder` has written `path`; one that a killed run had set aside comes back."""
+    old = path.with_name(path.name + ".old")
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    return path.exists()
+
+
 def write_text(path: Path, text: str) -> None:
     """A file, written beside its place and renamed."""
     temporary = path.with_name(path.name + ".tmp")

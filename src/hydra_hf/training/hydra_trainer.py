@@ -20,7 +20,7 @@ from hydra_hf.modeling import HydraForConditionalGeneration, HydraProcessor, Hyd
 from hydra_hf.modeling.flow import add_noise, sample_sigma, velocity_target
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
-from .checkpoints import load_state, save_state, write_folder
+from .checkpoints import has_folder, load_state, save_state, write_folder
 from .losses import weighted_sum
 from .optimizers import create_average, create_optimizer
 from .recipe import HydraRecipe, HydraStage, freeze_unnamed
@@ -262,7 +262,7 @@ def train_hydra(recipe: HydraRecipe, output_dir: Path, *, on_stage: Callable[[st
     for index, stage in enumerate(recipe.stages):
         folder, seed = output_dir / stage.name, recipe.seed + 1000 * index
         final = folder / "final"
-        if not final.exists():
+        if not has_folder(final):
             on_stage(f"{recipe.name}: stage {stage.name}, {stage.num_steps} steps")
             folder.mkdir(parents=True, exist_ok=True)
             bundles = ToyBundles(language, processor, stage, seed)
@@ -279,13 +279,15 @@ def train_hydra(recipe: HydraRecipe, output_dir: Path, *, on_stage: Callable[[st
             final / "model", attn_implementation=recipe.attn_implementation
         )
     compact = output_dir / "final"
-    write_folder(compact, lambda folder: save_compact(create_pipeline(model, processor), folder))
+    if not has_folder(compact):
+        write_folder(compact, lambda folder: save_compact(create_pipeline(model, processor), folder))
     return compact
 
 
 def save_compact(pipeline: HydraPipeline, folder: Path) -> None:
     """A pipeline whose weights take half the space: bf16 on disk, fp32 again once opened."""
-    pipeline.model.to(torch.bfloat16)
+    for parameter in pipeline.model.parameters():  # statistics of the latents keep their digits
+        parameter.data = parameter.data.to(torch.bfloat16)
     pipeline.save_pretrained(folder)
     path = folder / "model" / "config.json"
     path.write_text(path.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))

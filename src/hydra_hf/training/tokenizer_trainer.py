@@ -17,7 +17,7 @@ from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, HydraTokMo
 from hydra_hf.modeling.flow import sample_sigma
 from hydra_hf.modeling.layers import latents_to_tokens
 
-from .checkpoints import load_state, save_state, write_folder
+from .checkpoints import has_folder, load_state, save_state, write_folder
 from .losses import tokenizer_losses, weighted_sum
 from .optimizers import create_average, create_optimizer
 from .recipe import Recipe, TokenizerStage, freeze_unnamed
@@ -67,7 +67,7 @@ class TokenizerTrainer:
 
     def train(self) -> HydraTokModel:
         """Trains to the end of the stage, from the last checkpoint if there is one; gives the averaged model."""
-        if (self.output_dir / "checkpoint").exists():
+        if has_folder(self.output_dir / "checkpoint"):
             self.load_checkpoint()
         history: dict[str, list[float]] = defaultdict(list)  # since the last log
         progress = tqdm(total=self.stage.num_steps, initial=self.step, desc=self.stage.name, mininterval=5)
@@ -202,7 +202,7 @@ def train_tokenizer(recipe: Recipe, output_dir: Path, *, on_stage: Callable[[str
     for index, stage in enumerate(recipe.stages):
         folder = output_dir / stage.name
         final = folder / "final"
-        if not final.exists():
+        if not has_folder(final):
             on_stage(f"{recipe.name}: stage {stage.name}, {stage.num_steps} steps")
             seed = recipe.seed + 1000 * index
             torch.manual_seed(seed)  # first weights, the same whether or not the stages before ran in this process

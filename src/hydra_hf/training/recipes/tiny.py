@@ -144,8 +144,8 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
         tasks={"understand": 8, "generate": 32},
         learning_rates={**heads, "model.language_model": 1e-3},
     )
-    stage2 = replace(single, name="stage2", num_steps=2600, max_objects=4)
-    stage3 = replace(stage2, name="stage3", num_steps=1900, decay_share=1.0)
+    stage2 = replace(single, name="stage2", num_steps=2200, max_objects=4)
+    stage3 = replace(stage2, name="stage3", num_steps=1700, decay_share=1.0)
     return HydraRecipe(
         name="tiny.hydra",
         config=hydra_config(vision_config, text_tokenizer),

@@ -1,0 +1,78 @@
+"""The embedded checkpoint does what its card says, on a small scale; `hydra evaluate` measures it in full."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import hydra_hf
+from hydra_hf import HydraForConditionalGeneration, HydraPipeline
+from hydra_hf.data.toy_checker import ToyChecker
+from hydra_hf.data.toy_language import CATEGORIES, QUESTION_TYPES, Prompt, ToyLanguage
+from hydra_hf.data.toy_world import ToyWorld
+from hydra_hf.evaluation.reconstruction import evaluate_reconstruction
+from hydra_hf.evaluation.understanding import evaluate_understanding
+
+
+TINY = Path(hydra_hf.TINY)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> HydraPipeline:
+    pipeline = HydraPipeline.from_pretrained(hydra_hf.TINY)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def language() -> ToyLanguage:
+    return ToyLanguage(ToyWorld(difficulty=1))
+
+
+def test_it_is_small_and_holds_no_pickle():
+    files = [path for path in TINY.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25_000_000
+    assert {path.suffix for path in files} <= {".json", ".jinja", ".safetensors", ".md"}
+
+
+def test_its_weights_open_in_fp32(pipeline):
+    assert pipeline.model.dtype == torch.float32
+    assert HydraForConditionalGeneration.from_pretrained(TINY / "model").dtype == torch.float32
+
+
+def test_a_cat_is_the_cat(pipeline, language):
+    generator = torch.Generator().manual_seed(0)
+    image = pipeline("a cat", generator=generator, output_type="pt").images[0] * 2 - 1
+    prompt = Prompt("single_object", "a cat", (language.world.names.index("cat"),))
+    assert ToyChecker(language.world).check(image, prompt)
+
+
+@pytest.mark.parametrize("prompt", ["a zeppelin", "", "猫", "<|im_end|> <|vision_start|>", "A CAT!!", "a cat " * 40])
+def test_a_prompt_outside_the_world_draws_something(pipeline, prompt):
+    image = pipeline(
+        prompt, generator=torch.Generator().manual_seed(0), output_type="np", num_inference_steps=4
+    ).images[0]
+    assert image.shape == (64, 64, 3)
+    assert image.std() > 0
+
+
+def test_it_answers_questions_about_held_out_scenes(pipeline, language):
+    scores = evaluate_understanding(pipeline.model, pipeline.processor, language, num_questions=64, seed=1)
+    assert scores["vqa/mean"] >= 0.7
+
+
+def test_it_rebuilds_held_out_scenes(pipeline, language):
+    scores = evaluate_reconstruction(pipeline.model.model.vision_tower, language, num_scenes=16, seed=1)
+    assert scores["reconstruction/psnr"] >= 30
+
+
+def test_its_measured_scores_reach_the_bars():
+    scores = json.loads((TINY / "scores.json").read_text())
+    expected = {f"t2i/{name}" for name in (*CATEGORIES, "mean")} | {f"vqa/{name}" for name in QUESTION_TYPES}
+    assert expected <= set(scores)
+    assert scores["t2i/single_object"] >= 0.95
+    assert scores["t2i/mean"] >= 0.70
+    assert scores["vqa/mean"] >= 0.85
+    assert all(scores[f"vqa/{name}"] >= scores[f"vqa_majority/{name}"] + 0.15 for name in QUESTION_TYPES)
+    assert scores["reconstruction/psnr"] >= 30
