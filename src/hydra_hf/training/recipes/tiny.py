@@ -122,7 +122,8 @@ def processor(vision_config: HydraTokConfig, tokenizer) -> HydraProcessor:
 def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     """Stages I to III on a trained tokenizer; Gen-ViT, bottleneck and decoder stay frozen.
 
-    The language model starts from nothing, so stage I is short, and stage II begins with single objects (a curriculum).
+    The language model starts from nothing, so stage I is short; stage II begins with single objects and stage III with
+    pairs (a curriculum). Stage II is mostly drawing, stage III mostly questions.
     """
     text_tokenizer = train_toy_tokenizer(ToyLanguage(ToyWorld(difficulty=1)).corpus())
     vision_config = HydraTokConfig.from_pretrained(tokenizer)
@@ -144,12 +145,16 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
         tasks={"understand": 8, "generate": 32},
         learning_rates={**heads, "model.language_model": 1e-3},
     )
-    stage2 = replace(single, name="stage2", num_steps=2200, max_objects=4)
-    stage3 = replace(stage2, name="stage3", num_steps=1700, decay_share=1.0)
+    stage2 = replace(single, name="stage2", num_steps=1000, max_objects=4)
+    pairs = replace(
+        stage2, name="stage3_pairs", num_steps=700, tasks={"understand": 20, "generate": 8}, max_objects=2,
+        questions_per_image=5,
+    )  # fmt: skip
+    stage3 = replace(pairs, name="stage3", num_steps=1500, max_objects=4, decay_share=0.7)
     return HydraRecipe(
         name="tiny.hydra",
         config=hydra_config(vision_config, text_tokenizer),
-        stages=(stage1, single, stage2, stage3),
+        stages=(stage1, single, stage2, pairs, stage3),
         attn_implementation=ATTENTION,
         save_every=500,
         sample_every=500,
