@@ -125,10 +125,11 @@ def test_the_decoder_stage_freezes_the_encoder_of_the_tokenizer():
 
 def test_the_stages_of_tiny_hydra_follow_the_paper(hydra_recipe):
     assert isinstance(hydra_recipe.config, HydraConfig)
-    assert [stage.name for stage in hydra_recipe.stages] == ["stage1", "stage2_single", "stage2", "stage3"]
-    assert [stage.max_objects for stage in hydra_recipe.stages] == [1, 1, 4, 4]
-    assert [set(stage.tasks) for stage in hydra_recipe.stages] == [{"understand", "generate"}] * 4
-    assert [stage.tasks["generate"] / stage.tasks["understand"] for stage in hydra_recipe.stages] == [3, 4, 4, 4]
+    names = ["stage1", "stage2_single", "stage2", "stage3_pairs", "stage3"]
+    assert [stage.name for stage in hydra_recipe.stages] == names
+    assert [stage.max_objects for stage in hydra_recipe.stages] == [1, 1, 4, 2, 4]
+    assert [set(stage.tasks) for stage in hydra_recipe.stages] == [{"understand", "generate"}] * 5
+    assert [stage.tasks["generate"] / stage.tasks["understand"] for stage in hydra_recipe.stages] == [3, 4, 4, 0.4, 0.4]
 
 
 def test_stage_one_freezes_the_language_model(hydra_recipe, hydra_model):

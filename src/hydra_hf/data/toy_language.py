@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .sample import Sample
-from .toy_world import COLORS, MAX_OBJECTS, NEAR, SHAPES, Scenes, ToyWorld, check_split, is_held_out
+from .toy_world import CANVAS, COLORS, MAX_OBJECTS, NEAR, SHAPES, Scenes, ToyWorld, check_split, is_held_out
 
 
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
@@ -14,6 +14,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 TEMPLATES = ("{}", "a picture of {}", "draw {}", "{} on a plain background")  # the first, bare one is never held out
 QUESTION_TYPES = ("what", "color", "count", "exist", "horizontal", "vertical", "nearer")
 NUMBERS = ("zero", "one", "two", "three", "four")
+DESCRIBE = "what do you see?"
 PLURALS = {"fish": "fish"}
 
 
@@ -51,6 +52,19 @@ def plural(name: str) -> str:
     else:
         last += "s"
     return f"{head} {last}".strip()
+
+
+def place_of(center: tuple[int, int]) -> str:
+    """Where an object with this center (x, y) stands, in words."""
+    third = CANVAS // 8
+    column, row = (0 if c < CANVAS // 2 - third else 2 if c > CANVAS // 2 + third else 1 for c in center)
+    if row == column == 1:
+        return "in the middle"
+    if row == 1:
+        return ("on the left", "", "on the right")[column]
+    if column == 1:
+        return ("at the top", "", "at the bottom")[row]
+    return f"{('top', '', 'bottom')[row]} {('left', '', 'right')[column]}"
 
 
 class ToyLanguage:
@@ -123,10 +137,14 @@ class ToyLanguage:
         is_column = torch.tensor([prompt.relation in ("above", "below") for prompt in prompts])
         return self.world.arrange(objects, is_column, torch.full(objects.shape, NEAR), generator)
 
-    def caption(self, scenes: Scenes, index: int) -> str:
-        """The objects of scene `index` in reading order: "a cat, a dog and a red circle"."""
-        names = [with_article(self.world.names[i]) for i in scenes.objects[index].tolist() if i >= 0]
-        return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    def describe(self, scenes: Scenes, index: int) -> str:
+        """All of scene `index` in reading order: "a near cat on the left and a far red circle on the right"."""
+        facts = _SceneFacts(self.world, scenes, index)
+        parts = [
+            f"a {'near' if distance == NEAR else 'far'} {name} {place_of(center)}"
+            for name, distance, center in zip(facts.names, facts.distances, facts.centers)
+        ]
+        return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
     # Questions
 
@@ -221,15 +239,21 @@ class ToyLanguage:
         max_objects: int = MAX_OBJECTS,
         split: str = "train",
     ) -> list[Sample]:
-        """Conversations about one image each, the last turn a description."""
+        """Conversations about one image each: questions and a description, which comes first in half of them.
+
+        What the description has said can be looked up in it: so the model learns to look things up in text, then in
+        pictures.
+        """
         scenes = self.world.sample_scenes(num_samples, generator, split=split, max_objects=max_objects)
         rng, samples = _random_from(generator), []
         for index, image in enumerate(self.world.render(scenes)):
-            turns = [("user", image)]
-            for question in self.questions(scenes, index, questions_per_image - 1, rng):
-                turns += [("user", question.question), ("assistant", question.answer)]
-            turns += [("user", "what do you see?"), ("assistant", self.caption(scenes, index))]
-            samples.append(_chat("understand", turns))
+            turns = [
+                (question.question, question.answer)
+                for question in self.questions(scenes, index, questions_per_image - 1, rng)
+            ]
+            turns.insert(0 if rng.random() < 0.5 else len(turns), (DESCRIBE, self.describe(scenes, index)))
+            messages = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn)]
+            samples.append(_chat("understand", [("user", image), *messages]))
         return samples
 
     def sample_questions(
@@ -251,7 +275,8 @@ class ToyLanguage:
             "what is in the picture?", "what is on the left?", "what is on the right?", "what is at the top?",
             "what is at the bottom?", "how many objects are there?", "is there a cat? yes no",
             "is the cat left or right of the dog?", "is the cat above or below the dog?",
-            "which is nearer, the cat or the dog?", "what do you see? a cat, a dog and an apple",
+            "which is nearer, the cat or the dog?", DESCRIBE,
+            "a near cat in the middle, a far dog top left, top right, bottom left and bottom right",
         ]  # fmt: skip
         return texts
 

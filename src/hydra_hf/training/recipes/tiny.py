@@ -147,7 +147,7 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     )
     stage2 = replace(single, name="stage2", num_steps=1000, max_objects=4)
     pairs = replace(
-        stage2, name="stage3_pairs", num_steps=700, tasks={"understand": 20, "generate": 8}, max_objects=2,
+        stage2, name="stage3_pairs", num_steps=500, tasks={"understand": 20, "generate": 8}, max_objects=2,
         questions_per_image=5,
     )  # fmt: skip
     stage3 = replace(pairs, name="stage3", num_steps=1500, max_objects=4, decay_share=0.7)
