@@ -129,7 +129,13 @@ def test_the_stages_of_tiny_hydra_follow_the_paper(hydra_recipe):
     assert [stage.name for stage in hydra_recipe.stages] == names
     assert [stage.max_objects for stage in hydra_recipe.stages] == [1, 1, 4, 2, 4]
     assert [set(stage.tasks) for stage in hydra_recipe.stages] == [{"understand", "generate"}] * 5
-    assert [stage.tasks["generate"] / stage.tasks["understand"] for stage in hydra_recipe.stages] == [3, 4, 4, 0.4, 0.4]
+    assert [stage.tasks["generate"] / stage.tasks["understand"] for stage in hydra_recipe.stages] == [
+        3,
+        4,
+        4,
+        0.4,
+        0.4,
+    ]
 
 
 def test_stage_one_freezes_the_language_model(hydra_recipe, hydra_model):
