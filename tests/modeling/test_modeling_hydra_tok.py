@@ -520,6 +520,7 @@ BAD_PIXELS = {
     "height": (torch.zeros(1, 3, 9, 8), "height=9.*multiples of the patch size 4"),
     "width": (torch.zeros(1, 3, 8, 6), "width=6.*multiples of the patch size 4"),
     "empty": (torch.zeros(1, 3, 0, 8), "height=0"),
+    "none": (torch.zeros(0, 3, 8, 8), "no picture"),
 }
 
 

@@ -13,6 +13,7 @@ CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", 
 RELATIONS = ("left of", "right of", "above", "below")
 TEMPLATES = ("{}", "a picture of {}", "draw {}", "{} on a plain background")  # the first, bare one is never held out
 QUESTION_TYPES = ("what", "color", "count", "exist", "horizontal", "vertical", "nearer")
+RELATION_TYPES = ("horizontal", "vertical", "nearer")
 NUMBERS = ("zero", "one", "two", "three", "four")
 DESCRIBE = "what do you see?"
 PLURALS = {"fish": "fish"}
@@ -148,12 +149,15 @@ class ToyLanguage:
 
     # Questions
 
-    def questions(self, scenes: Scenes, index: int, num_questions: int, rng: random.Random) -> list[Question]:
-        """Questions about scene `index`, their types uniform over those that it allows."""
+    def questions(
+        self, scenes: Scenes, index: int, num_questions: int, rng: random.Random, relation_weight: int = 1
+    ) -> list[Question]:
+        """Questions about scene `index`, their types uniform over those that it allows; relations may weigh more."""
         scene = _SceneFacts(self.world, scenes, index)
         makers = {name: getattr(self, f"_ask_{name}") for name in QUESTION_TYPES}
         possible = [name for name, maker in makers.items() if maker(scene, random.Random(0)) is not None]
-        return [makers[rng.choice(possible)](scene, rng) for _ in range(num_questions)]
+        weights = [relation_weight if name in RELATION_TYPES else 1 for name in possible]
+        return [makers[name](scene, rng) for name in rng.choices(possible, weights, k=num_questions)]
 
     def _ask_what(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
         if len(scene.names) == 1:
@@ -237,6 +241,7 @@ class ToyLanguage:
         questions_per_image: int,
         *,
         max_objects: int = MAX_OBJECTS,
+        relation_weight: int = 1,
         split: str = "train",
     ) -> list[Sample]:
         """Conversations about one image each: questions and a description, which comes first in half of them.
@@ -249,7 +254,7 @@ class ToyLanguage:
         for index, image in enumerate(self.world.render(scenes)):
             turns = [
                 (question.question, question.answer)
-                for question in self.questions(scenes, index, questions_per_image - 1, rng)
+                for question in self.questions(scenes, index, questions_per_image - 1, rng, relation_weight)
             ]
             turns.insert(0 if rng.random() < 0.5 else len(turns), (DESCRIBE, self.describe(scenes, index)))
             messages = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn)]

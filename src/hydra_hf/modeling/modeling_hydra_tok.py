@@ -301,11 +301,10 @@ class HydraTokModel(HydraTokPreTrainedModel):
                 f"pixel_values {tuple(pixel_values.shape)} of {pixel_values.dtype} must be floats (B, {channels}, H, W)."
             )
         height, width = pixel_values.shape[-2:]
-        if height % patch or width % patch or not pixel_values.numel():
-            raise ValueError(
-                f"pixel_values {tuple(pixel_values.shape)}: at least one picture was expected, with height and width"
-                f" positive multiples of the patch size {patch}."
-            )
+        if height % patch or width % patch or not height * width:
+            raise ValueError(f"{height=} and {width=} must be positive multiples of the patch size {patch}.")
+        if not len(pixel_values):
+            raise ValueError(f"pixel_values {tuple(pixel_values.shape)} hold no picture, expected at least one.")
         return height // patch, width // patch
 
     def _pixel_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,11 @@ class ToyBundles(Dataset):
             )
         if task == "understand":
             return self.language.understand_samples(
-                count, generator, stage.questions_per_image, max_objects=stage.max_objects
+                count,
+                generator,
+                stage.questions_per_image,
+                max_objects=stage.max_objects,
+                relation_weight=stage.relation_weight,
             )
         raise ValueError(f"{task=} of stage {stage.name!r} is not one that the toy world has: generate, understand.")
 

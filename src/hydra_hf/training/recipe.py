@@ -91,6 +91,7 @@ class HydraStage(Stage):
     tasks: task -> samples in a batch; the ratios of the papers, times a batch size.
     max_objects: scenes of the toy world have at most so many objects (a curriculum).
     questions_per_image: turns of one conversation about one image.
+    relation_weight: how much oftener a question of left, above or nearer is asked than one of another type.
     drop_prompt: share of prompts replaced by the empty one, for guidance.
     """
 
@@ -98,6 +99,7 @@ class HydraStage(Stage):
     loss_weights: HydraLossWeights = field(default_factory=HydraLossWeights)
     max_objects: int = 4
     questions_per_image: int = 4
+    relation_weight: int = 1
     drop_prompt: float = 0.1
 
 
