@@ -199,8 +199,8 @@ def _load(model: str):
 
 
 def _open(path: Path):
-    """An upright picture; OSError or ValueError says what is wrong with it."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    """A picture; OSError or ValueError says what is wrong with it."""
+    from PIL import Image, UnidentifiedImageError
 
     try:
         image = Image.open(path)
@@ -209,7 +209,7 @@ def _open(path: Path):
         if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError) and error.errno is not None:
             raise  # the file system, not the picture
         raise ValueError(f"{path} is not a picture that can be read: {error}") from error
-    return ImageOps.exif_transpose(image)
+    return image
 
 
 def _check_ending(path: Path) -> None:

@@ -24,7 +24,7 @@ def evaluate_reconstruction(
 ) -> dict[str, float]:
     """Mean PSNR in dB: `reconstruction/psnr` on held-out scenes, `reconstruction/psnr_photos` on scikit-image's photographs."""
     generator = torch.Generator().manual_seed(seed)
-    scenes, _ = language.sample_questions(num_scenes, generator, split="test")
+    scenes = language.world.sample_scenes(num_scenes, generator, split="test")
     pixel_values = language.world.render(scenes)
     crops = photo_crops(pixel_values.shape[-1])
     return {
