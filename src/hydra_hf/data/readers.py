@@ -1,0 +1,275 @@
+"""Images, captions and conversations of several data sets: sample number n of a task, whoever asks for it."""
+
+import logging
+import math
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydra_hf.modeling import HydraImageProcessor
+
+from .records import Columns, RecordReader, UnreadableRecordError, find_columns, fits_task
+from .sample import TASKS, Sample
+from .tables import HUB, Stream, Table, find_files, open_dataset, permutation, read_record, reading
+
+
+logger = logging.getLogger(__name__)
+
+READABLE_TASKS = ("text", "understand", "generate")
+BLOCK = 1024  # numbers over which the shares of sources are exact
+MAX_TRIES = 1000
+NUM_PROBES = 16  # rows whose columns are looked at: one sample of a tar may lack some
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One data set for one task.
+
+    Args:
+        path: folder of images, *.json, *.jsonl, *.parquet or *.tar (globs, {000..123}), or hub:owner/name.
+        weight: share of the task's samples, relative to the task's other sources.
+        split: of a data set on the Hub; of all others a slice, such as "train[:1000]".
+        image_root: folder of image paths in JSON and parquet; that of the first file when None.
+        streaming: read in the files' order, without a copy or an index in the cache, for what is too large for one.
+    """
+
+    task: str
+    path: str
+    weight: float = 1.0
+    split: str = "train"
+    image_root: str | None = None
+    streaming: bool = False
+
+    def __post_init__(self):
+        if self.task not in READABLE_TASKS:
+            reason = "comes later" if self.task in TASKS else "is not a task"
+            raise ValueError(f"task={self.task!r} {reason}: data sets are read for {READABLE_TASKS}.")
+        if not self.path.removeprefix(HUB):
+            raise ValueError(f"The source of task {self.task!r} has an empty path.")
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(f"{self.path}: weight={self.weight} must be a number above 0.")
+
+
+def parse_source(text: str) -> Source:
+    """The source written as `understand=llava.jsonl,image_root=images,weight=2`. ValueError for what is not so."""
+    task, separator, rest = text.partition("=")
+    path, *settings = rest.split(",")
+    if not separator:
+        raise ValueError(f"The source {text!r} is not TASK=PATH, such as generate=images/*.tar,weight=2.")
+    known = {field.name for field in fields(Source) if field.default is not MISSING}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in known or not value or name in values:
+            raise ValueError(
+                f"The source {text!r} has {setting!r}, expected NAME=VALUE of {sorted(known)}, each once."
+            )
+        values[name] = value
+    try:
+        values["weight"] = float(values.get("weight", 1))
+        values["streaming"] = {"true": True, "false": False}[values.get("streaming", "false")]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"The source {text!r} has {error.args[0]!r}, expected a number or true or false.") from error
+    return Source(task=task, path=path, **values)
+
+
+class SourceMix:
+    """Numbers to records of weighted sources: a function of the seed and the number, or, where a source is streamed,
+    the next record of this process.
+
+    Shares are exact over 1024 numbers. Every source is read in epochs, each a permutation of its records.
+
+    Args:
+        accepts: whether records of a source with these columns can be used.
+
+    Raises ValueError for sources that cannot be read, are empty or not accepted, or get less than one number of 1024.
+    """
+
+    def __init__(
+        self,
+        sources: tuple[Source, ...],
+        image_processor: HydraImageProcessor,
+        seed: int,
+        accepts: Callable[[Source, Columns], bool],
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        self.sources, self.seed, self.num_processes = sources, seed, num_processes
+        self.num_skipped: dict[str, int] = defaultdict(int)  # "path: reason" -> records
+        self.counts = _counts_in_block(sources)
+        self.tables, self.readers = [], []
+        for index, source in enumerate(sources):
+            dataset = open_dataset(source.path, source.split, source.streaming)
+            table = (
+                Stream(dataset, process_index, num_processes) if source.streaming else Table(dataset, (seed, index))
+            )
+            columns = _columns_of(source, table)
+            if not accepts(source, columns):
+                raise ValueError(
+                    f"{source.path} has the columns {columns.names}: no images, captions or conversations for the task "
+                    f"{source.task!r}, see the formats in hydra_hf.data.records."
+                )
+            self.tables.append(table)
+            self.readers.append(RecordReader(columns, _image_root(source), image_processor))
+
+    def place_of(self, number: int) -> tuple[int, int]:
+        """The source of a number, and which of the source's own numbers it is."""
+        block, place = divmod(number, BLOCK)
+        bounds = torch.tensor(self.counts).cumsum(0)
+        sources = torch.bucketize(permutation(BLOCK, self.seed, "block", block), bounds, right=True)  # of each place
+        index = int(sources[place])
+        return index, block * self.counts[index] + int((sources[:place] == index).sum())
+
+    def read(self, number: int, convert: Callable[[RecordReader, dict], Any]) -> Any:
+        """What `convert` makes of the number's record, or of the next candidate that it can read.
+
+        None if this process's share of a stream is empty. ValueError if nothing in 1000 tries can be read.
+        """
+        index, own_number = self.place_of(number)
+        place = None
+        for place, row in islice(self.tables[index].candidates(own_number), MAX_TRIES):
+            try:
+                return convert(self.readers[index], read_record(row))
+            except UnreadableRecordError as error:
+                self._skip(self.sources[index], place, error)
+        if place is None:
+            return None
+        raise ValueError(
+            f"{self.sources[index].path}: none of {MAX_TRIES} records can be read; {dict(self.num_skipped)}."
+        )
+
+    def _skip(self, source: Source, place: int, error: UnreadableRecordError) -> None:
+        key = f"{source.path}: {error}"
+        self.num_skipped[key] += 1
+        if self.num_skipped[key] == 1:
+            reason = f"{error} ({error.__cause__})" if error.__cause__ else error
+            logger.warning("Record %d of %s is skipped, and so will be others: %s.", place, source.path, reason)
+
+    @property
+    def is_streaming(self) -> bool:
+        return any(source.streaming for source in self.sources)
+
+    def state_dict(self) -> dict:
+        """Where the streams of this process stand, for JSON; {} without streams."""
+        if not self.is_streaming:
+            return {}
+        streams = {index: stream.state_dict() for index, stream in self._streams().items()}
+        return {"num_processes": self.num_processes, "streams": streams}
+
+    def load_state_dict(self, state: dict) -> None:
+        """ValueError if the state is of other sources or of another number of processes."""
+        streams = self._streams()
+        saved = state.get("streams", {})
+        if saved.keys() != streams.keys() or (saved and state["num_processes"] != self.num_processes):
+            raise ValueError(
+                f"The position {state} is not one of the streams of {[source.path for source in self.sources]} in "
+                f"{self.num_processes} processes; a stream goes on only as it was shared out."
+            )
+        for index, stream in streams.items():
+            stream.load_state_dict(saved[index])
+
+    def _streams(self) -> dict[str, Stream]:
+        return {str(index): table for index, table in enumerate(self.tables) if isinstance(table, Stream)}
+
+
+class TaskReader(SourceMix):
+    """Sample `n` of one task; a function of the seed and n, but in order where a source is streamed.
+
+    Args:
+        drop_prompt: share of samples of task "generate" whose prompt is empty, for guidance.
+    """
+
+    def __init__(
+        self,
+        sources: tuple[Source, ...],
+        image_processor: HydraImageProcessor,
+        seed: int,
+        *,
+        drop_prompt: float = 0.0,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        tasks = {source.task for source in sources}
+        if len(tasks) != 1:
+            raise ValueError(f"Got sources of the tasks {sorted(tasks)}, expected one task.")
+        self.task, self.drop_prompt = tasks.pop(), drop_prompt
+        super().__init__(sources, image_processor, seed, _fits, process_index, num_processes)
+
+    def __getitem__(self, number: int) -> Sample | None:
+        """None if this process's share of a stream is empty."""
+        sample = self.read(number, lambda reader, record: reader.sample(record, self.task))
+        is_dropped = random.Random(repr((self.seed, "prompt", number))).random() < self.drop_prompt
+        if sample is None or self.task != "generate" or not is_dropped:
+            return sample
+        empty = {"role": "user", "content": [{"type": "text", "text": ""}]}
+        return replace(sample, messages=[empty, *sample.messages[1:]])
+
+
+def create_readers(
+    sources: tuple[Source, ...],
+    tasks: dict[str, int],
+    image_processor: HydraImageProcessor,
+    seed: int,
+    *,
+    drop_prompt: float = 0.0,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> dict[str, TaskReader]:
+    """A reader for every task that has samples. ValueError for one without a source; sources of other tasks stay shut."""
+    readers = {}
+    for task in (task for task, count in tasks.items() if count):
+        own = tuple(source for source in sources if source.task == task)
+        if not own:
+            raise ValueError(f"There is no data for the task {task!r}, expected a source such as {task}=PATH.")
+        readers[task] = TaskReader(
+            own, image_processor, seed,
+            drop_prompt=drop_prompt, process_index=process_index, num_processes=num_processes,
+        )  # fmt: skip
+    return readers
+
+
+def _fits(source: Source, columns: Columns) -> bool:
+    return fits_task(columns, source.task)
+
+
+def _counts_in_block(sources: tuple[Source, ...]) -> list[int]:
+    """How many of 1024 numbers each source gets, by the largest remainder."""
+    total = sum(source.weight for source in sources)
+    shares = [BLOCK * source.weight / total for source in sources]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+    for index in by_remainder[: BLOCK - sum(counts)]:
+        counts[index] += 1
+    for source, count in zip(sources, counts):
+        if not count:
+            raise ValueError(f"{source.path}: weight={source.weight} of {total} in all is less than one in {BLOCK}.")
+    return counts
+
+
+def _columns_of(source: Source, table: Table | Stream) -> Columns:
+    """What the first rows have. ValueError if there are none."""
+    names = set()
+    with reading(source.path):  # a stream opens its files now
+        rows = list(islice(table.first_rows(), NUM_PROBES))
+    if not rows:
+        raise ValueError(f"{source.path} has no records.")
+    for row in rows:
+        try:
+            names |= set(read_record(row))
+        except UnreadableRecordError:
+            continue
+    is_folder = Path(source.path).is_dir()
+    has_text_files = is_folder and next(Path(source.path).rglob("*.txt"), None) is not None
+    return find_columns(names, has_text_files, table.class_names)
+
+
+def _image_root(source: Source) -> Path:
+    if source.image_root is not None:
+        return Path(source.image_root)
+    return Path() if source.path.startswith(HUB) else Path(find_files(source.path)[0]).parent

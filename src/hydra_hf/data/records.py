@@ -1,0 +1,270 @@
+"""Records of data sets to samples: which columns say what, and what is wrong with a record."""
+
+import base64
+import json
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from hydra_hf.modeling import HydraImageProcessor
+from hydra_hf.modeling.image_processing_hydra import check_image_size
+
+from .sample import Sample
+
+
+IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "images")  # the first that a record has counts
+CAPTION_COLUMNS = ("txt", "caption", "text")
+CHAT_COLUMNS = ("messages", "conversations")
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+IMAGE_PLACEHOLDER = "<image>"
+DESCRIBE = "Describe the image."  # our choice: the question whose answer is a caption
+MAX_CHARACTERS = 32_768  # of one record (our choice): a longer one would not fit a step's memory, today and on resume
+MAX_IMAGES = 16  # of one record (our choice)
+
+
+class UnreadableRecordError(Exception):
+    """A record that is passed over; the text is the reason, the same for all records with the same fault."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the records of a data set have what.
+
+    Args:
+        names: all columns.
+        images: columns that may hold an image or a list of them.
+        chat: column of the turns, "" if there is none.
+        caption: column of the caption, "" if there is none.
+        has_text_files: captions are .txt files beside the images.
+        class_names: captions by class number, when `caption` is "label".
+    """
+
+    names: tuple[str, ...]
+    images: tuple[str, ...] = ()
+    chat: str = ""
+    caption: str = ""
+    has_text_files: bool = False
+    class_names: tuple[str, ...] = ()
+
+
+def find_columns(names: set[str], has_text_files: bool, class_names: tuple[str, ...]) -> Columns:
+    """What is recognised among the columns; class names are a caption only if nothing else is."""
+    images = tuple(name for name in IMAGE_COLUMNS if name in names)
+    chat = next((name for name in CHAT_COLUMNS if name in names), "")
+    caption = next((name for name in CAPTION_COLUMNS if name in names), "")
+    is_class_only = bool(class_names) and not (caption or chat or has_text_files)
+    return Columns(
+        names=tuple(sorted(names)),
+        images=images,
+        chat=chat,
+        caption="label" if is_class_only else caption,
+        has_text_files=has_text_files and not caption,
+        class_names=class_names if is_class_only else (),
+    )
+
+
+def fits_task(columns: Columns, task: str) -> bool:
+    """Whether records with these columns can be samples of `task`."""
+    has_caption = bool(columns.images) and bool(columns.caption or columns.has_text_files)
+    return {"text": bool(columns.chat), "understand": bool(columns.chat) or has_caption, "generate": has_caption}[task]
+
+
+class RecordReader:
+    """Records of one data set to samples, and to images alone. Whatever is wrong is an `UnreadableRecordError`.
+
+    Args:
+        image_root: the folder of image paths.
+    """
+
+    def __init__(self, columns: Columns, image_root: Path, image_processor: HydraImageProcessor):
+        self.columns, self.image_root, self.image_processor = columns, image_root, image_processor
+
+    def sample(self, record: dict, task: str) -> Sample:
+        if task == "generate":
+            return Sample(task=task, messages=self._generation(record))
+        messages = self._conversation(record) if self.columns.chat else self._description(record)
+        parts = [part for message in messages for part in message["content"]]
+        if sum(len(part["text"]) for part in parts if part["type"] == "text") > MAX_CHARACTERS:
+            raise UnreadableRecordError(f"more than {MAX_CHARACTERS} characters")
+        images = [part for part in parts if part["type"] == "image"]
+        if task == "understand" and not images:
+            raise UnreadableRecordError("no image")
+        if task == "text" and images:
+            raise UnreadableRecordError("images in a sample of text")
+        for part in images:
+            part["image"] = self.pixel_values(part["image"])
+        return Sample(task=task, messages=messages)
+
+    def image(self, record: dict) -> Tensor:
+        """The record's first image (3, H, W) in [-1, 1]."""
+        images = self._images(record)
+        if not images:
+            raise UnreadableRecordError("no image")
+        return self.pixel_values(images[0])
+
+    # Captions
+
+    def _generation(self, record: dict) -> list[dict]:
+        caption = self._caption(record)
+        if len(caption) > MAX_CHARACTERS:
+            raise UnreadableRecordError(f"more than {MAX_CHARACTERS} characters")
+        image = {"type": "image", "image": self.pixel_values(self._one_image(record))}
+        return [{"role": "user", "content": [_text(caption)]}, {"role": "assistant", "content": [image]}]
+
+    def _description(self, record: dict) -> list[dict]:
+        image = {"type": "image", "image": self._one_image(record)}
+        answer = {"role": "assistant", "content": [_text(self._caption(record))]}
+        return [{"role": "user", "content": [image, _text(DESCRIBE)]}, answer]
+
+    def _caption(self, record: dict) -> str:
+        if self.columns.has_text_files:
+            caption = self._text_beside(record)
+        else:
+            caption = record.get(self.columns.caption)
+            if self.columns.class_names:
+                caption = dict(enumerate(self.columns.class_names)).get(caption, "").replace("_", " ")
+        if not isinstance(caption, str) or not caption.strip():
+            raise UnreadableRecordError("no caption")
+        return caption.strip()
+
+    def _text_beside(self, record: dict) -> str:
+        path = Path(self._one_image(record)["path"]).with_suffix(".txt")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UnreadableRecordError("no readable .txt beside the image") from error
+
+    # Conversations
+
+    def _conversation(self, record: dict) -> list[dict]:
+        turns = record.get(self.columns.chat)
+        if not isinstance(turns, list) or not turns:
+            raise UnreadableRecordError("no turns")
+        messages = [_message(turn) for turn in turns]
+        if not any(message["role"] == "assistant" for message in messages):
+            raise UnreadableRecordError("no turn of an assistant")
+        places = [(message["role"], part) for message in messages for part in message["content"] if "image" in part]
+        if any(role != "user" for role, _ in places):
+            raise UnreadableRecordError("an image outside the user's turns")
+        if len(places) > MAX_IMAGES:
+            raise UnreadableRecordError(f"more than {MAX_IMAGES} images")
+        open_places = [part for _, part in places if part["image"] is None]
+        images = self._images(record)
+        if len(open_places) != len(images):
+            raise UnreadableRecordError("not as many images as placeholders")
+        for part, image in zip(open_places, images):
+            part["image"] = image
+        return messages
+
+    # Images
+
+    def _images(self, record: dict) -> list:
+        """What the record has in its first filled image column, undecoded."""
+        values = [record[name] for name in self.columns.images if record.get(name) not in (None, "", b"", [])]
+        if not values:
+            return []
+        value = _list_in(values[0], start="[")  # written so by `datasets` when the column began with single paths
+        return value if isinstance(value, list) else [value]
+
+    def _one_image(self, record: dict):
+        images = self._images(record)
+        if len(images) != 1:
+            raise UnreadableRecordError("no image" if not images else "more than one image")
+        return images[0]
+
+    def pixel_values(self, value: bytes | str | dict) -> Tensor:
+        """Bytes, a path or `{"bytes", "path"}` to (3, H, W) in [-1, 1]: cut to the shape of the size, then resized."""
+        size = self.image_processor.size
+        try:
+            image = Image.open(self._open(value))
+            check_image_size(image.height, image.width, self.image_processor.max_pixels)
+            image = center_crop(ImageOps.exif_transpose(image), size["height"], size["width"])
+            return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        except UnreadableRecordError:
+            raise
+        except Exception as error:  # the decoders of damaged files raise nearly everything
+            raise UnreadableRecordError("an image that cannot be decoded") from error
+
+    def _open(self, value: bytes | str | dict) -> BytesIO | Path:
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            return BytesIO(value)
+        if not isinstance(value, str) or value.startswith(("http://", "https://")):
+            raise UnreadableRecordError("an image that is neither bytes nor a path")
+        if value.startswith("data:"):
+            return BytesIO(base64.decodebytes(value.rpartition(",")[2].encode()))
+        if "://" in value:
+            return _fetch(value)
+        path = self.image_root / value
+        if not path.is_file():
+            raise UnreadableRecordError("an image file that is not there")
+        return path
+
+
+def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The largest middle part whose sides are as `height` to `width`."""
+    scale = min(image.height / height, image.width / width)
+    crop_height, crop_width = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = (image.height - crop_height) // 2, (image.width - crop_width) // 2
+    return image.crop((left, top, left + crop_width, top + crop_height))
+
+
+def _fetch(url: str) -> BytesIO:
+    """A file of the Hub or in an archive, under the names that `datasets` gives them."""
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as file:
+            return BytesIO(file.read())
+    except (OSError, KeyError) as error:  # KeyError: no such member of an archive
+        raise UnreadableRecordError("an image file that is not there") from error
+
+
+def _message(turn: dict) -> dict:
+    """A turn of LLaVA's or of OpenAI's form as a message; images that stand elsewhere are None."""
+    if not isinstance(turn, dict):
+        raise UnreadableRecordError("a turn that is not a dict")
+    role = ROLES.get(turn.get("from") or turn.get("role"))
+    if role is None:
+        raise UnreadableRecordError("a turn that is neither the user's, the assistant's nor the system's")
+    content = _list_in(turn.get("value") or turn.get("content") or "", start='[{"type":')  # as above
+    parts = []
+    for part in [_text(content)] if isinstance(content, str) else content:
+        parts += _parts(part["text"] or "") if part.get("type") == "text" else [_image_part(part)]
+    if not parts:
+        raise UnreadableRecordError("an empty turn")
+    return {"role": role, "content": parts}
+
+
+def _parts(text: str) -> list[dict]:
+    """Text with placeholders as parts; blank space around them is dropped."""
+    parts = []
+    for index, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
+        parts += [{"type": "image", "image": None}] if index else []
+        parts += [_text(piece.strip())] if piece.strip() else []
+    return parts
+
+
+def _image_part(part: dict) -> dict:
+    if part.get("type") not in ("image", "image_url"):
+        raise UnreadableRecordError("a part that is neither text nor image")
+    value = next((part[name] for name in ("image", "image_url", "url", "path") if part.get(name)), None)
+    return {"type": "image", "image": value.get("url", value) if isinstance(value, dict) else value}
+
+
+def _list_in(value, start: str):
+    """The list that a string is the JSON of; anything else as it is."""
+    if isinstance(value, str) and value.startswith(start):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:  # a path or a text that happens to begin so
+            return value
+    return value
+
+
+def _text(text: str) -> dict:
+    return {"type": "text", "text": text}

@@ -1,0 +1,195 @@
+import base64
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from hydra_hf.data.records import MAX_CHARACTERS, RecordReader, UnreadableRecordError, center_crop, find_columns
+
+
+@pytest.fixture
+def read(tiny_processor, tmp_path):
+    """A function that makes a sample of a record."""
+
+    def read(record: dict, task: str = "understand"):
+        columns = find_columns(set(record), has_text_files=False, class_names=())
+        return RecordReader(columns, tmp_path, tiny_processor.image_processor).sample(record, task)
+
+    return read
+
+
+def drawn(sample) -> list[str]:
+    """Turns as "role: parts", an image as #."""
+    return [
+        f"{message['role']}: {' '.join('#' if part['type'] == 'image' else part['text'] for part in message['content'])}"
+        for message in sample.messages
+    ]
+
+
+def llava(*values: str, **columns) -> dict:
+    turns = [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
+    return {"conversations": turns, **columns}
+
+
+def test_a_caption_is_what_an_image_is_drawn_from(read, files):
+    sample = read({"image": files.png(1), "caption": " a cat\n"}, "generate")
+    assert drawn(sample) == ["user: a cat", "assistant: #"]
+    assert sample.messages[1]["content"][0]["image"].shape == (3, 32, 32)
+
+
+def test_a_caption_is_what_an_image_is_described_by(read, files):
+    assert drawn(read({"image": files.png(1), "text": "a cat"})) == [
+        "user: # Describe the image.",
+        "assistant: a cat",
+    ]
+
+
+def test_pixels_are_in_minus_one_to_one(read, files):
+    sample = read({"image": files.png(5), "caption": "grey"}, "generate")
+    image = sample.messages[1]["content"][0]["image"]
+    torch.testing.assert_close(image, torch.full((3, 32, 32), 50 / 127.5 - 1))
+
+
+def test_a_conversation_keeps_its_turns_and_the_places_of_its_images(read, files):
+    record = llava("<image>\nwhat?", "a cat", "and <image> here?", "a dog", image=[files.png(1), files.png(9)])
+    sample = read(record)
+    assert drawn(sample) == ["user: # what?", "assistant: a cat", "user: and # here?", "assistant: a dog"]
+    first, second = sample.messages[0]["content"][0]["image"], sample.messages[2]["content"][1]["image"]
+    assert first.mean() < second.mean()
+
+
+def test_messages_in_the_form_of_openai_are_read(read, files):
+    url = "data:image/png;base64," + base64.b64encode(files.png(1)).decode()
+    parts = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": url}}]
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": "a cat"},
+    ]
+    assert drawn(read({"messages": messages})) == ["system: be brief", "user: what? #", "assistant: a cat"]
+
+
+def test_image_parts_without_an_image_take_those_of_the_column(read, files):
+    parts = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    messages = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
+    ]
+    assert drawn(read({"messages": messages, "images": [files.png(1)]})) == ["user: # what?", "assistant: a cat"]
+
+
+def test_lists_that_datasets_has_turned_into_strings_are_read(read, files):
+    files.folder_of([1, 2], "a")
+    record = llava("<image><image> what?", "a cat", image='["a/001.png","a/002.png"]')
+    assert drawn(read(record)) == ["user: # # what?", "assistant: a cat"]
+    record = llava('[{"type":"text","text":"what?"}]', "a cat")
+    assert drawn(read(record, "text")) == ["user: what?", "assistant: a cat"]
+    assert drawn(read(llava('[{"type": once', "a cat"), "text"))[0] == 'user: [{"type": once'
+
+
+def test_a_photograph_that_lies_on_its_side_is_turned_before_it_is_cut(read):
+    picture = Image.new("RGB", (32, 64), "black")
+    picture.paste("white", (0, 0, 32, 32))  # turned by 90 degrees: right half white
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(buffer, "PNG", exif=exif)
+    image = read({"image": buffer.getvalue(), "caption": "half"}, "generate").messages[1]["content"][0]["image"]
+    assert image[:, :, :12].max() < -0.9
+    assert image[:, :, 20:].min() > 0.9
+
+
+@pytest.mark.parametrize(
+    "size, box", [((40, 20), (10, 0, 30, 20)), ((20, 50), (0, 15, 20, 35)), ((7, 7), (0, 0, 7, 7))]
+)
+def test_the_middle_of_a_picture_is_kept(size, box):
+    picture = Image.effect_noise(size, 50)
+    assert center_crop(picture, 32, 32).tobytes() == picture.crop(box).tobytes()
+
+
+def test_a_cut_has_the_shape_of_the_size():
+    assert center_crop(Image.new("L", (100, 100)), 16, 32).size == (100, 50)
+
+
+def bomb() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("1", (14_000, 14_000)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "record, task, reason",
+    [
+        ({"image": b"junk", "caption": "a"}, "generate", "an image that cannot be decoded"),
+        ({"image": "missing.png", "caption": "a"}, "generate", "an image file that is not there"),
+        ({"image": "http://a.b/c.png", "caption": "a"}, "generate", "neither bytes nor a path"),
+        ({"image": 3, "caption": "a"}, "generate", "neither bytes nor a path"),
+        ({"image": None, "caption": "a"}, "generate", "no image"),
+        ({"image": [b"1", b"2"], "caption": "a"}, "generate", "more than one image"),
+        ({"image": b"", "caption": " "}, "generate", "no caption"),
+        ({"image": b"", "caption": None}, "understand", "no image"),
+        ({"image": b"1", "caption": None}, "understand", "no caption"),
+        ({"image": b"1", "caption": "a" * (MAX_CHARACTERS + 1)}, "generate", "more than 32768 characters"),
+        (llava("what?", "a cat"), "understand", "no image"),
+        (llava("<image>", "a cat", image=b"1"), "text", "images in a sample of text"),
+        (llava("<image>", "a cat"), "understand", "not as many images as placeholders"),
+        (llava("what?", "a cat", image=b"1"), "understand", "not as many images as placeholders"),
+        (llava("<image>", "a cat", image=[b"1", b"2"]), "understand", "not as many images as placeholders"),
+        (llava("<image>" * 17, "a", image=[b"1"] * 17), "understand", "more than 16 images"),
+        (llava("draw", "<image>", image=b"1"), "understand", "an image outside the user's turns"),
+        (llava("what?"), "text", "no turn of an assistant"),
+        (llava("what?", " "), "text", "an empty turn"),
+        (llava("what?", None), "text", "an empty turn"),
+        ({"conversations": []}, "text", "no turns"),
+        ({"conversations": ["what?"]}, "text", "a turn that is not a dict"),
+        ({"conversations": [{"from": "tool", "value": "a"}]}, "text", "a turn that is neither"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "text", "neither text nor image"),
+    ],
+)
+def test_what_is_wrong_with_a_record_is_said(read, record, task, reason):
+    with pytest.raises(UnreadableRecordError, match=reason):
+        read(record, task)
+
+
+def test_truncated_and_huge_pictures_are_not_decoded(read, files):
+    picture = Image.effect_noise((64, 64), 50)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG")
+    for content in (buffer.getvalue()[:-200], bomb()):
+        with pytest.raises(UnreadableRecordError, match="cannot be decoded"):
+            read({"image": content, "caption": "a"}, "generate")
+
+
+def test_a_member_of_an_archive_is_read_under_the_name_that_datasets_gives_it(read, files):
+    import zipfile
+
+    with zipfile.ZipFile(files.folder / "a.zip", "w") as archive:
+        archive.writestr("1.png", files.png(1))
+    name = f"zip://1.png::{files.folder / 'a.zip'}"
+    assert drawn(read({"image": {"bytes": None, "path": name}, "caption": "a"}, "generate"))[1] == "assistant: #"
+    with pytest.raises(UnreadableRecordError, match="not there"):
+        read({"image": {"bytes": None, "path": name.replace("1", "2", 1)}, "caption": "a"}, "generate")
+
+
+def test_a_file_beside_an_image_goes_before_a_field_of_its_json():
+    columns = find_columns({"jpg", "txt", "caption", "image"}, has_text_files=False, class_names=())
+    assert (columns.images, columns.caption) == (("jpg", "image"), "txt")
+
+
+def test_class_names_are_a_caption_only_if_nothing_else_is(tiny_processor, files):
+    assert find_columns({"image", "label"}, has_text_files=True, class_names=("a",)).class_names == ()
+    assert find_columns({"image", "label", "text"}, has_text_files=False, class_names=("a",)).caption == "text"
+    columns = find_columns({"image", "label"}, has_text_files=False, class_names=("cat", "red_fox"))
+    reader = RecordReader(columns, Path(), tiny_processor.image_processor)
+    assert drawn(reader.sample({"image": files.png(1), "label": 1}, "generate"))[0] == "user: red fox"
+    with pytest.raises(UnreadableRecordError, match="no caption"):
+        reader.sample({"image": files.png(1), "label": -1}, "generate")  # not labelled
+
+
+def test_an_image_alone_is_the_first_of_its_record(tiny_processor, files, number_in):
+    reader = RecordReader(find_columns({"images"}, False, ()), Path(), tiny_processor.image_processor)
+    assert number_in(reader.image({"images": [files.png(3), files.png(4)]})) == 3
+    with pytest.raises(UnreadableRecordError, match="no image"):
+        reader.image({"images": []})
