@@ -1,6 +1,7 @@
 """Drawing with HYDRA: the prompt once, then only image tokens, step by step. HYDRA, section 2.2."""
 
 from dataclasses import dataclass, field
+from types import MethodType
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -8,8 +9,33 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
 
-from .flow import euler_step, inference_sigmas, resolution_shift
+from .flow import euler_step, expand_sigma, inference_sigmas, resolution_shift
 from .prefix_cache import FrozenPrefixCache
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor, rescale: Tensor) -> Tensor:
+    """Classifier-free guidance of velocities (B, C, h, w), each sample by itself; `scale` and `rescale` (B,).
+
+    `rescale` in [0, 1] draws the spread of a guided sample back to that of its condition (Lin et al. 2023, section 3.4).
+    """
+    scale, rescale = expand_sigma(scale, conditional), expand_sigma(rescale, conditional)
+    guided = unconditional + scale * (conditional - unconditional)
+    ratio = _spread(conditional) / _spread(guided).clamp(min=1e-8)  # a new head says 0 everywhere
+    return guided * (1 + rescale * (ratio - 1))
+
+
+def _spread(samples: Tensor) -> Tensor:
+    return expand_sigma(samples.flatten(1).std(dim=1), samples)
+
+
+def _per_sample(value: float | Tensor, samples: Tensor) -> Tensor:
+    """(B,) of a number or of as many; never a number, for each of which a compiled step would be compiled again."""
+    value = torch.as_tensor(value, dtype=torch.float32, device=samples.device)
+    if value.numel() not in (1, len(samples)):
+        raise ValueError(
+            f"Guidance of {value.numel()} values does not fit {len(samples)} images, expected one for each."
+        )
+    return value.reshape(-1).expand(len(samples)).contiguous()
 
 
 @dataclass
@@ -18,7 +44,7 @@ class ImagePrefix:
 
     cache: FrozenPrefixCache
     attention_mask: Tensor  # (rows, P)
-    masks: dict[int, Tensor] = field(default_factory=dict)  # number of image tokens -> attention mask of a step
+    masks: dict[int, Tensor] = field(default_factory=dict)  # number of image tokens N -> mask (rows, 1, 1, P + N)
 
     def __len__(self) -> int:
         return len(self.attention_mask)
@@ -56,38 +82,66 @@ class ImageGenerationMixin:
 
     @apply_forward_hook
     def denoise_step(
-        self, latents: Tensor, sigma: Tensor, prefix: ImagePrefix, guidance_scale: float | Tensor = 1.0
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        prefix: ImagePrefix,
+        guidance_scale: float | Tensor = 1.0,
+        guidance_rescale: float | Tensor = 0.0,
     ) -> Tensor:
         """Velocity (B, C, h, w) of latents at `sigma` (B,), guided when the prefix holds negative prompts as well.
 
         Only image tokens run; Sem-ViT runs once for both branches and the language head not at all.
+
+        Args:
+            guidance_scale, guidance_rescale: one for all, or (B,); see `guide`.
+
+        Raises:
+            ValueError: for a prefix that has neither as many rows as there are latents nor twice as many, and for guidance
+                of another number of values.
         """
         if len(prefix) not in (len(latents), 2 * len(latents)):
             raise ValueError(f"A prefix of {len(prefix)} rows does not fit latents of {len(latents)} images.")
+        num_tokens = self.config.num_time_tokens + latents[0, 0].numel()
+        if num_tokens not in prefix.masks:
+            prefix.masks[num_tokens] = self._create_step_mask(prefix, num_tokens)
+        scale, rescale = _per_sample(guidance_scale, latents), _per_sample(guidance_rescale, latents)
+        return self._guided_velocity(latents, sigma, prefix, prefix.masks[num_tokens], scale, rescale)
+
+    def compile_denoise_step(self, **kwargs) -> None:
+        """Compiles what `denoise_step` computes, for drawing many pictures; `kwargs` are those of `torch.compile`.
+
+        A graph serves all prompts of one padded length: let the tokenizer, or the pipeline, `pad_to_multiple_of` 64.
+        """
+        step = torch.compile(type(self)._guided_velocity, **{"fullgraph": True, **kwargs})
+        self._guided_velocity = MethodType(step, self)  # a method, so that a deep copy compiles its own weights
+
+    def _guided_velocity(self, latents, sigma, prefix, mask, scale, rescale) -> Tensor:
         num_branches = len(prefix) // len(latents)
         embeds = self.model.get_image_embeds(latents, sigma).repeat(num_branches, 1, 1)  # (rows, [1 +] N, D_llm)
-        states = self._image_states(embeds, prefix)  # (rows, N, D_llm)
+        states = self._image_states(embeds, prefix, mask)  # (rows, N, D_llm)
         velocity = self._draw(states, latents.repeat(num_branches, 1, 1, 1), sigma.repeat(num_branches))
-        if num_branches == 1:
-            return velocity
-        conditional, unconditional = velocity.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        return velocity if num_branches == 1 else guide(*velocity.chunk(2), scale, rescale)
 
-    def _image_states(self, embeds: Tensor, prefix: ImagePrefix) -> Tensor:
-        num_rows, num_tokens = embeds.shape[:2]
-        embeds = embeds.to(self.get_input_embeddings().weight.dtype)
-        if num_tokens not in prefix.masks:
-            ones = prefix.attention_mask.new_ones(num_rows, num_tokens)
-            prefix.masks[num_tokens] = create_bidirectional_mask(
-                self.config.text_config, embeds, torch.cat([prefix.attention_mask, ones], dim=1),
-                past_key_values=prefix.cache, allow_is_bidirectional_skip=False,
-            )  # fmt: skip
-        position_ids = prefix.attention_mask.sum(-1, keepdim=True) + torch.arange(num_tokens, device=embeds.device)
+    def _image_states(self, embeds: Tensor, prefix: ImagePrefix, mask: Tensor) -> Tensor:
+        positions = torch.arange(embeds.shape[1], device=embeds.device)
         outputs = self.model.language_model(
-            inputs_embeds=embeds, attention_mask=prefix.masks[num_tokens], position_ids=position_ids,
+            inputs_embeds=embeds.to(self.get_input_embeddings().weight.dtype), attention_mask=mask,
+            position_ids=prefix.attention_mask.sum(-1, keepdim=True) + positions,
             past_key_values=prefix.cache, use_cache=True,
         )  # fmt: skip
         return outputs.last_hidden_state[:, self.config.num_time_tokens :]
+
+    def _create_step_mask(self, prefix: ImagePrefix, num_tokens: int):
+        """Every image token sees the prompt and the image."""
+        weight = self.get_input_embeddings().weight
+        ones = prefix.attention_mask.new_ones(len(prefix), num_tokens)
+        mask = create_bidirectional_mask(
+            self.config.text_config, weight.new_empty(len(prefix), num_tokens, 0),
+            torch.cat([prefix.attention_mask, ones], dim=1),
+            past_key_values=prefix.cache, allow_is_bidirectional_skip=False,
+        )  # fmt: skip
+        return mask[:, :, :1] if isinstance(mask, Tensor) else mask  # the same row for all of them, faster to read
 
     @apply_forward_hook
     def encode_images(self, pixel_values: Tensor) -> Tensor:

@@ -125,6 +125,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -136,6 +137,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         | None = None,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         max_sequence_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """
         Pictures of the prompts, `num_images_per_prompt` of the first, then of the second.
@@ -146,10 +148,12 @@ class HydraPipeline(HydraDiffusionPipeline):
             height, width: in pixels; None is the size at which the tokenizer was trained.
             num_inference_steps, guidance_scale: None is the pipeline's default; a scale of 1 is no guidance.
             guidance_interval: (low, high): guidance only while low < sigma <= high, noise being sigma 1.
+            guidance_rescale: from 0, plain guidance, to 1, as much contrast as without guidance (Lin et al. 2023, 3.4).
             generator: one, or one for each picture; it draws the latents, then the decoder's noise.
             latents: noise to start from, (B, C, h, w), instead of the generator's.
             output_type: "pil", "np", "pt" or "latent".
             max_sequence_length: longest prompt in tokens, the chat around it included; None is what the context leaves.
+            pad_to_multiple_of: prompts of several lengths then share a compiled step, see `model.compile_denoise_step`.
 
         Raises:
             ValueError: see `check_inputs`.
@@ -161,8 +165,9 @@ class HydraPipeline(HydraDiffusionPipeline):
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
         self.check_inputs(
-            prompt, negative_prompt, height, width, num_inference_steps, guidance_interval, num_images_per_prompt,
-            generator, latents, output_type, callback_on_step_end_tensor_inputs, max_sequence_length,
+            prompt, negative_prompt, height, width, num_inference_steps, guidance_interval, guidance_rescale,
+            num_images_per_prompt, generator, latents, output_type, callback_on_step_end_tensor_inputs,
+            max_sequence_length, pad_to_multiple_of,
         )  # fmt: skip
         self._guidance_scale, self._interrupt = guidance_scale, False
 
@@ -170,7 +175,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         batch_size = len(prompts) * num_images_per_prompt
         grid = self.model.get_latent_grid(height, width)
         texts = prompts + self._negative_prompts(negative_prompt, len(prompts))
-        prefix = self.prepare_prefix(texts, grid, num_images_per_prompt, max_sequence_length)
+        prefix = self.prepare_prefix(texts, grid, num_images_per_prompt, max_sequence_length, pad_to_multiple_of)
         prompts_prefix = prefix.prompts_only(batch_size)
         latents = self.prepare_latents(batch_size, grid, generator, latents)
         sigmas = self.prepare_sigmas(num_inference_steps, grid)
@@ -188,6 +193,7 @@ class HydraPipeline(HydraDiffusionPipeline):
                     latents.new_full((batch_size,), sigma),
                     prefix if is_guided else prompts_prefix,
                     self.guidance_scale,
+                    guidance_rescale,
                 )
                 latents = self.scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
@@ -203,8 +209,9 @@ class HydraPipeline(HydraDiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def check_inputs(
-        self, prompt, negative_prompt, height, width, num_inference_steps, guidance_interval, num_images_per_prompt,
-        generator, latents, output_type, callback_on_step_end_tensor_inputs, max_sequence_length,
+        self, prompt, negative_prompt, height, width, num_inference_steps, guidance_interval, guidance_rescale,
+        num_images_per_prompt, generator, latents, output_type, callback_on_step_end_tensor_inputs,
+        max_sequence_length, pad_to_multiple_of,
     ) -> None:  # fmt: skip
         """Raises ValueError, with what came and what was expected, for arguments of `__call__` that cannot be drawn."""
         if not isinstance(prompt, str) and not (_is_list_of_strings(prompt) and prompt):
@@ -220,6 +227,7 @@ class HydraPipeline(HydraDiffusionPipeline):
             "num_inference_steps": num_inference_steps,
             "num_images_per_prompt": num_images_per_prompt,
             "max_sequence_length": 1 if max_sequence_length is None else max_sequence_length,
+            "pad_to_multiple_of": 1 if pad_to_multiple_of is None else pad_to_multiple_of,
         }.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"Got {name}={value!r}, expected an integer of at least 1.")
@@ -230,6 +238,8 @@ class HydraPipeline(HydraDiffusionPipeline):
         is_pair = isinstance(guidance_interval, list | tuple) and len(guidance_interval) == 2
         if not is_pair or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
             raise ValueError(f"Got {guidance_interval=}, expected (low, high) with 0 <= low <= high <= 1.")
+        if not isinstance(guidance_rescale, int | float) or not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"Got {guidance_rescale=}, expected a number from 0 to 1.")
         batch_size = num_prompts * num_images_per_prompt
         if isinstance(generator, list | tuple) and len(generator) != batch_size:
             raise ValueError(
@@ -252,7 +262,12 @@ class HydraPipeline(HydraDiffusionPipeline):
             )
 
     def prepare_prefix(
-        self, texts: list[str], grid: tuple[int, int], num_images_per_prompt: int, max_sequence_length: int | None
+        self,
+        texts: list[str],
+        grid: tuple[int, int],
+        num_images_per_prompt: int,
+        max_sequence_length: int | None,
+        pad_to_multiple_of: int | None,
     ) -> ImagePrefix:
         """Prompts, then negative prompts, read once, each row repeated for its pictures. ValueError for a text too long."""
         config = self.model.config
@@ -260,7 +275,9 @@ class HydraPipeline(HydraDiffusionPipeline):
         longest = config.text_config.max_position_embeddings - num_image_tokens
         longest = longest if max_sequence_length is None else min(longest, max_sequence_length)
         chats = [self.processor.build_image_prompt(text) for text in texts]
-        inputs = self.processor.tokenizer(chats, padding=True, padding_side="left", return_tensors="pt")
+        inputs = self.processor.tokenizer(
+            chats, padding=True, padding_side="left", pad_to_multiple_of=pad_to_multiple_of, return_tensors="pt"
+        )
         for text, length in zip(texts, inputs["attention_mask"].sum(-1).tolist()):
             if length > longest:
                 raise ValueError(
