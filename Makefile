@@ -15,12 +15,12 @@ test-slow: .venv/test.done
 	$(BIN)/pytest -m slow
 
 check: .venv/test.done  ## lint and format
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/ruff format --check src tests examples benchmarks
 
 style: .venv/test.done
-	$(BIN)/ruff check --fix src tests examples
-	$(BIN)/ruff format src tests examples
+	$(BIN)/ruff check --fix src tests examples benchmarks
+	$(BIN)/ruff format src tests examples benchmarks
 
 .venv/try.done: setup.cfg
 	$(PYTHON) -m venv .venv && $(BIN)/pip install -q -e . && touch $@

@@ -1,0 +1,62 @@
+"""What the measurements share: their arguments, timing, and a table that is also JSON."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def parser(description: str, layers: int, runs: int = 3, dtype: str = "fp32") -> argparse.ArgumentParser:
+    """The arguments of every script; the numbers are its defaults."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--runs", type=int, default=runs, help="runs of which the median counts, after one more")
+    parser.add_argument("--layers", type=int, default=layers, help="layers of the language model, or of a ViT half")
+    choices = list(DTYPES) if dtype in DTYPES else [*DTYPES, dtype]
+    parser.add_argument("--dtype", choices=choices, default=dtype)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tiny", action="store_true", help="random small sizes, to see that the script runs")
+    parser.add_argument("--out", type=Path, help="also write the table as JSON")
+    return parser
+
+
+def medians(functions: dict[str, Callable], runs: int) -> dict[str, float]:
+    """Seconds of each function. They take turns, so that a slow minute of the machine is a slow minute of all."""
+    times = {name: [] for name in functions}
+    for run in range(runs + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if run:  # the first one warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def report(title: str, rows: list[dict], arguments: argparse.Namespace) -> None:
+    """Prints the rows under a line that names the machine, and writes both to `arguments.out`."""
+    facts = {"torch": torch.__version__, "machine": platform.machine(), "cpus": os.cpu_count()}
+    facts["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "0")  # huge pages, read by torch
+    facts |= {name: str(value) for name, value in vars(arguments).items() if name != "out"}
+    print(f"{title}\n{', '.join(f'{name} {value}' for name, value in facts.items())}")
+    table = [list(rows[0]), *[[_text(value) for value in row.values()] for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    if arguments.out is not None:
+        partial = arguments.out.with_name(arguments.out.name + ".partial")
+        partial.write_text(json.dumps({"title": title, "facts": facts, "rows": rows}, indent=2) + "\n")
+        partial.replace(arguments.out)
+
+
+def _text(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,85 @@
+"""Peak memory of a denoising step with guidance against the weights' own size (Linux only)."""
+
+import ctypes
+import gc
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import DTYPES, parser, report
+from models import (
+    gaussian_latents,
+    guided_prompt,
+    hydra_config,
+    random_model,
+    size_name,
+    tiny_config,
+    whole_sequence_step,
+)
+
+
+MEGABYTE = 2**20
+
+
+def process_megabytes(field: str) -> float:
+    """`field` of the process: VmRSS now, VmHWM at its highest."""
+    kilobytes = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)
+    return int(kilobytes) * 1024 / MEGABYTE
+
+
+def release_memory() -> None:
+    """Gives what is free back to the system, or it would count as memory of the next step."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def peak_megabytes(function: Callable) -> float:
+    release_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+    function()
+    return process_megabytes("VmHWM")
+
+
+def copied_megabytes(prefix, latents: torch.Tensor, num_time_tokens: int) -> float:
+    """What a step copies to put the prompt's keys and values in front of the image's."""
+    num_tokens = num_time_tokens + latents[0, 0].numel()
+    total = 0
+    for layer in prefix.cache.layers:
+        for states in (layer.keys, layer.values):
+            rows, heads, length, head_dim = states.shape
+            total += rows * heads * (length + num_tokens) * head_dim * states.element_size()
+    return total / MEGABYTE
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> None:
+    arguments_parser = parser(__doc__, layers=24, runs=3)
+    arguments_parser.add_argument("--prompt", type=int, default=77, help="prompt tokens")
+    arguments = arguments_parser.parse_args(arguments)
+    torch.set_num_threads(arguments.threads)
+    config = tiny_config() if arguments.tiny else hydra_config("0.5B", arguments.layers)
+    release_memory()
+    before = process_megabytes("VmRSS")
+    model = random_model(config, DTYPES[arguments.dtype])
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / MEGABYTE
+    prompt, latents, sigma = guided_prompt(config, arguments.prompt), gaussian_latents(config), torch.tensor([0.7])
+    prefix = model.prefill(**prompt)
+    steps = {
+        "whole sequence": lambda: whole_sequence_step(model, prompt, latents, sigma, 4.5),
+        "prefilled": lambda: model.denoise_step(latents, sigma, prefix, 4.5),
+    }
+    copied = {"whole sequence": 0.0, "prefilled": copied_megabytes(prefix, latents, config.num_time_tokens)}
+    rows = []
+    for name, step in steps.items():
+        peaks = [peak_megabytes(step) - before for _ in range(arguments.runs + 1)][1:]
+        peak = sorted(peaks)[len(peaks) // 2]
+        rows.append(
+            {"step": name, "weights MB": weights, "peak MB": peak, "peak / weights": peak / weights,
+             "copied by the cache MB": copied[name]}
+        )  # fmt: skip
+    report(f"Memory of a denoising step, {size_name('0.5B', arguments)}", rows, arguments)
+
+
+if __name__ == "__main__":
+    main()
