@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "pipelines": {"pipelines", "modeling"},
     "evaluation": {"evaluation", "pipelines", "data", "modeling"},
     "training": {"training", "evaluation", "pipelines", "data", "modeling"},
-    "conversion": {"conversion", "modeling"},
+    "conversion": {"conversion", "pipelines", "modeling"},
 }  # cli and the package itself may import everything
 
 

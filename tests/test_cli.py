@@ -266,6 +266,19 @@ def test_a_run_without_steps_is_an_error(capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_recipe_at_full_size_says_what_it_needs(capsys, tmp_path):
+    assert "needs --init" in error_of(capsys, "train", "hydra_tok.internvit_300m", "--out", tmp_path)
+
+
+def test_an_option_that_a_recipe_does_not_take_is_refused(capsys, tmp_path):
+    message = error_of(capsys, "train", "tiny.tokenizer", "--teacher", "vit", "--out", tmp_path)
+    assert "takes no --teacher" in message
+
+
+def test_a_source_that_is_not_one_is_refused(capsys, tmp_path):
+    error_of(capsys, "train", "tiny.tokenizer", "--data", "images", "--out", tmp_path)
+
+
 def test_train_runs_every_stage_of_a_recipe_and_goes_on_where_it_was(tmp_path):
     def train() -> list[str]:
         """In a process of its own: accelerate keeps one precision for each."""
@@ -274,7 +287,7 @@ def test_train_runs_every_stage_of_a_recipe_and_goes_on_where_it_was(tmp_path):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
 
     final = tmp_path / "run" / "decoder" / "final"
-    assert train() == [*(f"tiny.tokenizer: stage {name}, 2 steps" for name in ("foundation", "decoder")), str(final)]
+    assert train() == [*(f"tiny.tokenizer: stage {name}, 2 steps" for name in ("foundation", "semantics", "decoder")), str(final)]
     weights = (final / "model.safetensors").read_bytes()
     shutil.rmtree(final)
     assert train() == ["tiny.tokenizer: stage decoder, 2 steps", str(final)]

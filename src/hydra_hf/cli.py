@@ -1,9 +1,20 @@
-"""hydra generate | ask | reconstruct | train | evaluate."""
+"""hydra generate | ask | reconstruct | train | evaluate | convert."""
 
 import argparse
 import json
 import sys
+from collections.abc import Mapping
+from inspect import Parameter
 from pathlib import Path
+
+
+STAGE_OPTIONS = {
+    "teacher_weights": "safetensors of a timm teacher",
+    "perceptual_backbone": "lpips:vgg, lpips:alex, lpips:squeeze or timm:NAME",
+    "perceptual_weights": "safetensors of its trunk",
+    "frechet_backbone": "timm:NAME of a Frechet distance while training",
+    "frechet_weights": "its safetensors",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +66,22 @@ def create_parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="folder of the run; runs/RECIPE by default. An unfinished one goes on"
     )
     command.add_argument("--tokenizer", help="trained HYDRA-TOK, for recipes of HYDRA")
+    command.add_argument("--init", help="folder or Hub id to start from, such as `hydra convert` writes")
+    command.add_argument(
+        "--teacher", help="frozen ViT of the distillation: folder, Hub id or timm:NAME; --init by default"
+    )
+    command.add_argument("--decoder", help="size of the flow decoder: S, M or L")
+    command.add_argument("--data", action="append", metavar="TASK=PATH", help="what is trained on; may be repeated")
+    command.add_argument("--held_out", action="append", metavar="TASK=PATH", help="images to measure a tokenizer on")
+    command.add_argument("--micro_batch_size", type=int, help="samples in memory at once; the rest is accumulated")
+    command.add_argument("--gradient_checkpointing", action="store_true", default=None, help="less memory, more time")
+    for name, summary in STAGE_OPTIONS.items():
+        command.add_argument(f"--{name}", help=summary)
     command.add_argument("--num_steps", type=int, help="of every stage, instead of the recipe's")
+    command.add_argument("--stage", help="of HYDRA: this one alone")
+    command.add_argument("--lora_rank", type=int, help="of HYDRA: adapters on the language model and Sem-ViT")
+    command.add_argument("--num_workers", type=int, help="of HYDRA: processes that read ahead")
+    command.add_argument("--dry_run", action="store_true", default=None, help="of HYDRA: what a step sees and costs")
 
     command = _add(commands, evaluate, "measure a model on the toy world", "hydra evaluate --out scores.json")
     command.add_argument("model", nargs="?", default=TINY, help="folder or Hub id; the embedded checkpoint by default")
@@ -65,6 +91,25 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("--num_scenes", type=int, default=256)
     command.add_argument("--difficulty", type=int, default=1, help="of the toy world: 1, 2 or 3")
     command.add_argument("--seed", type=int, default=0)
+
+    command = _add(
+        commands, convert, "make first weights from public checkpoints",
+        "hydra convert --vision OpenGVLab/InternViT-300M-448px-V2_5 --language Qwen/Qwen2.5-1.5B-Instruct --out hydra-init",
+    )  # fmt: skip
+    command.add_argument("--vision", required=True, help="InternViT, InternVL or SigLIP2: folder or Hub id")
+    command.add_argument("--language", help="Qwen2.5, Qwen3 or Llama: folder or Hub id; none makes a tokenizer alone")
+    command.add_argument("--out", type=Path, required=True, help="the new folder")
+    command.add_argument(
+        "--decoder", help="size of the flow decoder: S, M or L; S on InternViT, on SigLIP2 a ViT decoder"
+    )
+    command.add_argument(
+        "--num_gen_layers", type=int, help="the ViT's layers in front of the bottleneck; half by default"
+    )
+    command.add_argument("--dtype", help="such as bfloat16; what holds all weights of the sources by default")
+    command.add_argument("--shard_size", default="5GB", help="of a file; as much is in memory at a time")
+    command.add_argument("--seed", type=int, default=0, help="of the weights that no source has")
+    command.add_argument("--revision", help="of the vision model on the Hub")
+    command.add_argument("--language_revision", help="of the language model on the Hub")
     return parser
 
 
@@ -140,17 +185,67 @@ def train(options: argparse.Namespace) -> None:
         raise ValueError(f"There is no recipe {options.recipe!r}; see hydra_hf.training.recipes.") from error
     if made.return_annotation not in (Recipe, HydraRecipe):
         raise ValueError(f"{options.recipe!r} is not a function that gives a recipe; see hydra_hf.training.recipes.")
-    if options.tokenizer and "tokenizer" not in made.parameters:
-        raise ValueError(f"The recipe {options.recipe} takes no --tokenizer, it trains one.")
-    recipe = make(options.tokenizer) if options.tokenizer else make()
-    if options.num_steps is not None:
-        recipe = recipe.with_overrides(num_steps=options.num_steps)
+    recipe = _override(make(**_given(options, made.parameters)), options)
     output_dir = options.out or Path("runs") / recipe.name
     if isinstance(recipe, HydraRecipe):
-        from hydra_hf.training.hydra_trainer import train_hydra as run
+        _train_hydra(recipe, output_dir, options)
+        return
+    if given := [name for name in ("stage", "num_workers", "dry_run") if getattr(options, name) is not None]:
+        raise ValueError(f"The recipe {options.recipe} takes no --{given[0]}.")
+    from hydra_hf.training.tokenizer_trainer import train_tokenizer
+
+    print(train_tokenizer(recipe, output_dir, on_stage=print))
+
+
+def _train_hydra(recipe, output_dir: Path, options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from accelerate import PartialState
+
+    if options.num_workers is not None:
+        recipe = replace(recipe, num_workers=options.num_workers)
+    if options.dry_run:
+        from hydra_hf.training.dry_run import dry_run
+
+        result = "\n\n".join(map(str, dry_run(recipe, options.stage)))
     else:
-        from hydra_hf.training.tokenizer_trainer import train_tokenizer as run
-    print(run(recipe, output_dir, on_stage=print))
+        from hydra_hf.training.hydra_trainer import train_hydra
+
+        result = train_hydra(recipe, output_dir, only=options.stage, on_stage=print)
+    if PartialState().is_main_process:
+        print(result)
+
+
+def _given(options: argparse.Namespace, parameters: Mapping[str, Parameter]) -> dict[str, str]:
+    """What a recipe's function is called with. ValueError for an option that it does not have, or one that it lacks."""
+    values = {name: getattr(options, name) for name in ("tokenizer", "init", "teacher", "decoder")}
+    given = {name: value for name, value in values.items() if value is not None}
+    if unknown := sorted(set(given) - set(parameters)):
+        raise ValueError(f"The recipe {options.recipe} takes no --{unknown[0]}.")
+    required = {name for name, parameter in parameters.items() if parameter.default is Parameter.empty}
+    if missing := sorted(required - set(given)):
+        raise ValueError(f"The recipe {options.recipe} needs --{missing[0]}.")
+    return given
+
+
+def _override(recipe, options: argparse.Namespace):
+    """The recipe with the options that replace its fields or its stages'."""
+    from dataclasses import replace
+
+    from hydra_hf.data.readers import parse_source
+
+    sources = {
+        name: tuple(map(parse_source, getattr(options, name))) if getattr(options, name) else None
+        for name in ("data", "held_out")
+    }
+    fields = {"data": sources["data"]} | {
+        name: getattr(options, name) for name in ("micro_batch_size", "gradient_checkpointing")
+    }
+    stage_fields = {"held_out": sources["held_out"]} | {
+        name: getattr(options, name) for name in ("num_steps", "lora_rank", *STAGE_OPTIONS)
+    }
+    recipe = replace(recipe, **{name: value for name, value in fields.items() if value is not None})
+    return recipe.with_overrides(**{name: value for name, value in stage_fields.items() if value is not None})
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -180,6 +275,25 @@ def evaluate(options: argparse.Namespace) -> None:
     }
     write_text(options.out, json.dumps(scores, indent=2) + "\n")
     print(json.dumps(scores, indent=2))
+
+
+def convert(options: argparse.Namespace) -> None:
+    from hydra_hf.conversion.convert import convert as run
+
+    print(
+        run(
+            options.vision,
+            options.out,
+            options.language,
+            decoder=options.decoder,
+            num_gen_layers=options.num_gen_layers,
+            dtype=options.dtype,
+            shard_size=options.shard_size,
+            seed=options.seed,
+            revision=options.revision,
+            language_revision=options.language_revision,
+        )
+    )
 
 
 def _load(model: str):

@@ -95,6 +95,8 @@ class HydraTokConfig(HydraPreTrainedConfig):
 
     Args:
         image_size: size at which the learned position table was made; any multiple of `patch_size` runs.
+        position_interpolation: how that table bends to other grids: "bicubic" (InternViT and SigLIP), or "bilinear" with
+            antialias (SigLIP2 naflex).
         image_mean, image_std: statistics that the ViT wants of pixels in [0, 1]; callers always give [-1, 1].
         layer_scale_init_value: None for a ViT without layer scale.
         decoder_config: None for an encoder without decoder.
@@ -121,6 +123,7 @@ class HydraTokConfig(HydraPreTrainedConfig):
     image_size: int = 448
     patch_size: int = 14
     num_channels: int = 3
+    position_interpolation: str = "bicubic"
     image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     latent_channels: int = 64
@@ -140,6 +143,8 @@ class HydraTokConfig(HydraPreTrainedConfig):
             raise ValueError(f"{self.image_size=} must be a multiple of {self.patch_size=}.")
         if not len(self.image_mean) == len(self.image_std) == self.num_channels:
             raise ValueError(f"{self.image_mean=} and {self.image_std=} must have {self.num_channels=} numbers.")
+        if self.position_interpolation not in ("bicubic", "bilinear"):
+            raise ValueError(f"{self.position_interpolation=} must be 'bicubic' or 'bilinear'.")
         if self.decoder_config is not None and self.decoder_config.patch_size != self.patch_size:
             raise ValueError(f"{self.decoder_config.patch_size=} of the decoder must equal {self.patch_size=}.")
 
@@ -151,6 +156,28 @@ class HydraTokConfig(HydraPreTrainedConfig):
         num_global_layers, num_flow_layers = FLOW_DECODER_SIZES[decoder]
         decoder_config = PixelFlowDecoderConfig(num_global_layers=num_global_layers, num_flow_layers=num_flow_layers)
         return cls(decoder_config=decoder_config, **kwargs)
+
+    @classmethod
+    def siglip2_so400m(cls, **kwargs) -> "HydraTokConfig":
+        """SigLIP2-So400m/16 naflex cut 13 | 14 (our choice), with the ViT decoder of HYDRA-X unless `decoder_config` says else."""
+        so400m = {
+            "hidden_size": 1152,
+            "num_gen_layers": 13,
+            "num_sem_layers": 14,
+            "num_attention_heads": 16,
+            "intermediate_size": 4304,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_scale_init_value": None,
+            "use_cls_token": False,
+            "use_post_layernorm": True,
+            "image_size": 256,
+            "patch_size": 16,
+            "position_interpolation": "bilinear",
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "decoder_config": PixelViTDecoderConfig(patch_size=16),
+        }
+        return cls(**{**so400m, **kwargs})
 
 
 @strict
@@ -188,6 +215,8 @@ class HydraConfig(HydraPreTrainedConfig):
     Args:
         llm_visual_input: "semantic": the LLM reads Sem-ViT's states (HYDRA-X, section 3); "latent": the bottleneck's.
         use_time_token: put the noise level as one token in front of each image block.
+        projector_position_period: longest wavelength, in tokens over 2 pi, of fixed 2D sine positions that the projector
+            adds to the normalised states; None adds none, and places reach the LLM only as Sem-ViT tells them.
         sigma_shift: None shifts by sqrt(N C / 4096) within [1, 8], N tokens of C channels.
         sigma_logit_std: spread of the logit-normal noise levels in training.
         null_prompt_ids: the empty prompt up to <|vision_start|>, for guidance in `generate`; Qwen2.5's by default.
@@ -208,6 +237,7 @@ class HydraConfig(HydraPreTrainedConfig):
     vision_end_token_id: int = 151653
     llm_visual_input: str = "semantic"
     use_time_token: bool = True
+    projector_position_period: int | None = None
     sigma_shift: float | int | None = None
     sigma_logit_std: float | int = 1.0
     null_prompt_ids: list[int] = field(
@@ -228,6 +258,9 @@ class HydraConfig(HydraPreTrainedConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
+        period, width = self.projector_position_period, self.vision_config.hidden_size
+        if period is not None and (period < 2 or width % 4):
+            raise ValueError(f"projector_position_period={period} must be at least 2, and {width=} a multiple of 4.")
         if self.llm_visual_input not in ("semantic", "latent"):
             raise ValueError(f"{self.llm_visual_input=} must be 'semantic' or 'latent'.")
         for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):

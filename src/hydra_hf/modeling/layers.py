@@ -177,10 +177,10 @@ def grid_positions(grid: tuple[int, int], device: torch.device) -> tuple[Tensor,
     return rows.flatten(), columns.flatten()
 
 
-def sinusoidal_positions_2d(grid: tuple[int, int], hidden_size: int, like: Tensor) -> Tensor:
+def sinusoidal_positions_2d(grid: tuple[int, int], hidden_size: int, like: Tensor, max_period: int = 10_000) -> Tensor:
     """Fixed sine and cosine positions (N, D) of a (h, w) grid: half the channels for the row, half for the column."""
     quarter = hidden_size // 4
-    frequencies = 10_000 ** -(torch.arange(quarter, dtype=torch.float32, device=like.device) / quarter)
+    frequencies = max_period ** -(torch.arange(quarter, dtype=torch.float32, device=like.device) / quarter)
     angles = [position[:, None] * frequencies for position in grid_positions(grid, like.device)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=-1).to(like.dtype)
 

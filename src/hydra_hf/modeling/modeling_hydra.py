@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_hydra import HydraConfig
 from .image_generation import ImageGenerationMixin
-from .layers import TimestepEmbedding, init_layer, latents_to_tokens, tokens_to_latents
+from .layers import TimestepEmbedding, init_layer, latents_to_tokens, sinusoidal_positions_2d, tokens_to_latents
 from .modeling_hydra_tok import HydraTokModel
 from .vision_head import VisionHead
 
@@ -61,15 +61,20 @@ def get_image_block_ids(mm_token_type_ids: Tensor, past_length: int = 0) -> Tens
 
 
 class MultiModalProjector(nn.Module):
-    """Semantic states to the width of the LLM: a norm and the paper's linear layer."""
+    """Semantic states to the width of the LLM: a norm, fixed positions if the config has them, the paper's linear layer."""
 
     def __init__(self, config: HydraConfig):
         super().__init__()
+        self.position_period = config.projector_position_period
         self.norm = nn.LayerNorm(config.vision_config.hidden_size, eps=config.vision_config.layer_norm_eps)
         self.linear = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
 
-    def forward(self, semantic_states: Tensor) -> Tensor:
-        return self.linear(self.norm(semantic_states))
+    def forward(self, semantic_states: Tensor, grid: tuple[int, int]) -> Tensor:
+        """States (num_images, N, D) of a (h, w) grid -> (num_images, N, D_llm)."""
+        states = self.norm(semantic_states)
+        if self.position_period is not None:
+            states = states + sinusoidal_positions_2d(grid, states.shape[-1], states, self.position_period)
+        return self.linear(states)
 
 
 class HydraPreTrainedModel(PreTrainedModel):
@@ -125,7 +130,7 @@ class HydraModel(HydraPreTrainedModel):
             visual_states = self.vision_tower.get_semantic_states(latents)  # (num_images, N, D)
         else:
             visual_states = self.vision_tower.get_bottleneck_states(latents)
-        image_embeds = self.multi_modal_projector(visual_states)  # (num_images, N, D_llm)
+        image_embeds = self.multi_modal_projector(visual_states, tuple(latents.shape[-2:]))  # (num_images, N, D_llm)
         if self.time_embedding is None:
             return image_embeds
         return torch.cat([self.time_embedding(sigma)[:, None], image_embeds], dim=1)

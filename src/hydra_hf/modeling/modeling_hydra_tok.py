@@ -55,7 +55,8 @@ class HydraTokDecoderOutput(ModelOutput):
 
 @dataclass
 class HydraTokForPreTrainingOutput(ModelOutput):
-    """What the losses of the tokenizer read; `velocity` and its target (B, N, 3 p p) only with a flow decoder."""
+    """What the losses of the tokenizer read; `velocity` and its target (B, N, 3 p p) only with a flow decoder,
+    `hidden_states` the outputs of `distill_layers`, Gen-ViT's with its class token."""
 
     clean_pixel_values: Tensor | None = None
     velocity: Tensor | None = None
@@ -64,14 +65,16 @@ class HydraTokForPreTrainingOutput(ModelOutput):
     logvar: Tensor | None = None
     gen_states: Tensor | None = None
     bottleneck_states: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class Embeddings(nn.Module):
-    """Patches, a class token and a learned position table that bends to any grid (bicubic)."""
+    """Patches, a class token and a learned position table that bends to any grid."""
 
     def __init__(self, config: HydraTokConfig):
         super().__init__()
         self.grid_size = config.image_size // config.patch_size
+        self.position_interpolation = config.position_interpolation
         self.projection = nn.Conv2d(
             config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size
         )
@@ -85,7 +88,10 @@ class Embeddings(nn.Module):
             return self.position_embeddings
         num_cls = self.cls_token.shape[1]
         table = tokens_to_latents(self.position_embeddings[:, num_cls:].float(), (self.grid_size, self.grid_size))
-        table = nn.functional.interpolate(table, size=grid, mode="bicubic", align_corners=False)
+        antialias = self.position_interpolation == "bilinear"
+        table = nn.functional.interpolate(
+            table, size=grid, mode=self.position_interpolation, align_corners=False, antialias=antialias
+        )
         table = latents_to_tokens(table).to(self.position_embeddings.dtype)
         return torch.cat([self.position_embeddings[:, :num_cls], table], dim=1)
 
@@ -104,11 +110,16 @@ class GenViT(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList([ViTLayer(config) for _ in range(config.num_gen_layers)])
 
-    def forward(self, pixel_values: Tensor, **kwargs) -> Tensor:
-        """Normalised pixels (B, 3, H, W) -> (B, N, D); the class token stays behind, or it would leak past the bottleneck."""
+    def forward(self, pixel_values: Tensor, layer_outputs: list[Tensor] | None = None, **kwargs) -> Tensor:
+        """Normalised pixels (B, 3, H, W) -> (B, N, D); the class token stays behind, or it would leak past the bottleneck.
+
+        A list gets the outputs (B, cls + N, D) of all layers: recording by hooks ends where FSDP replaces the class.
+        """
         hidden_states = self.embeddings(pixel_values)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
+            if layer_outputs is not None:
+                layer_outputs.append(hidden_states)
         return hidden_states[:, self.embeddings.cls_token.shape[1] :]
 
 
@@ -122,9 +133,11 @@ class SemViT(nn.Module):
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_post_layernorm else nn.Identity()
         )
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, layer_outputs: list[Tensor] | None = None, **kwargs) -> Tensor:
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
+            if layer_outputs is not None:
+                layer_outputs.append(hidden_states)
         return self.post_layernorm(hidden_states)
 
 
@@ -343,19 +356,24 @@ class HydraTokForPreTraining(HydraTokPreTrainedModel):
         latent_noise: Tensor,
         pixel_noise: Tensor | None = None,
         sigma: Tensor | None = None,
+        distill_layers: tuple[int, ...] = (),
     ) -> HydraTokForPreTrainingOutput:
-        """Reconstruction path (eq. 1-7).
+        """Reconstruction path (eq. 1-7), and as much of the understanding path as `distill_layers` reach.
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1].
             latent_noise: (B, N, C), draws the latents from their posterior; zeros give the mean.
             pixel_noise, sigma: (B, N, 3 p p) and (B,), for a flow decoder; its noisy patches.
+            distill_layers: blocks, counted from 1, whose outputs a teacher judges (L_dist).
         """
         model, patch = self.model, self.config.patch_size
         grid = model.get_grid(pixel_values)
         normalized = model.normalize_pixels(pixel_values)
-        gen_states = model.gen_vit(normalized)  # (B, N, D)
+        layer_outputs: list[Tensor] = []
+        gen_states = model.gen_vit(normalized, layer_outputs)  # (B, N, D)
         bottleneck = model.bottleneck(gen_states)  # mean, logvar: (B, N, C)
+        if max(distill_layers, default=0) > self.config.num_gen_layers:
+            model.sem_vit(bottleneck.hidden_states, layer_outputs)  # (B, N, D), not used beyond its layers
         latents = sample_posterior(bottleneck.mean, bottleneck.logvar, latent_noise)  # (B, N, C)
         decoder_states = model.bottleneck.decoder_up_proj(latents.to(gen_states.dtype))  # (B, N, D)
         velocity = target = None
@@ -378,6 +396,7 @@ class HydraTokForPreTraining(HydraTokPreTrainedModel):
             logvar=bottleneck.logvar,
             gen_states=gen_states,
             bottleneck_states=bottleneck.hidden_states,
+            hidden_states=tuple(layer_outputs[layer - 1] for layer in distill_layers),
         )
 
 

@@ -1,0 +1,1 @@
+"""Public checkpoints as first weights of HYDRA-TOK and HYDRA."""
