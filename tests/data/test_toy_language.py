@@ -1,5 +1,6 @@
 """What is said about the toy world, against an independent reading of the scenes."""
 
+import random
 import re
 from collections import Counter, defaultdict
 
@@ -9,6 +10,7 @@ import torch
 from hydra_hf.data.sample import TASKS, Sample
 from hydra_hf.data.toy_language import (
     CATEGORIES,
+    LOOKUP_TYPES,
     NUMBERS,
     QUESTION_TYPES,
     TEMPLATES,
@@ -17,6 +19,13 @@ from hydra_hf.data.toy_language import (
     with_article,
 )
 from hydra_hf.data.toy_world import Scenes, ToyWorld
+
+
+PLACES = {
+    ("first", "first"): "top left", ("first", "middle"): "at the top", ("first", "last"): "top right",
+    ("middle", "first"): "on the left", ("middle", "middle"): "in the middle", ("middle", "last"): "on the right",
+    ("last", "first"): "bottom left", ("last", "middle"): "at the bottom", ("last", "last"): "bottom right",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +71,12 @@ def recomputed_answer(question: str, seen: list[tuple[str, float, float, float]]
         return "left" if only(match[1])[1] < only(match[2])[1] else "right"
     if match := re.fullmatch(r"is the (.+) above or below the (.+)\?", question):
         return "above" if only(match[1])[2] < only(match[2])[2] else "below"
+    if match := re.fullmatch(r"is the (.+) near or far\?", question):
+        return {1.0: "near", 2.0: "far"}[only(match[1])[3]]
+    if match := re.fullmatch(r"where is the (.+)\?", question):
+        _, x, y, _ = only(match[1])
+        column, row = (("first", "middle", "last")[1 + (at > 40) - (at < 24)] for at in (x, y))
+        return PLACES[row, column]
     match = re.fullmatch(r"which is nearer, the (.+) or the (.+)\?", question)
     assert only(match[1])[3] != only(match[2])[3]
     return min(only(match[1]), only(match[2]), key=lambda thing: thing[3])[0]
@@ -72,6 +87,11 @@ def test_answers_are_true_of_the_scene(difficulty):
     language = ToyLanguage(ToyWorld(difficulty))
     scenes, questions = language.sample_questions(1500, seeded())
     assert {question.type for question in questions} == set(QUESTION_TYPES)
+    types = (*LOOKUP_TYPES, "count")  # which any scene allows
+    questions[:300] = [
+        language.questions(scenes, index, 1, random.Random(index), types=types)[0] for index in range(300)
+    ]
+    assert {question.type for question in questions[:300]} == set(types)
     for index, question in enumerate(questions):
         seen = things(language.world, scenes, index)
         assert question.answer == recomputed_answer(question.question, seen), (question, seen)

@@ -13,6 +13,7 @@ CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", 
 RELATIONS = ("left of", "right of", "above", "below")
 TEMPLATES = ("{}", "a picture of {}", "draw {}", "{} on a plain background")  # the first, bare one is never held out
 QUESTION_TYPES = ("what", "color", "count", "exist", "horizontal", "vertical", "nearer")
+LOOKUP_TYPES = ("place", "distance")  # for training only: what a relation is made of
 RELATION_TYPES = ("horizontal", "vertical", "nearer")
 NUMBERS = ("zero", "one", "two", "three", "four")
 DESCRIBE = "what do you see?"
@@ -138,23 +139,34 @@ class ToyLanguage:
         is_column = torch.tensor([prompt.relation in ("above", "below") for prompt in prompts])
         return self.world.arrange(objects, is_column, torch.full(objects.shape, NEAR), generator)
 
-    def describe(self, scenes: Scenes, index: int) -> str:
-        """All of scene `index` in reading order: "a near cat on the left and a far red circle on the right"."""
+    def describe(self, scenes: Scenes, index: int, rng: random.Random) -> str:
+        """All of scene `index` in any order: "a red circle far on the right and a cat near on the left".
+
+        The name comes first, so that its distance and place must be looked up by it.
+        """
         facts = _SceneFacts(self.world, scenes, index)
         parts = [
-            f"a {'near' if distance == NEAR else 'far'} {name} {place_of(center)}"
+            f"{with_article(name)} {'near' if distance == NEAR else 'far'} {place_of(center)}"
             for name, distance, center in zip(facts.names, facts.distances, facts.centers)
         ]
+        rng.shuffle(parts)
         return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
     # Questions
 
     def questions(
-        self, scenes: Scenes, index: int, num_questions: int, rng: random.Random, relation_weight: int = 1
+        self,
+        scenes: Scenes,
+        index: int,
+        num_questions: int,
+        rng: random.Random,
+        *,
+        types: tuple[str, ...] = QUESTION_TYPES,
+        relation_weight: int = 1,
     ) -> list[Question]:
-        """Questions about scene `index`, their types uniform over those that it allows; relations may weigh more."""
+        """Questions about scene `index`, uniform over those of `types` that it allows; relations may weigh more."""
         scene = _SceneFacts(self.world, scenes, index)
-        makers = {name: getattr(self, f"_ask_{name}") for name in QUESTION_TYPES}
+        makers = {name: getattr(self, f"_ask_{name}") for name in types}
         possible = [name for name, maker in makers.items() if maker(scene, random.Random(0)) is not None]
         weights = [relation_weight if name in RELATION_TYPES else 1 for name in possible]
         return [makers[name](scene, rng) for name in rng.choices(possible, weights, k=num_questions)]
@@ -189,6 +201,23 @@ class ToyLanguage:
         else:
             name = rng.choice([name for name in self.world.names if name not in scene.names])
         return Question("exist", f"is there {with_article(name)}?", "yes" if name in scene.names else "no")
+
+    def _ask_place(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        return self._ask_of_one(
+            "place", "where is the {}?", [place_of(center) for center in scene.centers], scene, rng
+        )
+
+    def _ask_distance(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        answers = ["near" if distance == NEAR else "far" for distance in scene.distances]
+        return self._ask_of_one("distance", "is the {} near or far?", answers, scene, rng)
+
+    def _ask_of_one(self, kind: str, question: str, answers: list[str], scene: "_SceneFacts", rng: random.Random):
+        """A question about an object that is the only one of its name; `answers` of every object."""
+        unique = [i for i, name in enumerate(scene.names) if scene.names.count(name) == 1]
+        if not unique:
+            return None
+        which = rng.choice(unique)
+        return Question(kind, question.format(scene.names[which]), answers[which])
 
     def _ask_horizontal(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
         return self._ask_side("horizontal", 0, ("left", "right of"), scene, rng)
@@ -246,17 +275,19 @@ class ToyLanguage:
     ) -> list[Sample]:
         """Conversations about one image each: questions and a description, which comes first in half of them.
 
-        What the description has said can be looked up in it: so the model learns to look things up in text, then in
-        pictures.
+        Things are described by name in any order, and questions ask for the place or the distance of one: so the model
+        learns to look a name up.
         """
         scenes = self.world.sample_scenes(num_samples, generator, split=split, max_objects=max_objects)
-        rng, samples = _random_from(generator), []
+        rng, samples, types = _random_from(generator), [], (*QUESTION_TYPES, *LOOKUP_TYPES)
         for index, image in enumerate(self.world.render(scenes)):
             turns = [
                 (question.question, question.answer)
-                for question in self.questions(scenes, index, questions_per_image - 1, rng, relation_weight)
+                for question in self.questions(
+                    scenes, index, questions_per_image - 1, rng, types=types, relation_weight=relation_weight
+                )
             ]
-            turns.insert(0 if rng.random() < 0.5 else len(turns), (DESCRIBE, self.describe(scenes, index)))
+            turns.insert(0 if rng.random() < 0.5 else len(turns), (DESCRIBE, self.describe(scenes, index, rng)))
             messages = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn)]
             samples.append(_chat("understand", [("user", image), *messages]))
         return samples
@@ -279,9 +310,10 @@ class ToyLanguage:
         texts += [
             "what is in the picture?", "what is on the left?", "what is on the right?", "what is at the top?",
             "what is at the bottom?", "how many objects are there?", "is there a cat? yes no",
+            "where is the cat?", "is the dog near or far?",
             "is the cat left or right of the dog?", "is the cat above or below the dog?",
             "which is nearer, the cat or the dog?", DESCRIBE,
-            "a near cat in the middle, a far dog top left, top right, bottom left and bottom right",
+            "a cat near in the middle, a dog far top left, top right, bottom left and bottom right",
         ]  # fmt: skip
         return texts
 
