@@ -6,11 +6,15 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import pytest
 
 import hydra_hf
+from hydra_hf.cli import create_parser
+from hydra_hf.data.readers import parse_source
 
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +56,32 @@ def test_python_block_runs(index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(blocks("python")[index], f"README block {index}", "exec"), {"__name__": "__readme__"})
     assert True  # an exception is the failure
+
+
+def full_size_commands() -> list[list[str]]:
+    """The commands of the section on full size, lines joined, as arguments of `hydra`."""
+    (block,) = [block for block in blocks("text") if "hydra convert" in block]
+    lines = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+    commands = [line[line.index("hydra_hf.cli") + 1 :] if "hydra_hf.cli" in line else line[1:] for line in lines
+                if "hydra_hf.cli" in line or line[:1] == ["hydra"]]  # fmt: skip
+    assert len(commands) >= 7
+    return commands
+
+
+@pytest.mark.parametrize("command", full_size_commands(), ids=" ".join)
+def test_commands_of_full_size_are_what_the_parser_takes(command):
+    options = create_parser().parse_args(command)
+    if options.command == "train":
+        module, function = options.recipe.split(".")
+        recipe_module = import_module(f"hydra_hf.training.recipes.{module}")
+        parameters = signature(getattr(recipe_module, function)).parameters
+        assert {"init", "tokenizer"} & {name for name in vars(options) if getattr(options, name)} <= set(parameters)
+        assert [parse_source(source) for source in options.data or ()] or options.dry_run
+
+
+def test_settings_of_launchers_that_the_readme_names_are_there():
+    for name in re.findall(r"examples/[\w/]+\.\w+", README):
+        assert (ROOT / name).is_file(), name
 
 
 @pytest.mark.slow

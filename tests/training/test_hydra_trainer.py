@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,15 +11,16 @@ from hydra_hf.data.collate import collate
 from hydra_hf.data.sample import Sample
 from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
+from hydra_hf.training.batches import step_generator
+from hydra_hf.training.bundles import ToyBundles, count_images, num_accumulation_steps, row_noise, stream_noise
 from hydra_hf.training.hydra_trainer import (
     HydraTrainer,
-    ToyBundles,
+    create_bundles,
     create_model,
     last_complete_checkpoint,
     train_hydra,
 )
 from hydra_hf.training.recipe import HydraRecipe, HydraStage
-from hydra_hf.training.tokenizer_trainer import step_generator
 from toy import toy_config, toy_language, toy_pipeline, toy_processor
 
 
@@ -42,12 +44,12 @@ class KilledError(Exception):
 
 
 class BundlesOfAKilledRun(ToyBundles):
-    """The loader is one bundle ahead, so the run ends before it has done the step in front of this one."""
+    """The run ends before the step after its first checkpoint."""
 
-    def __getitem__(self, step: int) -> dict:
-        if step == 4:
+    def __getitem__(self, index: int) -> dict:
+        if index == 3 * self.accumulation:
             raise KilledError
-        return super().__getitem__(step)
+        return super().__getitem__(index)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +64,13 @@ def recipe(tmp_path_factory) -> HydraRecipe:
 
 @pytest.fixture
 def make_trainer(recipe):
-    def make(folder, stage=STAGE1, bundles=ToyBundles) -> HydraTrainer:
+    def make(folder, stage=STAGE1, bundles=ToyBundles, accumulation=1, **changes) -> HydraTrainer:
         folder.mkdir(exist_ok=True)
-        bundles = bundles(toy_language(), recipe.processor, stage, seed=0)
-        return HydraTrainer(create_model(recipe), stage, bundles, folder, seed=0, log_every=1, save_every=2)
+        bundles = bundles(toy_language(), recipe.processor, stage, seed=0, accumulation=accumulation)
+        return HydraTrainer(
+            create_model(recipe), stage, bundles, folder, noise=partial(row_noise, seed=0),
+            recipe=replace(recipe, **changes), seed=0, accumulation=accumulation,
+        )  # fmt: skip
 
     return make
 
@@ -186,6 +191,26 @@ def test_a_bundle_is_the_same_whenever_it_is_asked_for(recipe):
     assert not torch.equal(first["generate"]["pixel_values"], other["generate"]["pixel_values"])
     assert len(bundles) == STAGE1.num_steps
     assert [len(first[task]["pixel_values"]) for task in STAGE1.tasks] == [2, 3]
+    assert first["rows"] == {"understand": [0, 1], "generate": [0, 1, 2]}
+
+
+def test_bundles_of_all_processes_and_micro_steps_are_the_bundle_of_one(recipe):
+    def bundles(**place) -> ToyBundles:
+        return ToyBundles(toy_language(), recipe.processor, STAGE1, seed=0, **place)
+
+    whole = bundles()[3]["generate"]["pixel_values"]
+    places = {}
+    for process in range(2):
+        for micro_step in range(2):
+            part = bundles(process_index=process, num_processes=2, accumulation=2)[3 * 2 + micro_step]
+            rows = part["rows"]["generate"]
+            assert part["step"] == 3
+            places[process, micro_step] = rows
+            if part["generate"]["num_samples"]:
+                assert torch.equal(part["generate"]["pixel_values"], whole[rows])
+            else:
+                assert rows == [3]
+    assert places == {(0, 0): [0], (0, 1): [2], (1, 0): [1], (1, 1): [3]}
 
 
 def test_a_task_that_the_toy_world_does_not_have_is_refused(recipe):
@@ -211,10 +236,23 @@ def edit_batch(recipe, num_samples: int = 1) -> dict:
     return collate(samples, recipe.processor)
 
 
+def bundle_of(step: int = 0, **batches: dict) -> dict:
+    """What the trainer takes: all rows of these batches, in one process."""
+    for batch in batches.values():
+        batch["num_samples"] = len(batch["input_ids"])
+    rows = {task: list(range(batch["num_samples"])) for task, batch in batches.items()}
+    return {**batches, "rows": rows, "step": step, "micro_step": 0, "skipped": {}}
+
+
+def loss_of(trainer: HydraTrainer, bundle: dict) -> tuple:
+    bundles, counts = trainer.get_batch_samples(iter([bundle]), 1, torch.device("cpu"))
+    return trainer.compute_loss(trainer.model, bundles[0], return_outputs=True, num_items_in_batch=counts)
+
+
 def test_noise_is_put_on_generated_images_only(make_trainer, recipe, tmp_path):
     trainer, batch = make_trainer(tmp_path), edit_batch(recipe, 2)
     clean = trainer.model.encode_images(batch["pixel_values"])
-    prepared, num_labels, num_drawn = trainer.prepare_batch(batch, step_generator(0, 0))
+    prepared = trainer.prepare_batch(bundle_of(edit=batch), "edit")
     given, generated = slice(0, None, 2), slice(1, None, 2)
     assert prepared["sigma"][given].tolist() == [0, 0]
     assert (prepared["sigma"][generated] > 0).all()
@@ -223,30 +261,27 @@ def test_noise_is_put_on_generated_images_only(make_trainer, recipe, tmp_path):
     target = prepared["velocity_target"]
     assert len(target) == 2
     torch.testing.assert_close(prepared["latents"][generated], clean[generated] + sigma * target)
-    assert (num_labels, num_drawn) == (2 * 2, 2 * 16)
+    assert trainer.count_targets(batch) == {"language": 2 * 2, "flow": 2 * 16}
     assert "pixel_values" not in prepared
     assert "pixel_values" in batch  # the caller's bundle is as it was
 
 
 def test_text_to_image_has_no_labels_and_no_logits_of_the_prompt(make_trainer, recipe, tmp_path):
-    samples = toy_language().generate_samples(2, step_generator(0, 0))
-    prepared, num_labels, num_drawn = make_trainer(tmp_path).prepare_batch(
-        collate(samples, recipe.processor), step_generator(0, 0)
-    )
+    batch = collate(toy_language().generate_samples(2, step_generator(0, 0)), recipe.processor)
+    trainer, bundle = make_trainer(tmp_path), bundle_of(generate=batch)
+    prepared = trainer.prepare_batch(bundle, "generate")
     assert "labels" not in prepared
     assert prepared["logits_to_keep"] == 1
-    assert (num_labels, num_drawn) == (0, 2 * 16)
+    assert trainer.count_targets(batch) == {"language": 0, "flow": 2 * 16}
 
 
 def test_understanding_has_neither_noise_nor_a_velocity(make_trainer, recipe, tmp_path):
-    samples = toy_language().understand_samples(2, step_generator(0, 0), 3)
-    prepared, num_labels, num_drawn = make_trainer(tmp_path).prepare_batch(
-        collate(samples, recipe.processor), step_generator(0, 0)
-    )
+    batch = collate(toy_language().understand_samples(2, step_generator(0, 0), 3), recipe.processor)
+    trainer, bundle = make_trainer(tmp_path), bundle_of(understand=batch)
+    prepared = trainer.prepare_batch(bundle, "understand")
     assert prepared["sigma"].tolist() == [0, 0]
     assert {"is_generated", "velocity_target"}.isdisjoint(prepared)
-    assert num_drawn == 0
-    assert num_labels == (prepared["labels"] >= 0).sum()
+    assert trainer.count_targets(batch) == {"language": (prepared["labels"] >= 0).sum(), "flow": 0}
 
 
 @torch.no_grad()
@@ -256,13 +291,11 @@ def test_the_language_loss_is_the_mean_over_the_tokens_of_all_tasks(make_trainer
         collate(toy_language().understand_samples(count, step_generator(0, count), questions), recipe.processor)
         for count, questions in ((1, 1), (3, 4))
     )
-    loss, outputs = trainer.compute_loss(
-        trainer.model, {"understand": short, "generate": long, "step": 0}, return_outputs=True
-    )
+    loss, outputs = loss_of(trainer, bundle_of(understand=short, generate=long))
     logits = torch.cat([outputs[task].logits[:, :-1].flatten(0, 1) for task in ("understand", "generate")])
     labels = torch.cat([batch["labels"][:, 1:].flatten() for batch in (short, long)])
     torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, labels))
-    assert trainer.loss_history["language"] == [pytest.approx(loss.item())]
+    assert trainer.losses.collect(trainer.accelerator) == {"language": pytest.approx(loss.item(), abs=1e-5)}
 
 
 @torch.no_grad()
@@ -271,11 +304,167 @@ def test_the_flow_loss_is_the_mean_over_the_image_tokens_of_all_tasks(make_train
     for parameter in trainer.model.vision_head.out_proj.parameters():
         parameter.fill_(0.05)
     batches = {"understand": edit_batch(recipe, 1), "generate": edit_batch(recipe, 3)}
-    loss, outputs = trainer.compute_loss(trainer.model, {**batches, "step": 5}, return_outputs=True)
-    generator = step_generator(0, 5 + (1 << 31))
-    targets = torch.cat([trainer.prepare_batch(batches[task], generator)[0]["velocity_target"] for task in batches])
+    bundle = bundle_of(5, **batches)
+    loss, outputs = loss_of(trainer, bundle)
+    targets = torch.cat([trainer.prepare_batch(bundle, task)["velocity_target"] for task in batches])
     velocity = torch.cat([outputs[task].velocity for task in batches])
     torch.testing.assert_close(loss, ((velocity - targets) ** 2).mean())
+
+
+@torch.no_grad()
+def test_a_blank_batch_runs_its_forward_and_counts_nothing(make_trainer, recipe, tmp_path):
+    trainer, understand = (
+        make_trainer(tmp_path),
+        collate(toy_language().understand_samples(2, step_generator(0, 0), 3), recipe.processor),
+    )
+    with_blank = bundle_of(understand=understand, generate=edit_batch(recipe, 1))
+    with_blank["generate"]["num_samples"] = 0
+    loss, outputs = loss_of(trainer, with_blank)
+    assert outputs["generate"].flow_loss > 0
+    torch.testing.assert_close(loss, outputs["understand"].language_loss)
+    assert list(trainer.losses.collect(trainer.accelerator)) == ["language"]
+
+
+def test_skipped_records_are_in_the_log(make_trainer, recipe, tmp_path):
+    trainer = make_trainer(tmp_path)
+    for skipped in ({"understand": 2, "generate": 1}, {"understand": 0, "generate": 4}):
+        bundle = bundle_of(understand=edit_batch(recipe), generate=edit_batch(recipe))
+        loss_of(trainer, {**bundle, "skipped": skipped})
+    assert trainer.losses.collect(trainer.accelerator)["skipped"] == 7
+
+
+# Micro steps
+
+
+def test_a_run_with_accumulation_ends_as_one_without(make_trainer, tmp_path):
+    # Muon makes a whole step of the smallest difference, and Adam of every rounding error
+    stage = replace(STAGE1, muon_scale=0.0, learning_rates=dict.fromkeys(HEADS, 3e-5))
+    runs = {}
+    for accumulation in (1, 2):
+        folder = tmp_path / str(accumulation)
+        runs[accumulation] = make_trainer(folder, stage, accumulation=accumulation)
+        runs[accumulation].train()
+    torch.testing.assert_close(runs[1].model.state_dict(), runs[2].model.state_dict(), rtol=1e-5, atol=1e-5)
+    for one, two in zip(losses_of(tmp_path / "1").values(), losses_of(tmp_path / "2").values(), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_a_run_with_accumulation_resumes_at_its_step(make_trainer, tmp_path):
+    unbroken = make_trainer(tmp_path / "unbroken", accumulation=2)
+    unbroken.train()
+    with pytest.raises(KilledError):
+        make_trainer(tmp_path / "killed", accumulation=2, bundles=BundlesOfAKilledRun).train()
+    resumed = make_trainer(tmp_path / "killed", accumulation=2)
+    resumed.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "killed"))
+    torch.testing.assert_close(resumed.model.state_dict(), unbroken.model.state_dict(), rtol=0, atol=0)
+
+
+def test_gradient_checkpointing_changes_the_memory_and_not_the_weights(make_trainer, tmp_path):
+    stage = replace(STAGE1, num_steps=2)
+    plain, checkpointed = (
+        make_trainer(tmp_path / "plain", stage),
+        make_trainer(tmp_path / "checkpointed", stage, gradient_checkpointing=True),
+    )
+    plain.train()
+    checkpointed.train()
+    assert checkpointed.model.is_activation_checkpointing
+    torch.testing.assert_close(checkpointed.model.state_dict(), plain.model.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_stage_without_average_gives_its_weights(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, replace(STAGE1, num_steps=2, ema_decay=0.0))
+    trainer.train()
+    assert trainer.averaged_model is trainer.model
+    assert not list((tmp_path / "checkpoint-2").glob("ema*"))
+
+
+@pytest.mark.parametrize(
+    "num_processes, micro_batch_size, expected", [(1, None, 1), (64, None, 1), (64, 16, 1), (64, 8, 2), (64, 2, 12), (2, 512, 1)]
+)  # fmt: skip
+def test_micro_steps_are_as_few_as_the_memory_allows(num_processes, micro_batch_size, expected):
+    tasks = {"understand": 256, "generate": 768}
+    assert num_accumulation_steps(tasks, num_processes, micro_batch_size) == expected
+
+
+def test_a_micro_batch_without_room_for_every_task_is_refused():
+    with pytest.raises(ValueError, match="micro_batch_size=1 must be at least 2"):
+        num_accumulation_steps({"understand": 256, "generate": 768}, 8, 1)
+
+
+# Noise
+
+
+def draw(num_images: int, generator: torch.Generator) -> tuple:
+    return torch.rand(num_images, generator=generator), torch.randn(num_images, 2, generator=generator)
+
+
+@pytest.mark.parametrize("noise", [row_noise, partial(stream_noise, tasks={"understand": 3, "generate": 4})])
+def test_the_noise_of_a_row_is_the_same_whoever_else_is_in_the_batch(noise):
+    together = noise(7, "generate", [0, 1, 2, 3], [1, 1, 1, 1], draw, seed=5)
+    apart = noise(7, "generate", [3, 1], [1, 1], draw, seed=5)
+    for whole, part in zip(together, apart):
+        assert torch.equal(whole[[3, 1]], part)
+
+
+def test_the_noise_of_a_row_depends_on_seed_step_task_and_row():
+    places = [(0, 0, "generate", 0), (1, 0, "generate", 0), (0, 1, "generate", 0), (0, 0, "understand", 0),
+              (0, 0, "generate", 1)]  # fmt: skip
+    drawn = {row_noise(step, task, [row], [1], draw, seed=seed)[1][0, 0].item() for seed, step, task, row in places}
+    assert len(drawn) == len(places)
+
+
+def test_every_image_of_a_row_has_its_noise():
+    sigma, noise = row_noise(0, "edit", [4, 9], [2, 1], draw, seed=0)
+    assert len(sigma) == len(noise) == 3
+    assert torch.equal(noise[2:], row_noise(0, "edit", [9], [1], draw, seed=0)[1])
+
+
+def test_images_of_a_row_are_counted_by_their_runs(recipe):
+    ids = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
+    assert count_images(ids) == [2, 1, 0]
+    assert count_images(edit_batch(recipe, 3)["mm_token_type_ids"]) == [2, 2, 2]
+
+
+# Where a stage starts
+
+
+def test_one_stage_alone_goes_on_from_the_one_before_it(recipe, finished, tmp_path):
+    first = train_hydra(recipe, tmp_path, only="stage1")
+    assert first == tmp_path / "stage1" / "final"
+    assert not (tmp_path / "stage2").exists()
+    second = train_hydra(recipe, tmp_path, only="stage2")
+    weights = [load_file(run / "model" / "model.safetensors") for run in (second, finished[0] / "stage2" / "final")]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    assert not (tmp_path / "final").exists()
+
+
+def test_the_first_stage_starts_from_init_with_the_trained_tokenizer(recipe, finished):
+    init = finished[0] / "stage2" / "final"
+    weights = HydraForConditionalGeneration.from_pretrained(init / "model").state_dict()
+    torch.testing.assert_close(
+        create_model(replace(recipe, init=str(init), tokenizer=None)).state_dict(), weights, rtol=0, atol=0
+    )
+    model = create_model(replace(recipe, init=str(finished[1])))  # in bf16, but for the tokenizer
+    assert model.dtype == torch.float32
+    tower = create_model(recipe).model.vision_tower.state_dict()
+    torch.testing.assert_close(model.model.vision_tower.state_dict(), tower, rtol=0, atol=0)
+    assert not torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+
+
+def test_a_tokenizer_of_another_width_is_refused(recipe, tmp_path, make_tiny_model):
+    make_tiny_model().model.vision_tower.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="patch_size=8, expected 16"):
+        create_model(replace(recipe, tokenizer=str(tmp_path)))
+
+
+def test_a_stage_that_is_not_there_is_refused(recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"no stage 'stage9'; its stages are \['stage1', 'stage2'\]"):
+        train_hydra(recipe, tmp_path, only="stage9")
+
+
+def test_a_recipe_without_a_toy_world_needs_data(recipe):
+    with pytest.raises(ValueError, match=r"test needs data: a source for each of \['understand', 'generate'\]"):
+        create_bundles(replace(recipe, difficulty=None), STAGE1, seed=0)
 
 
 # The tokens of training are those of inference

@@ -60,7 +60,7 @@ def tokenizer_outputs(config):
 
 def test_a_flow_decoder_is_trained_by_its_velocity(tiny_tok_config):
     outputs, pixel_values = tokenizer_outputs(tiny_tok_config)
-    losses = tokenizer_losses(outputs, pixel_values)
+    losses = tokenizer_losses(outputs, pixel_values, TokenizerLossWeights())
     assert set(losses) == {"kl", "cosine", "flow"}
     torch.testing.assert_close(losses["flow"], ((outputs.velocity - outputs.velocity_target) ** 2).mean())
 
@@ -71,7 +71,7 @@ def test_a_vit_decoder_is_trained_by_its_pixels(tiny_tok_config):
     )
     config = type(tiny_tok_config).from_dict({**tiny_tok_config.to_dict(), "decoder_config": decoder.to_dict()})
     outputs, pixel_values = tokenizer_outputs(config)
-    losses = tokenizer_losses(outputs, pixel_values)
+    losses = tokenizer_losses(outputs, pixel_values, TokenizerLossWeights())
     assert set(losses) == {"kl", "cosine", "regression"}
     error = outputs.clean_pixel_values - pixel_values
     torch.testing.assert_close(losses["regression"], (error**2 + error.abs() / 2).mean())
@@ -81,6 +81,6 @@ def test_the_cosine_loss_does_not_pull_the_encoder_towards_the_bottleneck(tiny_t
     outputs, pixel_values = tokenizer_outputs(tiny_tok_config)
     outputs.gen_states.retain_grad()
     outputs.bottleneck_states = outputs.bottleneck_states.detach().requires_grad_()
-    tokenizer_losses(outputs, pixel_values)["cosine"].backward()
+    tokenizer_losses(outputs, pixel_values, TokenizerLossWeights())["cosine"].backward()
     assert outputs.gen_states.grad is None
     assert outputs.bottleneck_states.grad.abs().sum() > 0

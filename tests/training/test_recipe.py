@@ -92,7 +92,7 @@ def test_freeze_unnamed_refuses_a_name_that_fits_no_parameter():
 def test_an_override_reaches_every_stage_and_changes_nothing_else():
     recipe = tiny.tokenizer()
     changed = recipe.with_overrides(num_steps=7)
-    assert [stage.num_steps for stage in changed.stages] == [7, 7]
+    assert [stage.num_steps for stage in changed.stages] == [7, 7, 7]
     assert [replace(new, num_steps=old.num_steps) for new, old in zip(changed.stages, recipe.stages)] == list(
         recipe.stages
     )
@@ -106,9 +106,9 @@ def test_an_override_of_a_field_that_no_stage_has_is_refused():
 # The tiny recipes
 
 
-def test_the_tokenizer_gets_a_regressing_decoder_first_and_then_the_flow_decoder():
-    foundation, decoder = tiny.tokenizer().stages
-    assert (foundation.name, decoder.name) == ("foundation", "decoder")
+def test_the_tokenizer_gets_a_regressing_decoder_first_and_the_flow_decoder_last():
+    foundation, semantics, decoder = tiny.tokenizer().stages
+    assert (foundation.name, semantics.name, decoder.name) == ("foundation", "semantics", "decoder")
     assert isinstance(foundation.decoder_config, PixelViTDecoderConfig)
     assert isinstance(decoder.decoder_config, PixelFlowDecoderConfig)
 
@@ -116,26 +116,22 @@ def test_the_tokenizer_gets_a_regressing_decoder_first_and_then_the_flow_decoder
 def test_the_decoder_stage_freezes_the_encoder_of_the_tokenizer():
     recipe = tiny.tokenizer()
     config = tiny.tokenizer_config()
-    config.decoder_config = recipe.stages[1].decoder_config
+    config.decoder_config = recipe.stages[-1].decoder_config
     with torch.device("meta"):
         model = HydraTokForPreTraining(config)
-    freeze_unnamed(model, recipe.stages[1])
+    freeze_unnamed(model, recipe.stages[-1])
     assert trained_names(model) == under(model, "model.pixel_decoder", "model.bottleneck.decoder_up_proj")
 
 
 def test_the_stages_of_tiny_hydra_follow_the_paper(hydra_recipe):
     assert isinstance(hydra_recipe.config, HydraConfig)
-    names = ["stage1", "stage2_single", "stage2", "stage3_pairs", "stage3"]
+    names = ["stage1", "stage2_single", "stage2", "stage3"]
     assert [stage.name for stage in hydra_recipe.stages] == names
-    assert [stage.max_objects for stage in hydra_recipe.stages] == [1, 1, 4, 2, 4]
-    assert [set(stage.tasks) for stage in hydra_recipe.stages] == [{"understand", "generate"}] * 5
-    assert [stage.tasks["generate"] / stage.tasks["understand"] for stage in hydra_recipe.stages] == [
-        3,
-        4,
-        4,
-        0.4,
-        0.4,
-    ]
+    assert [stage.max_objects for stage in hydra_recipe.stages] == [1, 1, 4, 4]
+    assert [set(stage.tasks) for stage in hydra_recipe.stages] == [{"understand", "generate"}] * 4
+    shares = [stage.tasks["generate"] / stage.tasks["understand"] for stage in hydra_recipe.stages]
+    assert shares[0] == 3  # the paper's 0 : 1 : 3
+    assert shares[-1] < 1  # the last stage is about questions
 
 
 def test_stage_one_freezes_the_language_model(hydra_recipe, hydra_model):

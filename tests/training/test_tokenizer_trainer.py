@@ -16,13 +16,12 @@ from hydra_hf.modeling import (
     PixelViTDecoderConfig,
 )
 from hydra_hf.modeling.layers import latents_to_tokens
+from hydra_hf.training.batches import ToyBatches, ToyHeldOut, step_generator, toy_images
 from hydra_hf.training.recipe import Recipe, TokenizerLossWeights, TokenizerStage
 from hydra_hf.training.tokenizer_trainer import (
     TokenizerTrainer,
     create_stage_model,
     measure_latents,
-    step_generator,
-    toy_images,
     train_tokenizer,
 )
 
@@ -64,6 +63,17 @@ class KilledError(Exception):
     pass
 
 
+class KillingBatches(ToyBatches):
+    """Toy batches up to a step that never comes."""
+
+    killed_at = None
+
+    def __call__(self, step: int, rows: range) -> torch.Tensor:
+        if step == self.killed_at:
+            raise KilledError
+        return super().__call__(step, rows)
+
+
 @pytest.fixture(scope="module")
 def world() -> ToyWorld:
     return ToyWorld(1)
@@ -73,15 +83,14 @@ def world() -> ToyWorld:
 def make_trainer(world):
     """A trainer of one stage on the same first weights and data each time; `killed_at` is a step that never comes."""
 
-    def make(folder, stage=FOUNDATION, killed_at=None, save_every=3) -> TokenizerTrainer:
-        def batches(step: int) -> torch.Tensor:
-            if step == killed_at:
-                raise KilledError
-            return toy_images(world, stage.batch_size, step_generator(1, step))
-
+    def make(folder, stage=FOUNDATION, killed_at=None, save_every=3, recipe=RECIPE) -> TokenizerTrainer:
+        batches = KillingBatches(world, stage.batch_size, seed=1)
+        batches.killed_at = killed_at
         torch.manual_seed(0)
-        model = create_stage_model(RECIPE, stage, None)
-        return TokenizerTrainer(model, stage, batches, folder, log_every=1, save_every=save_every, sample_every=100)
+        return TokenizerTrainer(
+            create_stage_model(recipe, stage, None), stage, batches, ToyHeldOut(world, 16, seed=1), folder,
+            micro_batch_size=recipe.micro_batch_size, log_every=1, save_every=save_every, sample_every=100,
+        )  # fmt: skip
 
     return make
 
@@ -212,11 +221,49 @@ def test_a_stage_with_the_same_decoder_goes_on_with_it(finished):
     torch.testing.assert_close(model.state_dict(), previous.state_dict(), rtol=0, atol=0)
 
 
+def test_a_stage_with_another_encoder_than_the_one_before_is_refused(finished):
+    previous = HydraTokModel.from_pretrained(finished[0] / "foundation" / "final")
+    other = replace(RECIPE, config=HydraTokConfig.from_dict({**CONFIG.to_dict(), "latent_channels": 8}))
+    with pytest.raises(ValueError, match=r"decoder: \d+ weights .* do not fit, such as bottleneck.* expected"):
+        create_stage_model(other, DECODER, previous)
+    deeper = replace(RECIPE, config=HydraTokConfig.from_dict({**CONFIG.to_dict(), "num_sem_layers": 2}))
+    with pytest.raises(ValueError, match=r"do not fit, such as sem_vit.layers.1.*None, expected"):
+        create_stage_model(deeper, DECODER, previous)
+
+
+def test_a_stage_with_a_decoder_of_another_size_is_refused(finished):
+    previous = HydraTokModel.from_pretrained(finished[1])
+    larger = PixelFlowDecoderConfig.from_dict({**FLOW_DECODER.to_dict(), "num_flow_layers": 2})
+    with pytest.raises(ValueError, match="do not fit, such as pixel_decoder"):
+        create_stage_model(RECIPE, replace(DECODER, decoder_config=larger), previous)
+
+
+def test_the_first_stage_starts_from_init(finished, tmp_path):
+    stage = replace(DECODER, num_steps=1)
+    recipe = replace(RECIPE, stages=(stage,), init=str(finished[0] / "foundation" / "final"))
+    final = HydraTokModel.from_pretrained(train_tokenizer(recipe, tmp_path))
+    previous = HydraTokModel.from_pretrained(recipe.init)
+    assert torch.equal(final.gen_vit.embeddings.projection.weight, previous.gen_vit.embeddings.projection.weight)
+
+
+def test_no_average_is_kept_at_a_decay_of_zero(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, replace(FOUNDATION, ema_decay=0.0))
+    model = trainer.train()
+    assert torch.equal(model.bottleneck.down_proj.weight, trainer.model.model.bottleneck.down_proj.weight)
+    assert not (tmp_path / "checkpoint" / "ema.json").exists()
+
+
+def test_pictures_that_are_never_trained_on_are_scored(finished):
+    record = losses_of(finished[0] / "decoder")[6]
+    assert 0 < record["psnr"] < 40
+    assert -1 < record["ssim"] < 1
+
+
 def test_the_sample_grid_shows_pictures_and_their_copies(finished):
     names = sorted(path.name for path in (finished[0] / "foundation").glob("*.png"))
     assert names == ["samples-000008.png"]
     grid = Image.open(finished[0] / "foundation" / names[0])
-    assert grid.size == (8 * (CANVAS + 2) + 2, (CANVAS + 2) + 2)  # a batch of 4, over its 4 copies: one row of 8
+    assert grid.size == (8 * (CANVAS + 2) + 2, 4 * (CANVAS + 2) + 2)  # 16 pictures over their 16 copies, 8 in a row
 
 
 def test_a_checkpoint_holds_no_pickle(finished):
@@ -244,8 +291,12 @@ def test_a_training_batch_holds_pictures_depth_and_segmentations(world):
 def test_noise_of_a_step_is_the_same_whenever_it_is_drawn(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, DECODER)
     pixel_values = torch.zeros(4, 3, CANVAS, CANVAS)
-    first, second = (trainer.draw_noise(pixel_values, step_generator(0, 7)) for _ in range(2))
+    first, second = (trainer.draw_noise(pixel_values, range(4)) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+    half = trainer.draw_noise(pixel_values[2:], range(2, 4))  # as another process draws its rows
+    torch.testing.assert_close(half, {name: value[2:] for name, value in first.items()}, rtol=0, atol=0)
+    trainer.step = 1
+    assert not torch.equal(trainer.draw_noise(pixel_values, range(4))["sigma"], first["sigma"])
     assert {name: tuple(value.shape) for name, value in first.items()} == {
         "latent_noise": (4, 16, 4), "pixel_noise": (4, 16, 768), "sigma": (4,)
     }  # fmt: skip
@@ -254,7 +305,7 @@ def test_noise_of_a_step_is_the_same_whenever_it_is_drawn(make_trainer, tmp_path
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_share_of_one_step_samples_is_that_of_sigma_one(make_trainer, tmp_path, share):
     trainer = make_trainer(tmp_path, replace(DECODER, one_step_prob=share))
-    sigma = trainer.draw_noise(torch.zeros(64, 3, CANVAS, CANVAS), step_generator(0, 0))["sigma"]
+    sigma = trainer.draw_noise(torch.zeros(64, 3, CANVAS, CANVAS), range(64))["sigma"]
     assert (sigma == 1).float().mean() == share
 
 

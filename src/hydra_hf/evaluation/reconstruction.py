@@ -1,12 +1,15 @@
 """How much of a picture survives the tokenizer."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from hydra_hf.data.toy_language import ToyLanguage
 from hydra_hf.modeling import HydraTokModel
 
-from .metrics import psnr
+from .backbones import PooledFeatures
+from .metrics import frechet_distance, psnr, ssim
 
 
 @torch.no_grad()
@@ -17,6 +20,23 @@ def reconstruct(model: HydraTokModel, pixel_values: Tensor, seed: int = 0, batch
         model.decode(model.encode(part).latent, generator=generator).sample for part in pixel_values.split(batch_size)
     ]
     return torch.cat(parts)
+
+
+def score_reconstructions(
+    pairs: Iterable[tuple[Tensor, Tensor]], features: PooledFeatures | None = None
+) -> dict[str, float]:
+    """Mean `psnr` in dB and `ssim` of batches of pictures and their copies; with `features`, `frechet/NAME` between the two."""
+    scores, pooled = {"psnr": [], "ssim": []}, ([], [])
+    for originals, copies in pairs:
+        scores["psnr"].append(psnr(originals, copies))
+        scores["ssim"].append(ssim(originals, copies))
+        if features is not None:
+            for kept, pictures in zip(pooled, (originals, copies)):
+                kept.append(features(pictures))
+    means = {name: torch.cat(values).mean().item() for name, values in scores.items()}
+    if features is None:
+        return means
+    return {**means, f"frechet/{features.name}": frechet_distance(torch.cat(pooled[0]), torch.cat(pooled[1]))}
 
 
 def evaluate_reconstruction(

@@ -1,106 +1,134 @@
-"""Trains HYDRA, stage by stage, on `transformers.Trainer`. HYDRA, section 2.2: L = L_NTP + L_FM."""
+"""Trains HYDRA, stage by stage, on `transformers.Trainer`. HYDRA, section 2.2: L = L_NTP + L_FM.
+
+A stage's folder has `final`, a pipeline that opens with `from_pretrained`, once the stage is done. Under torchrun or
+`accelerate launch` all processes run this and the main one writes; the folder must be one for all machines.
+"""
 
 import json
 import logging
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import release_memory
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainingArguments
 
-from hydra_hf.data.collate import collate
 from hydra_hf.data.toy_language import ToyLanguage
 from hydra_hf.data.toy_world import ToyWorld
-from hydra_hf.evaluation.pictures import save_grid
-from hydra_hf.modeling import HydraForConditionalGeneration, HydraProcessor, HydraTokModel
+from hydra_hf.modeling import HydraForConditionalGeneration, HydraTokConfig, HydraTokModel
 from hydra_hf.modeling.flow import add_noise, sample_sigma, velocity_target
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
-from .checkpoints import has_folder, load_state, save_state, write_folder
+from .batches import step_generator
+from .bundles import Noise, ToyBundles, count_images, num_accumulation_steps, row_noise, stream_noise
+from .callbacks import LOSSES, EveryStep, LossHistory, SampleGrids, create_pipeline
+from .checkpoints import has_folder, load_state, save_state, write_folder, write_text
+from .lora import add_adapters, has_adapters, merge_adapters, save_adapters
 from .losses import weighted_sum
 from .optimizers import create_average, create_optimizer
 from .recipe import HydraRecipe, HydraStage, freeze_unnamed
-from .tokenizer_trainer import step_generator
 
 
 logger = logging.getLogger(__name__)
-
-
-class ToyBundles(Dataset):
-    """Bundle `step` of a stage: one collated batch for each task, the same whenever it is asked for."""
-
-    def __init__(self, language: ToyLanguage, processor: HydraProcessor, stage: HydraStage, seed: int):
-        self.language, self.processor, self.stage, self.seed = language, processor, stage, seed
-
-    def __len__(self) -> int:
-        return self.stage.num_steps
-
-    def __getitem__(self, step: int) -> dict:
-        generator = step_generator(self.seed, step)
-        bundle = {task: collate(self.samples(task, generator), self.processor) for task in self.stage.tasks}
-        return {**bundle, "step": step}
-
-    def samples(self, task: str, generator: torch.Generator) -> list:
-        stage, count = self.stage, self.stage.tasks[task]
-        if task == "generate":
-            return self.language.generate_samples(
-                count, generator, max_objects=stage.max_objects, drop_prompt=stage.drop_prompt
-            )
-        if task == "understand":
-            return self.language.understand_samples(
-                count,
-                generator,
-                stage.questions_per_image,
-                max_objects=stage.max_objects,
-                relation_weight=stage.relation_weight,
-            )
-        raise ValueError(f"{task=} of stage {stage.name!r} is not one that the toy world has: generate, understand.")
 
 
 class HydraTrainer(Trainer):
     """Bundles of tasks in, named losses out; the trainer owns the noise, the model adds none.
 
     All randomness of a step comes from the seed and its number, and every state is saved, so a killed and resumed run
-    ends with the losses of an unbroken one.
+    ends with the losses of an unbroken one. A loss is a mean over the tokens of the whole optimizer step, of all
+    processes and micro steps, so a run on many processes is the run on one.
+
+    Args:
+        bundles: `ToyBundles` or `data.mixture.Bundles` of this process.
+        noise: `row_noise`, or `stream_noise` for the toy world.
+        accumulation: micro steps of one optimizer step, as many as the bundles have.
+
+    Raises:
+        ValueError: for several GPUs in one process, or Muon or adapters on sharded weights (FSDP, DeepSpeed).
     """
 
-    loss_is_scaled_for_ga = False  # our losses are means of one bundle
+    loss_is_scaled_for_ga = True  # by the tokens of the whole step
 
-    def __init__(self, model: HydraForConditionalGeneration, stage: HydraStage, bundles: Dataset, output_dir: Path, *,
-                 seed: int, log_every: int, save_every: int, callbacks: tuple = ()):  # fmt: skip
-        self.stage, self.noise_seed = stage, seed
-        self.loss_history: dict[str, list[float]] = defaultdict(list)  # since the last log
+    def __init__(
+        self,
+        model: HydraForConditionalGeneration,
+        stage: HydraStage,
+        bundles: Dataset,
+        output_dir: Path,
+        *,
+        noise: Noise,
+        recipe: HydraRecipe,
+        seed: int,
+        accumulation: int = 1,
+    ):
+        self.stage, self.noise = stage, noise
+        self.losses = LossHistory()
         freeze_unnamed(model, stage)
-        self.ema = create_average(model, stage.ema_decay)
+        if stage.lora_rank:
+            add_adapters(model, stage, seed)
         arguments = TrainingArguments(
             output_dir=str(output_dir),
             max_steps=stage.num_steps,
             per_device_train_batch_size=1,  # one bundle
+            gradient_accumulation_steps=accumulation,
+            activation_checkpointing=recipe.gradient_checkpointing,
+            dataloader_num_workers=recipe.num_workers,
             bf16=stage.mixed_precision == "bf16",
             use_cpu=not torch.accelerator.is_available(),
             max_grad_norm=stage.max_grad_norm,
-            logging_steps=log_every,
-            save_steps=save_every,
+            logging_steps=recipe.log_every,
+            save_steps=recipe.save_every,
             save_total_limit=2,
             remove_unused_columns=False,
+            ddp_find_unused_parameters=False,  # every process runs every task
+            ddp_broadcast_buffers=False,  # they never change, and a task's forward must not write what another's reads
             report_to=[],
             seed=seed,
         )
+        if arguments.n_gpu > 1:
+            raise ValueError(
+                f"{arguments.n_gpu} GPUs are visible to one process; start one for each:"
+                f" torchrun --nproc_per_node {arguments.n_gpu} -m hydra_hf.cli train ..., or set CUDA_VISIBLE_DEVICES."
+            )
         super().__init__(
-            model, arguments, train_dataset=bundles, data_collator=lambda bundles: bundles[0],
-            callbacks=[_EveryStep(self, output_dir), *callbacks],
+            model, arguments, train_dataset=bundles, data_collator=itemgetter(0),  # of a list of one bundle
+            callbacks=[EveryStep(self, output_dir)],
         )  # fmt: skip
+        self.is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.is_sharded and stage.lora_rank:
+            raise ValueError(f"{stage.name}: lora_rank={stage.lora_rank} does not go with sharded weights; use DDP.")
+        if self.is_sharded and stage.ema_decay > 0:
+            logger.warning("%s: weights are sharded, so no average of them is kept: ema_decay=0.", stage.name)
+        self.ema = create_average(model, stage.ema_decay) if stage.ema_decay > 0 and not self.is_sharded else None
 
-    def _get_train_sampler(self, train_dataset=None) -> SequentialSampler:
-        return SequentialSampler(train_dataset or self.train_dataset)  # a bundle's number is its step
+    @property
+    def averaged_model(self) -> HydraForConditionalGeneration:
+        """What the stage gives: the average of the weights, or without one the weights."""
+        return self.accelerator.unwrap_model(self.model) if self.ema is None else self.ema.module
+
+    def get_train_dataloader(self) -> DataLoader:
+        """In order and as they are: a bundle's number is its micro step, and the bundles are this process's own."""
+        return DataLoader(
+            self.train_dataset, batch_size=1, collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers, pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = create_optimizer(self.model, self.stage)
+            optimizer = create_optimizer(model or self.model, self.stage)
+            if self.is_sharded:
+                if self.stage.muon_scale > 0:
+                    raise ValueError(
+                        f"{self.stage.muon_scale=}: Muon needs whole matrices, but the weights are sharded."
+                    )
+                (optimizer,) = optimizer.parts  # AdamW itself, whose state accelerate knows how to shard
+            self.optimizer = optimizer
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
@@ -110,131 +138,140 @@ class HydraTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _prepare_for_training(self, *args, **kwargs) -> tuple:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:  # it is called beside `forward`, so its weights must be gathered for it too
+            torch.distributed.fsdp.register_fsdp_forward_method(self.model, "encode_images")
+        return prepared
+
+    # Losses
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device) -> tuple[list, dict[str, Tensor]]:
+        """The bundles of one optimizer step, and how many tokens have a target in it, on all processes, by loss."""
+        bundles = [next(epoch_iterator) for _ in range(num_batches)]
+        for bundle in bundles:
+            bundle["num_targets"] = {task: self.count_targets(bundle[task]) for task in self.stage.tasks}
+        counts = [sum(task[name] for bundle in bundles for task in bundle["num_targets"].values()) for name in LOSSES]
+        counts = self.accelerator.reduce(torch.tensor(counts, dtype=torch.float32, device=device), "sum")
+        self.losses.count(dict(zip(LOSSES, counts > 0)), sum(sum(bundle["skipped"].values()) for bundle in bundles))
+        return bundles, dict(zip(LOSSES, counts.clamp(min=1)))
+
+    def count_targets(self, batch: dict) -> dict[str, int]:
+        """How many text and image tokens of a batch have a target; none of a blank one."""
+        if not batch["num_samples"]:
+            return dict.fromkeys(LOSSES, 0)
+        num_drawn = 0
+        if "pixel_values" in batch:
+            height, width = batch["pixel_values"].shape[-2:]
+            patch_size = self.accelerator.unwrap_model(self.model).config.vision_config.patch_size
+            num_drawn = int(batch["is_generated"].sum()) * (height // patch_size) * (width // patch_size)
+        return {"language": int((batch["labels"][:, 1:] != -100).sum()), "flow": num_drawn}
+
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        """Every task's batch through the model; each loss is the mean over the tokens of all tasks that have it."""
-        generator = step_generator(self.noise_seed, int(inputs["step"]) + (1 << 31))
-        totals, counts, outputs = defaultdict(float), defaultdict(int), {}
+        """Every task's batch through the model; a loss is a sum over this bundle's tokens, divided by the step's.
+
+        Times the number of processes, since the gradients are averaged over them.
+        """
+        totals, outputs = {}, {}
         for task in self.stage.tasks:
-            batch, num_labels, num_drawn = self.prepare_batch(inputs[task], generator)
-            outputs[task] = model(**batch)
-            for name, count in (("language", num_labels), ("flow", num_drawn)):
+            outputs[task] = model(**self.prepare_batch(inputs, task))
+            for name in LOSSES:
                 value = getattr(outputs[task], f"{name}_loss")
                 if value is not None:
-                    totals[name], counts[name] = totals[name] + value * count, counts[name] + count
-        losses = {name: totals[name] / counts[name] for name in totals}
-        loss = weighted_sum(losses, self.stage.loss_weights)
-        for name, value in {"loss": loss, **losses}.items():
-            self.loss_history[name].append(value.item())
+                    totals[name] = totals.get(name, 0.0) + value * inputs["num_targets"][task][name]
+        losses = {name: total / num_items_in_batch[name] for name, total in totals.items()}
+        self.losses.add(losses)
+        loss = weighted_sum(losses, self.stage.loss_weights) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def prepare_batch(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[dict, int, int]:
-        """Pixels to latents, noise on what is to be generated; and how many text and image tokens have a target."""
+    def prepare_batch(self, inputs: dict, task: str) -> dict[str, Tensor]:
+        """The task's batch as the model takes it: pixels to latents, noise on what is to be generated."""
         model = self.accelerator.unwrap_model(self.model)
-        batch = dict(batch)
-        num_labels = int((batch["labels"][:, 1:] != -100).sum())
-        if not num_labels:
+        batch = dict(inputs[task])
+        batch.pop("num_samples")
+        if not (batch["labels"][:, 1:] != -100).any():
             batch.pop("labels")
             batch["logits_to_keep"] = 1  # none is scored
         if "pixel_values" not in batch:
-            return batch, num_labels, 0
+            return batch
         with torch.no_grad(), self.accelerator.autocast():
             latents = model.encode_images(batch.pop("pixel_values")).float()
         is_generated = batch.pop("is_generated")
-        num_tokens = latents[0, 0].numel()
-        shift, config = model.get_sigma_shift(num_tokens), model.config
-        sigma = sample_sigma(len(latents), shift=shift, logit_std=config.sigma_logit_std, generator=generator)
+        if not is_generated.any():
+            return batch | {"latents": latents, "sigma": latents.new_zeros(len(latents))}
+        shift, config = model.get_sigma_shift(latents[0, 0].numel()), model.config
+
+        def draw(num_images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            sigma = sample_sigma(num_images, shift=shift, logit_std=config.sigma_logit_std, generator=generator)
+            return sigma, torch.randn(num_images, *latents.shape[1:], generator=generator)
+
+        images_per_row = count_images(batch["mm_token_type_ids"])
+        sigma, noise = self.noise(int(inputs["step"]), task, inputs["rows"][task], images_per_row, draw)
         sigma = torch.where(is_generated, sigma.to(latents.device), 0)
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        batch |= {"latents": add_noise(latents, noise, sigma), "sigma": sigma}
-        if is_generated.any():
-            batch["is_generated"] = is_generated
-            batch["velocity_target"] = velocity_target(latents, noise)[is_generated]
-        return batch, num_labels, int(is_generated.sum()) * num_tokens
+        noise = noise.to(latents.device)
+        return batch | {
+            "latents": add_noise(latents, noise, sigma),
+            "sigma": sigma,
+            "is_generated": is_generated,
+            "velocity_target": velocity_target(latents, noise)[is_generated],
+        }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Named losses, the mean since the last log."""
+        """Named losses, the mean since the last log, and the records that could not be read."""
         if "loss" in logs:
-            logs |= {name: round(sum(values) / len(values), 5) for name, values in self.loss_history.items()}
-            self.loss_history.clear()
+            logs["loss"] = round(logs["loss"], 5)
+            logs |= self.losses.collect(self.accelerator)
         super().log(logs, start_time)
 
-    # State in safetensors and JSON; there is no other randomness than the steps' own.
+    # State in safetensors and JSON; there is no other randomness than the steps' own. Sharded state is accelerate's.
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(
-            missing_ok=True
-        )  # a pickle; nothing reads it
+        if self.args.should_save:  # a pickle; nothing reads it
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_state(Path(output_dir), "optimizer", self.optimizer.optimizer.state_dict())
-        save_state(Path(output_dir), "scheduler", {"last_epoch": self.lr_scheduler.last_epoch})
-        save_state(Path(output_dir), "ema", self.ema.state_dict())
+        if self.is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            save_state(Path(output_dir), "optimizer", self.optimizer.optimizer.state_dict())
+            save_state(Path(output_dir), "scheduler", {"last_epoch": self.lr_scheduler.last_epoch})
+            if self.ema is not None:
+                save_state(Path(output_dir), "ema", self.ema.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        self._load_data_state(Path(checkpoint))
+        if self.is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
         self.optimizer.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
         self.lr_scheduler.last_epoch = load_state(Path(checkpoint), "scheduler")["last_epoch"]
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the log says
-        self.ema.load_state_dict(load_state(Path(checkpoint), "ema"))
+        if self.ema is not None:
+            self.ema.load_state_dict(load_state(Path(checkpoint), "ema"))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        pass
+        """Where this process's streams stand; the whole state is there before `trainer_state.json` says so."""
+        self.accelerator.wait_for_everyone()  # the main process has made the folder
+        if state := self.train_dataset.state_dict(self.state.global_step):
+            write_text(self._data_state_path(Path(output_dir)), json.dumps(state))
+        self.accelerator.wait_for_everyone()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         pass
 
+    def _load_data_state(self, checkpoint: Path) -> None:
+        """Raises ValueError if another number of processes wrote it."""
+        path = self._data_state_path(checkpoint)
+        if path.exists():
+            self.train_dataset.load_state_dict(json.loads(path.read_text()))
+        elif others := sorted(found.name for found in checkpoint.glob("data-*-of-*.json")):
+            raise ValueError(f"{checkpoint} has the streams' state in {others}, expected {path.name}.")
 
-class _EveryStep(TrainerCallback):
-    """Averages the weights and writes the log."""
-
-    def __init__(self, trainer: HydraTrainer, output_dir: Path):
-        self.trainer, self.path = trainer, output_dir / "log.jsonl"
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.ema.update_parameters(self.trainer.accelerator.unwrap_model(self.trainer.model))
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-
-class SampleGrids(TrainerCallback):
-    """Draws held-out prompts with the averaged weights, as a PNG."""
-
-    def __init__(
-        self,
-        ema: AveragedModel,
-        processor: HydraProcessor,
-        language: ToyLanguage,
-        output_dir: Path,
-        every: int,
-        seed: int,
-    ):
-        self.ema, self.processor, self.output_dir, self.every, self.seed = ema, processor, output_dir, every, seed
-        self.prompts, _ = language.sample_prompts(24, step_generator(seed, 0), split="test")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.every and state.global_step != args.max_steps:
-            return
-        pipeline = create_pipeline(self.ema.module.eval(), self.processor)
-        pipeline.set_progress_bar_config(disable=True)
-        images = pipeline(
-            [prompt.text for prompt in self.prompts], generator=step_generator(self.seed, 1), output_type="pt"
-        ).images
-        save_grid(images * 2 - 1, self.output_dir / f"samples-{state.global_step:06d}.png", num_columns=8)
-        (self.output_dir / "samples.txt").write_text("\n".join(prompt.text for prompt in self.prompts) + "\n")
-
-
-def create_pipeline(model: HydraForConditionalGeneration, processor: HydraProcessor) -> HydraPipeline:
-    """The pipeline that the tiny checkpoint is shipped as."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return HydraPipeline(
-        model=model, processor=processor, scheduler=FlowMatchEulerDiscreteScheduler(),
-        default_num_inference_steps=24, default_guidance_scale=2.0,
-    )  # fmt: skip
+    def _data_state_path(self, checkpoint: Path) -> Path:
+        return checkpoint / f"data-{self.args.process_index}-of-{self.args.world_size}.json"
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
@@ -250,42 +287,147 @@ def last_complete_checkpoint(folder: Path) -> str | None:
     return None
 
 
+def train_hydra(
+    recipe: HydraRecipe, output_dir: Path, *, only: str | None = None, on_stage: Callable[[str], None] = logger.info
+) -> Path:
+    """Runs every stage that is not done yet, or `only` one; the folder of the finished pipeline.
+
+    A stage starts from the last one before it that is done, the first from what `create_model` gives.
+    Raises ValueError for a stage that the recipe does not have, or a recipe that cannot be trained.
+    """
+    if only is not None and only not in (names := [stage.name for stage in recipe.stages]):
+        raise ValueError(f"{recipe.name} has no stage {only!r}; its stages are {names}.")
+    if recipe.processor is None:
+        raise ValueError(
+            f"{recipe.name} needs init, the folder that `hydra convert` made, for its weights and tokenizer."
+        )
+    processes = PartialState(cpu=not torch.accelerator.is_available())
+    done = None
+    for index, stage in enumerate(recipe.stages):
+        folder = output_dir / stage.name
+        with processes.main_process_first():
+            is_done = has_folder(folder / "final")
+        if not is_done and only in (None, stage.name):
+            if processes.is_main_process:
+                on_stage(f"{recipe.name}: stage {stage.name}, {stage.num_steps} steps")
+                folder.mkdir(parents=True, exist_ok=True)
+            train_stage(recipe, index, create_model(recipe) if done is None else open_model(done, recipe), folder)
+            release_memory()
+            is_done = True
+        if is_done:
+            done = folder / "final"
+        if stage.name == only:
+            return done
+    compact = output_dir / "final"
+    if processes.is_main_process and not has_folder(compact):
+        pipeline = create_pipeline(open_model(done, recipe), recipe.processor)
+        write_folder(compact, lambda folder: save_compact(pipeline, folder))
+    processes.wait_for_everyone()
+    return compact
+
+
+def train_stage(recipe: HydraRecipe, index: int, model: HydraForConditionalGeneration, folder: Path) -> None:
+    """Trains `model` to the end of a stage, from the last checkpoint in `folder` if there is one."""
+    stage, seed = recipe.stages[index], recipe.seed + 1000 * index
+    accumulation = num_accumulation_steps(stage.tasks, PartialState().num_processes, recipe.micro_batch_size)
+    bundles, noise = create_bundles(recipe, stage, seed, accumulation)
+    trainer = HydraTrainer(
+        model, stage, bundles, folder, noise=noise, recipe=recipe, seed=seed, accumulation=accumulation
+    )
+    grids = SampleGrids(trainer, recipe.processor, sample_prompts(recipe), folder, recipe.sample_every, recipe.seed)
+    trainer.add_callback(grids)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    save_finished(trainer, recipe, folder)
+
+
+def save_finished(trainer: HydraTrainer, recipe: HydraRecipe, folder: Path) -> None:
+    """`final`: the pipeline with merged adapters, and beside it the adapters themselves."""
+    accelerator, model = trainer.accelerator, trainer.averaged_model
+    weights = accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_sharded else None  # all give their part
+    if accelerator.is_main_process:
+        if trainer.is_sharded:
+            model = HydraForConditionalGeneration._from_config(recipe.config)
+            model.load_state_dict(weights)
+
+        def write(final: Path) -> None:
+            if has_adapters(model):
+                save_adapters(model, final / "adapter")
+                merge_adapters(model)
+            create_pipeline(model.eval(), recipe.processor).save_pretrained(final)
+
+        write_folder(folder / "final", write)
+    accelerator.wait_for_everyone()
+
+
+def create_bundles(recipe: HydraRecipe, stage: HydraStage, seed: int, accumulation: int = 1) -> tuple[Dataset, Noise]:
+    """The bundles of this process, and the noise that goes with them. ValueError for a recipe that has no data."""
+    processes = PartialState()
+    place = {"process_index": processes.process_index, "num_processes": processes.num_processes}
+    if not recipe.data:
+        if recipe.difficulty is None:
+            raise ValueError(f"{recipe.name} needs data: a source for each of {list(stage.tasks)}.")
+        bundles = ToyBundles(
+            ToyLanguage(ToyWorld(recipe.difficulty)), recipe.processor, stage, seed, **place, accumulation=accumulation
+        )
+        return bundles, partial(stream_noise, seed=seed, tasks=stage.tasks)
+    from hydra_hf.data.mixture import Bundles  # needs `datasets`
+    from hydra_hf.data.readers import create_readers
+
+    if recipe.num_workers and any(source.streaming for source in recipe.data):
+        raise ValueError(f"num_workers={recipe.num_workers}: a stream is read in order, by one process; use 0.")
+    with processes.main_process_first():  # the others find its cache
+        readers = create_readers(
+            recipe.data, stage.tasks, recipe.processor.image_processor, seed, drop_prompt=stage.drop_prompt, **place
+        )
+    bundles = Bundles(
+        readers, stage.tasks, recipe.processor, num_steps=stage.num_steps, **place, accumulation=accumulation
+    )
+    return bundles, partial(row_noise, seed=seed)
+
+
+def sample_prompts(recipe: HydraRecipe) -> list[str]:
+    """The recipe's, or held-out ones of the toy world."""
+    if recipe.sample_prompts:
+        return list(recipe.sample_prompts)
+    language = ToyLanguage(ToyWorld(recipe.difficulty))
+    prompts, _ = language.sample_prompts(24, step_generator(recipe.seed, 0), split="test")
+    return [prompt.text for prompt in prompts]
+
+
 def create_model(recipe: HydraRecipe) -> HydraForConditionalGeneration:
-    """The model that the first stage starts from: a trained tokenizer, everything else new."""
+    """The model that the first stage starts from: `init` or new weights, with the trained tokenizer.
+
+    Raises ValueError if the tokenizer does not fit the rest of the model.
+    """
     torch.manual_seed(recipe.seed)  # first weights
-    attention = recipe.attn_implementation
-    model = HydraForConditionalGeneration._from_config(recipe.config, attn_implementation=attention)
-    model.model.vision_tower = HydraTokModel.from_pretrained(recipe.tokenizer, attn_implementation=attention)
+    if recipe.init is not None:
+        model = open_model(recipe.init, recipe)
+    else:
+        attention = recipe.attn_implementation
+        model = HydraForConditionalGeneration._from_config(recipe.config, attn_implementation=attention)
+    if recipe.tokenizer is not None:
+        replace_tokenizer(model, recipe)
     return model
 
 
-def train_hydra(recipe: HydraRecipe, output_dir: Path, *, on_stage: Callable[[str], None] = logger.info) -> Path:
-    """Runs every stage that is not done yet; the folder of the finished pipeline."""
-    language, processor = ToyLanguage(ToyWorld(recipe.difficulty)), recipe.processor
-    model = create_model(recipe)
-    for index, stage in enumerate(recipe.stages):
-        folder, seed = output_dir / stage.name, recipe.seed + 1000 * index
-        final = folder / "final"
-        if not has_folder(final):
-            on_stage(f"{recipe.name}: stage {stage.name}, {stage.num_steps} steps")
-            folder.mkdir(parents=True, exist_ok=True)
-            bundles = ToyBundles(language, processor, stage, seed)
-            trainer = HydraTrainer(
-                model, stage, bundles, folder, seed=seed, log_every=recipe.log_every, save_every=recipe.save_every
-            )
-            trainer.add_callback(
-                SampleGrids(trainer.ema, processor, language, folder, recipe.sample_every, recipe.seed)
-            )
-            trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-            pipeline = create_pipeline(trainer.ema.module.eval(), processor)
-            write_folder(final, pipeline.save_pretrained)
-        model = HydraForConditionalGeneration.from_pretrained(
-            final / "model", attn_implementation=recipe.attn_implementation
-        )
-    compact = output_dir / "final"
-    if not has_folder(compact):
-        write_folder(compact, lambda folder: save_compact(create_pipeline(model, processor), folder))
-    return compact
+def replace_tokenizer(model: HydraForConditionalGeneration, recipe: HydraRecipe) -> None:
+    """Puts the tokenizer of the recipe in the place of the model's own."""
+    tower = HydraTokModel.from_pretrained(
+        recipe.tokenizer, attn_implementation=recipe.attn_implementation, dtype=torch.float32
+    )
+    for name in ("hidden_size", "patch_size", "latent_channels"):
+        ours, theirs = (getattr(config, name) for config in (model.config.vision_config, tower.config))
+        if ours != theirs:
+            raise ValueError(f"The tokenizer {recipe.tokenizer} has {name}={theirs}, expected {ours}.")
+    model.model.vision_tower = tower
+    model.config.vision_config = HydraTokConfig.from_dict(tower.config.to_diff_dict())
+
+
+def open_model(pipeline: str | Path, recipe: HydraRecipe) -> HydraForConditionalGeneration:
+    """The model of a pipeline, a folder or Hub id, for training: in fp32 whatever it is stored in."""
+    return HydraForConditionalGeneration.from_pretrained(
+        pipeline, subfolder="model", attn_implementation=recipe.attn_implementation, dtype=torch.float32
+    )
 
 
 def save_compact(pipeline: HydraPipeline, folder: Path) -> None:

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -16,14 +17,26 @@ from hydra_hf.modeling import (
 )
 
 
+if TYPE_CHECKING:
+    from hydra_hf.data.readers import Source
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizerLossWeights:
-    """HYDRA, section 3.3; `regression` is that of a ViT decoder, `flow` that of a flow decoder."""
+    """HYDRA, section 3.3; a loss of weight 0 is not computed.
+
+    `regression` is that of a ViT decoder, `flow` that of a flow decoder; `discriminator` is the discriminator's own loss,
+    `adversarial` what the decoder makes of its judgement.
+    """
 
     regression: float = 1.0
     flow: float = 1.0
     kl: float = 1e-4
     cosine: float = 1.0
+    distill: float = 0.0
+    perceptual: float = 0.0
+    adversarial: float = 0.0
+    discriminator: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +55,7 @@ class Stage:
         learning_rates: module -> AdamW's rate. A key is a prefix of parameter names; the longest that fits counts.
         muon_scale: matrices of hidden layers go to Muon at this multiple of the rate; 0 leaves all to AdamW.
         decay_share: share of the steps, at the end, over which the rate falls linearly to a twentieth.
+        ema_decay: 0 keeps no average, which saves a copy of the weights.
     """
 
     name: str
@@ -76,19 +90,56 @@ class Stage:
 @dataclass(frozen=True, kw_only=True)
 class TokenizerStage(Stage):
     """Args:
+    batch_size: images of one optimizer step, over all processes and accumulation.
     one_step_prob: share of samples at sigma = 1 exactly, where a one-step decode evaluates (our choice).
+    teacher: frozen ViT of the distillation: folder or Hub id, or timm:NAME; see `training.teachers`.
+    teacher_weights: safetensors of a timm teacher.
+    distill_layers: blocks, counted from 1, whose outputs follow the teacher's.
+    perceptual_backbone: lpips:vgg, lpips:alex, lpips:squeeze, or timm:NAME, a feature distance that is not LPIPS.
+    perceptual_weights: safetensors of the backbone's trunk.
+    discriminator_start: step from which the decoder is told of the discriminator's judgement.
+    adaptive_adversarial_weight: scale `adversarial` by the ratio of the gradients at the decoder's last layer.
+    frechet_backbone, frechet_weights: timm:NAME of a Frechet distance while training, and its safetensors.
+    held_out: images that are not trained on, for the samples and their scores; () only in the toy world.
+    num_held_out: how many of them.
     """
 
     batch_size: int
     decoder_config: PixelFlowDecoderConfig | PixelViTDecoderConfig
     loss_weights: TokenizerLossWeights = field(default_factory=TokenizerLossWeights)
     one_step_prob: float = 0.1
+    teacher: str | None = None
+    teacher_weights: str | None = None
+    distill_layers: tuple[int, ...] = ()
+    perceptual_backbone: str = "lpips:vgg"
+    perceptual_weights: str | None = None
+    discriminator_learning_rate: float = 1e-4
+    discriminator_start: int = 0
+    adaptive_adversarial_weight: bool = False
+    frechet_backbone: str | None = None
+    frechet_weights: str | None = None
+    held_out: tuple["Source", ...] = ()
+    num_held_out: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        weights = self.loss_weights
+        if weights.adversarial > 0 and not weights.discriminator > 0:
+            raise ValueError(
+                f"{self.name}: {weights.adversarial=} needs a discriminator, but {weights.discriminator=}."
+            )
+        if weights.distill > 0 and not (self.teacher and self.distill_layers):
+            raise ValueError(
+                f"{self.name}: {weights.distill=} needs a teacher, got {self.teacher=} {self.distill_layers=}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class HydraStage(Stage):
     """Args:
-    tasks: task -> samples in a batch; the ratios of the papers, times a batch size.
+    tasks: task -> samples of one optimizer step, over all processes and accumulation; the papers' ratios times a size.
+    lora_rank: rank of adapters on the linear layers of the language model and Sem-ViT, as far as `learning_rates` names
+        them; their own weights are frozen then. 0 is training in full.
     max_objects: scenes of the toy world have at most so many objects (a curriculum).
     questions_per_image: turns of one conversation about one image.
     relation_weight: how much oftener a question of left, above or nearer is asked than one of another type.
@@ -97,6 +148,7 @@ class HydraStage(Stage):
 
     tasks: dict[str, int]
     loss_weights: HydraLossWeights = field(default_factory=HydraLossWeights)
+    lora_rank: int = 0
     max_objects: int = 4
     questions_per_image: int = 4
     relation_weight: int = 1
@@ -105,17 +157,25 @@ class HydraStage(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Stages that follow each other, on the toy world of one difficulty.
+    """Stages that follow each other.
 
     Args:
+        data: what is trained on; () is the toy world of one `difficulty`, None is no such world.
+        init: folder or Hub id that the first stage starts from, such as `hydra convert` writes; None is new weights.
+        micro_batch_size: samples that one process has in memory at once; None is its whole share of a batch.
+        gradient_checkpointing: compute activations twice rather than keep them.
         attn_implementation: of the training run; it is not part of the checkpoint.
     """
 
     name: str
     config: HydraTokConfig | HydraConfig
     stages: tuple[Stage, ...]
-    difficulty: int = 1
+    data: tuple["Source", ...] = ()
+    difficulty: int | None = 1
     seed: int = 0
+    init: str | None = None
+    micro_batch_size: int | None = None
+    gradient_checkpointing: bool = False
     attn_implementation: str = "sdpa"
     log_every: int = 50
     save_every: int = 1000
@@ -132,11 +192,16 @@ class Recipe:
 @dataclass(frozen=True, kw_only=True)
 class HydraRecipe(Recipe):
     """Args:
-    tokenizer: folder or Hub id of the trained HYDRA-TOK.
+    tokenizer: folder or Hub id of the trained HYDRA-TOK; None keeps that of `init`.
+    processor: None only for a dry run without data.
+    sample_prompts: what is drawn while training; () are held-out prompts of the toy world.
+    num_workers: processes that read ahead, for each process that trains.
     """
 
-    tokenizer: str
-    processor: HydraProcessor
+    tokenizer: str | None
+    processor: HydraProcessor | None
+    sample_prompts: tuple[str, ...] = ()
+    num_workers: int = 0
 
 
 def freeze_unnamed(module: nn.Module, stage: Stage) -> None:

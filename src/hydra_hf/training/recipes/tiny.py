@@ -44,7 +44,7 @@ def tokenizer_config() -> HydraTokConfig:
 
 
 def tokenizer() -> Recipe:
-    """Foundation with a regressing decoder, then the flow decoder on the frozen encoder."""
+    """Foundation with a regressing decoder, Sem-ViT after the toy teacher, then the flow decoder on the frozen encoder."""
     foundation = TokenizerStage(
         name="foundation",
         num_steps=3000,
@@ -55,6 +55,17 @@ def tokenizer() -> Recipe:
             hidden_size=192, num_hidden_layers=3, num_attention_heads=6, intermediate_size=576, patch_size=16
         ),
         loss_weights=TokenizerLossWeights(cosine=0.1),
+    )
+    # The papers distill from the ViT that they start from, in the same stage; here nothing is pretrained.
+    semantics = replace(
+        foundation,
+        name="semantics",
+        num_steps=500,
+        batch_size=64,
+        learning_rates={"model.sem_vit": 1e-3, "model.bottleneck.semantic_up_proj": 1e-3},
+        loss_weights=TokenizerLossWeights(regression=0.0, kl=0.0, cosine=0.0, distill=1.0),
+        teacher="toy",
+        distill_layers=(5,),
     )
     decoder = TokenizerStage(
         name="decoder",
@@ -76,7 +87,10 @@ def tokenizer() -> Recipe:
         loss_weights=TokenizerLossWeights(kl=0.0, cosine=0.0),
     )
     return Recipe(
-        name="tiny.tokenizer", config=tokenizer_config(), stages=(foundation, decoder), attn_implementation=ATTENTION
+        name="tiny.tokenizer",
+        config=tokenizer_config(),
+        stages=(foundation, semantics, decoder),
+        attn_implementation=ATTENTION,
     )
 
 
@@ -104,6 +118,7 @@ def hydra_config(vision_config: HydraTokConfig, tokenizer) -> HydraConfig:
         vision_head_config=VisionHeadConfig(
             hidden_size=256, num_hidden_layers=2, num_attention_heads=8, intermediate_size=768, use_latent_skip=True
         ),
+        projector_position_period=16,
         sigma_shift=3.3,
         sigma_logit_std=1.6,
         null_prompt_ids=tokenizer(null_prompt).input_ids,
@@ -122,8 +137,8 @@ def processor(vision_config: HydraTokConfig, tokenizer) -> HydraProcessor:
 def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     """Stages I to III on a trained tokenizer; Gen-ViT, bottleneck and decoder stay frozen.
 
-    The language model starts from nothing, so stage I is short; stage II begins with single objects and stage III with
-    pairs (a curriculum). Stage II is mostly drawing, stage III mostly questions.
+    The language model starts from nothing, so stage I is short; stage II begins with single objects (a curriculum) and is
+    mostly drawing, stage III is mostly questions.
     """
     text_tokenizer = train_toy_tokenizer(ToyLanguage(ToyWorld(difficulty=1)).corpus())
     vision_config = HydraTokConfig.from_pretrained(tokenizer)
@@ -131,7 +146,7 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
              "model.multi_modal_projector": 1e-3, "model.time_embedding": 1e-3}  # fmt: skip
     stage1 = HydraStage(
         name="stage1",
-        num_steps=300,
+        num_steps=100,
         tasks={"understand": 8, "generate": 24},  # 0 : 1 : 3
         learning_rates=heads,
         muon_scale=3.0,
@@ -141,22 +156,21 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     single = replace(
         stage1,
         name="stage2_single",
-        num_steps=500,
+        num_steps=250,
         tasks={"understand": 8, "generate": 32},
         learning_rates={**heads, "model.language_model": 1e-3},
     )
-    stage2 = replace(single, name="stage2", num_steps=1000, max_objects=4)
-    pairs = replace(
-        stage2, name="stage3_pairs", num_steps=500, tasks={"understand": 20, "generate": 8}, max_objects=2,
-        questions_per_image=5,
+    stage2 = replace(
+        single, name="stage2", num_steps=800, tasks={"understand": 20, "generate": 24}, max_objects=4,
+        relation_weight=2,
     )  # fmt: skip
-    stage3 = replace(pairs, name="stage3", num_steps=1500, max_objects=4, decay_share=0.7)
+    stage3 = replace(stage2, name="stage3", num_steps=1000, tasks={"understand": 28, "generate": 8}, decay_share=0.7)
     return HydraRecipe(
         name="tiny.hydra",
         config=hydra_config(vision_config, text_tokenizer),
-        stages=(stage1, single, stage2, pairs, stage3),
+        stages=(stage1, single, stage2, stage3),
         attn_implementation=ATTENTION,
-        save_every=500,
+        save_every=200,
         sample_every=500,
         tokenizer=tokenizer,
         processor=processor(vision_config, text_tokenizer),

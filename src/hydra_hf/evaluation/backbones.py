@@ -1,0 +1,77 @@
+"""Frozen networks of other people that judge pictures, from files in safetensors."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def to_imagenet(pixel_values: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1], not clamped -> ImageNet's statistics."""
+    mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((pixel_values + 1) / 2 - mean) / std
+
+
+def load_weights(path: str) -> dict[str, Tensor]:
+    """A state dict. Raises ValueError for a file that is not safetensors or not there, with what to do about it."""
+    from safetensors.torch import load_file
+
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(
+            f"{path} must be a .safetensors file. Convert a state dict once with: python -c 'import torch; from"
+            f' safetensors.torch import save_file; save_file(torch.load("{path}", weights_only=True),'
+            f' "{Path(path).with_suffix(".safetensors")}")\''
+        )
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file {path}; expected weights in safetensors.")
+    return load_file(path)
+
+
+def load_timm(name: str, weights: str | None, **kwargs) -> nn.Module:
+    """The frozen timm model `name`, of "timm:NAME"; without `weights` timm fetches its own.
+
+    Raises ValueError for a name that timm does not have, or weights that are not the model's.
+    """
+    import timm  # pip install hydra_hf[train]
+
+    architecture = name.removeprefix("timm:")
+    if not name.startswith("timm:") or not timm.is_model(architecture):
+        raise ValueError(f"{name!r} must be timm:NAME with a model that timm has; see timm.list_models().")
+    if weights is None:
+        model = timm.create_model(architecture, pretrained=True, **kwargs)
+    else:
+        model = timm.create_model(architecture, **kwargs)
+        load_strictly(model, load_weights(weights), f"{weights} does not hold timm's {architecture}")
+    return freeze(model)
+
+
+def load_strictly(model: nn.Module, weights: dict[str, Tensor], complaint: str) -> None:
+    """Every parameter of `model` from `weights`, which may hold more (a classifier, layers not built)."""
+    wanted = {name for name, _ in model.named_parameters()}
+    wanted |= {name for name, _ in model.named_buffers() if not name.endswith("num_batches_tracked")}
+    if missing := sorted(wanted - set(weights)):
+        raise ValueError(f"{complaint}: {len(missing)} of {len(wanted)} are missing, such as {missing[:3]}.")
+    try:
+        model.load_state_dict({name: weights[name] for name in wanted}, strict=False)
+    except RuntimeError as error:  # shapes
+        raise ValueError(f"{complaint}: {error}") from error
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    return model.eval().requires_grad_(False)
+
+
+class PooledFeatures(nn.Module):
+    """Global features (B, d) of a timm model, for a Frechet distance; `name` says which, to be named beside the number."""
+
+    def __init__(self, backbone: str, weights: str | None):
+        super().__init__()
+        self.name = backbone.removeprefix("timm:")
+        self.model = load_timm(backbone, weights, num_classes=0)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(to_imagenet(pixel_values.float().clamp(-1, 1)))

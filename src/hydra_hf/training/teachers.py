@@ -1,0 +1,148 @@
+"""Frozen judges of the tokenizer: teachers of the distillation, trunks of the perceptual loss. HYDRA, section 3.3.
+
+They belong to the trainer and are never part of a saved model.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from hydra_hf.evaluation.backbones import freeze, load_strictly, load_timm, load_weights, to_imagenet
+from hydra_hf.modeling import HydraTokModel
+
+from .toy_teacher import ToyTeacher
+
+
+class HydraTokTeacher(nn.Module):
+    """A HYDRA-TOK checkpoint as the ViT that it was cut from: no bottleneck, the class token all the way."""
+
+    def __init__(self, model: HydraTokModel):
+        super().__init__()
+        self.embeddings = model.gen_vit.embeddings
+        self.layers = nn.ModuleList([*model.gen_vit.layers, *model.sem_vit.layers])
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
+        """Outputs (B, cls + N, D) of the blocks `layers`, counted from 1, for normalised pixels (B, 3, H, W)."""
+        _check_layers(layers, len(self.layers))
+        hidden_states, outputs = self.embeddings(pixel_values), {}
+        for number, layer in enumerate(self.layers[: max(layers)], start=1):
+            outputs[number] = hidden_states = layer(hidden_states)
+        return [outputs[number] for number in layers]
+
+
+class TransformersTeacher(nn.Module):
+    """A vision model of transformers, such as InternVLVisionModel or SiglipVisionModel."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
+        """As `HydraTokTeacher.forward`."""
+        states = self.model(pixel_values=pixel_values, output_hidden_states=True).hidden_states
+        _check_layers(layers, len(states) - 1)
+        return [states[number] for number in layers]
+
+
+class TimmTeacher(nn.Module):
+    """A ViT of timm."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
+        """As `HydraTokTeacher.forward`, without class tokens."""
+        _check_layers(layers, len(self.model.blocks))
+        return self.model.forward_intermediates(
+            pixel_values, indices=[number - 1 for number in layers], output_fmt="NLC", intermediates_only=True
+        )
+
+
+def _check_layers(layers: tuple[int, ...], num_layers: int) -> None:
+    if not 1 <= min(layers) <= max(layers) <= num_layers:
+        raise ValueError(f"distill_layers={layers} must be blocks 1 to {num_layers} of the teacher.")
+
+
+def load_teacher(teacher: str, weights: str | None = None) -> nn.Module:
+    """The frozen teacher in a folder or on the Hub, "timm:NAME" with its safetensors, or "toy", the toy world's own.
+
+    Raises ValueError for a model that has no layers of a ViT to follow.
+    """
+    if teacher == "toy":
+        return ToyTeacher()
+    if teacher.startswith("timm:"):
+        model = load_timm(teacher, weights, num_classes=0, dynamic_img_size=True)
+        return TimmTeacher(model)
+    if weights is not None:
+        raise ValueError(f"teacher_weights={weights!r} are for timm:NAME; {teacher!r} brings its own.")
+    from transformers import AutoModel
+
+    model = freeze(AutoModel.from_pretrained(teacher))
+    if isinstance(model, HydraTokModel):
+        return freeze(HydraTokTeacher(model))
+    if model.main_input_name != "pixel_values":
+        raise ValueError(f"The teacher {teacher!r} is a {type(model).__name__}, expected a vision model alone.")
+    return TransformersTeacher(model)
+
+
+class Lpips(nn.Module):
+    """LPIPS of the `lpips` package: its own heads on a trunk of torchvision's weights."""
+
+    def __init__(self, trunk: str, weights: str | None):
+        super().__init__()
+        import lpips  # pip install hydra_hf[train]
+
+        if trunk not in LPIPS_TRUNKS:
+            raise ValueError(
+                f"perceptual_backbone='lpips:{trunk}' must be one of {[f'lpips:{t}' for t in LPIPS_TRUNKS]}."
+            )
+        if weights is None:
+            name = LPIPS_TRUNKS[trunk]
+            raise ValueError(
+                f"LPIPS needs torchvision's {name}. Fetch it once with: python -c 'from torchvision.models import {name};"
+                f' from safetensors.torch import save_file; save_file({name}(weights="IMAGENET1K_V1").state_dict(),'
+                f' "{name}.safetensors")\' and give it as --perceptual_weights {name}.safetensors'
+            )
+        self.model = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
+        # lpips calls layer i of torchvision's `features` "slice<n>.i"
+        names = {name: f"features.{name.split('.', 1)[1]}" for name, _ in self.model.net.named_parameters()}
+        found = load_weights(weights)
+        trunk_weights = {name: found[theirs] for name, theirs in names.items() if theirs in found}
+        load_strictly(self.model.net, trunk_weights, f"{weights} does not hold torchvision's {LPIPS_TRUNKS[trunk]}")
+        freeze(self)
+
+    def forward(self, pixel_values: Tensor, targets: Tensor) -> Tensor:
+        return self.model(pixel_values, targets).mean()
+
+
+LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
+
+
+class FeatureDistance(nn.Module):
+    """Squared distance of a timm model's feature maps, each normalised over its channels; it is not LPIPS."""
+
+    def __init__(self, backbone: str, weights: str | None):
+        super().__init__()
+        self.model = load_timm(backbone, weights, num_classes=0)
+
+    def forward(self, pixel_values: Tensor, targets: Tensor) -> Tensor:
+        pairs = zip(self.features(pixel_values), self.features(targets), strict=True)
+        return sum(((first - second) ** 2).sum(1).mean() for first, second in pairs)
+
+    def features(self, pixel_values: Tensor) -> list[Tensor]:
+        maps = self.model.forward_intermediates(to_imagenet(pixel_values), intermediates_only=True)
+        return [nn.functional.normalize(map, dim=1, eps=1e-6) for map in maps]
+
+
+def load_perceptual(backbone: str, weights: str | None = None) -> nn.Module:
+    """The frozen distance of pictures (B, 3, H, W) in [-1, 1], estimates not clamped, as one number.
+
+    Raises ValueError for another name than lpips:TRUNK or timm:NAME, or for weights that are missing or do not fit.
+    """
+    kind, _, name = backbone.partition(":")
+    if kind == "lpips":
+        return Lpips(name, weights)
+    return FeatureDistance(backbone, weights)

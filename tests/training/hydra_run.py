@@ -1,0 +1,49 @@
+"""A run of HYDRA's trainer on the toy world, for tests that start several processes: hydra_run.py FOLDER RUN..."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from hydra_hf.training.hydra_trainer import train_hydra
+from hydra_hf.training.recipe import HydraRecipe, HydraStage
+from toy import toy_config, toy_pipeline, toy_processor
+
+
+EVERYTHING = ("vision_head", "model.vision_tower.sem_vit", "model.multi_modal_projector", "model.time_embedding",
+              "model.language_model")  # fmt: skip
+STAGE = HydraStage(
+    name="stage1",
+    num_steps=3,
+    learning_rates=dict.fromkeys(EVERYTHING, 3e-5),  # Adam makes a step of the rate of every rounding error
+    tasks={"understand": 2, "generate": 3},
+    warmup_steps=1,
+    decay_share=0.0,
+    mixed_precision="no",
+)
+RUNS = {  # name -> tasks, micro_batch_size
+    "even": ({"understand": 2, "generate": 4}, None),
+    "accumulated": ({"understand": 3, "generate": 4}, 2),
+    "lacking": ({"understand": 1, "generate": 2}, None),  # the second process has no question
+}
+
+
+def recipe(folder: Path, tasks: dict[str, int], micro_batch_size: int | None = None, **stage_changes) -> HydraRecipe:
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.exists():
+        toy_pipeline().model.model.vision_tower.save_pretrained(tokenizer)
+    return HydraRecipe(
+        name="test", config=toy_config(), stages=(replace(STAGE, tasks=tasks, **stage_changes),), log_every=1,
+        save_every=100, sample_every=100, tokenizer=str(tokenizer), processor=toy_processor(),
+        micro_batch_size=micro_batch_size, sample_prompts=("a cat",),
+    )  # fmt: skip
+
+
+def run(folder: Path, name: str, output_dir: Path) -> None:
+    tasks, micro_batch_size = RUNS[name]
+    train_hydra(recipe(folder, tasks, micro_batch_size), output_dir, only="stage1")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for name in sys.argv[2:]:
+        run(folder, name, folder / f"{name}-many")

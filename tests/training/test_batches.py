@@ -1,0 +1,118 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizer_run import CONFIG, make_stage
+
+from hydra_hf.data.readers import Source
+from hydra_hf.data.toy_world import ToyWorld
+from hydra_hf.training.batches import (
+    ReadAhead,
+    ToyBatches,
+    ToyHeldOut,
+    check_range,
+    create_batches,
+    row_generator,
+    split_batch,
+    step_generator,
+    toy_images,
+)
+from hydra_hf.training.recipe import Recipe, TokenizerLossWeights
+
+
+def draw(*numbers: int) -> list[float]:
+    return torch.rand(4, generator=row_generator(*numbers)).tolist()
+
+
+def test_a_row_draws_the_same_whenever_it_is_asked():
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+
+
+@pytest.mark.parametrize("other", [(2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 23, 3), (2, 1, 3)])
+def test_another_row_step_or_seed_draws_something_else(other):
+    assert draw(*other) != draw(1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_processes", "micro_batch_size", "expected"),
+    [(256, 8, None, (32, 1)), (256, 8, 4, (4, 8)), (256, 1, 256, (256, 1)), (4, 4, None, (1, 1))],
+)
+def test_a_batch_is_split_over_processes_and_micro_steps(batch_size, num_processes, micro_batch_size, expected):
+    assert split_batch(batch_size, num_processes, micro_batch_size) == expected
+
+
+@pytest.mark.parametrize("arguments", [(256, 3, None), (256, 8, 5), (4, 8, None), (4, 1, 0)])
+def test_a_batch_that_cannot_be_split_exactly_is_refused(arguments):
+    with pytest.raises(ValueError, match="must be a multiple of"):
+        split_batch(*arguments)
+
+
+def test_rows_of_a_toy_batch_are_those_of_the_whole_batch():
+    batches, whole = ToyBatches(ToyWorld(1), 5, seed=1), toy_images(ToyWorld(1), 5, step_generator(1, 7))
+    assert torch.equal(batches(7, range(5)), whole)
+    assert torch.equal(batches(7, range(2, 4)), whole[2:4])
+
+
+class Counting:
+    """Pixels that say where they are from, and a list of what was asked for."""
+
+    def __init__(self):
+        self.num_skipped, self.asked = {}, []
+
+    def __call__(self, step: int, rows: range) -> torch.Tensor:
+        self.asked.append((step, rows))
+        return torch.tensor([step, *rows]) / 100
+
+
+def test_reading_ahead_gives_the_rows_of_each_micro_step_and_reads_each_once():
+    batches, rows = Counting(), [range(2), range(4, 6)]
+    read = ReadAhead(batches, rows)
+    found = [read(step, index) for step in (3, 4) for index in (0, 1)]
+    expected = [(step, part) for step in (3, 4) for part in rows]
+    assert all(torch.equal(a, Counting()(*b)) for a, b in zip(found, expected, strict=True))
+    read.reader.shutdown()
+    assert batches.asked == [*expected, (5, rows[0])]
+
+
+def test_reading_ahead_can_go_elsewhere():
+    read = ReadAhead(Counting(), [range(2)])
+    read(3, 0)
+    assert read(7, 0)[0] == 7 / 100
+
+
+def test_held_out_scenes_are_the_same_at_every_step():
+    held_out = ToyHeldOut(ToyWorld(1), 4, seed=1)
+    assert torch.equal(held_out(0, range(1, 3)), held_out(9, range(4))[1:3])
+
+
+@pytest.mark.parametrize("value", [-1.1, 1.1, 255.0, float("nan")])
+def test_pixels_out_of_range_are_refused(value):
+    with pytest.raises(ValueError, match=r"expected \[-1, 1\]"):
+        check_range(torch.tensor([0.0, value]))
+
+
+def test_data_without_held_out_images_is_refused():
+    stage = make_stage(Path("judges"), loss_weights=TokenizerLossWeights())
+    recipe = Recipe(name="test", config=CONFIG, stages=(stage,), data=(Source(task="generate", path="images"),))
+    with pytest.raises(ValueError, match="needs held_out images too"):
+        create_batches(recipe, stage, 0)
+
+
+def test_a_folder_of_images_is_training_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for number in range(6):
+        picture = np.random.default_rng(number).integers(0, 255, (70, 90, 3), dtype=np.uint8)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(picture).save(tmp_path / "images" / f"{number}.png")
+    stage = make_stage(Path("judges"), loss_weights=TokenizerLossWeights())
+    path = str(tmp_path / "images")
+    stage = replace(stage, held_out=(Source(task="generate", path=path, split="train[:2]"),), num_held_out=2)
+    data = (Source(task="generate", path=path, split="train[2:]"),)
+    batches, held_out = create_batches(Recipe(name="test", config=CONFIG, stages=(stage,), data=data), stage, 0)
+    whole = check_range(batches(3, range(4)))
+    assert whole.shape == (4, 3, 64, 64)
+    assert torch.equal(batches(3, range(1, 3)), whole[1:3])
+    assert held_out(0, range(2)).shape == (2, 3, 64, 64)

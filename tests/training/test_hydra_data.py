@@ -1,0 +1,88 @@
+"""The trainer on files: bundles of `data.mixture`, their position in checkpoints, the records they skip."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra_run import STAGE, recipe
+from PIL import Image
+from safetensors.torch import load_file
+
+from hydra_hf.data.readers import Source
+from hydra_hf.training.hydra_trainer import create_bundles, train_hydra
+
+
+pytest.importorskip("datasets")
+TASKS = {"text": 1, "understand": 2, "generate": 2}
+NUM_RECORDS = 12
+UNREADABLE = 5
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """Pictures with captions, one of which is broken, and conversations."""
+    folder = tmp_path_factory.mktemp("files")
+    rng = np.random.default_rng(0)
+    captions = []
+    for number in range(NUM_RECORDS):
+        Image.fromarray(rng.integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        captions.append({"image": f"{number}.png", "caption": f"a cat and {number} dogs"})
+    (folder / f"{UNREADABLE}.png").write_bytes(b"no picture")
+    turns = [{"role": "user", "content": "what is a cat?"}, {"role": "assistant", "content": "a cat"}]
+    for name, records in {"captions": captions, "text": [{"messages": turns}] * 3}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where `datasets` writes."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def recipe_of(files: Path, folder: Path, streaming: bool, num_steps: int = 4):
+    sources = [Source(task="text", path=str(files / "text.jsonl"), streaming=streaming)]
+    sources += [Source(task=task, path=str(files / "captions.jsonl"), streaming=streaming)
+                for task in ("understand", "generate")]  # fmt: skip
+    made = recipe(folder, TASKS, num_steps=num_steps, drop_prompt=0.5)
+    return replace(made, data=tuple(sources), difficulty=None, save_every=2)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["by number", "streaming"])
+def test_a_run_on_files_goes_on_exactly_where_it_was(files, tmp_path, streaming):
+    made = recipe_of(files, tmp_path, streaming)
+    whole = train_hydra(made, tmp_path / "whole", only="stage1")
+    parts = tmp_path / "parts" / "stage1"
+    parts.mkdir(parents=True)
+    (whole.parent / "checkpoint-2").rename(parts / "checkpoint-2")
+    assert (parts / "checkpoint-2" / "data-0-of-1.json").exists() == streaming
+    again = train_hydra(made, tmp_path / "parts", only="stage1")
+    weights = [load_file(path / "model" / "model.safetensors") for path in (whole, again)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_records_that_cannot_be_read_are_counted_in_the_log(files, tmp_path):
+    made = recipe_of(files, tmp_path, streaming=False, num_steps=NUM_RECORDS // 2)  # every picture once for each task
+    folder = train_hydra(made, tmp_path / "run", only="stage1").parent
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert sum(record.get("skipped", 0) for record in records) >= 2
+    assert all(np.isfinite(record["loss"]) for record in records if "loss" in record)
+
+
+def test_a_stream_of_another_number_of_processes_is_refused(files, tmp_path):
+    made = recipe_of(files, tmp_path, streaming=True)
+    folder = train_hydra(made, tmp_path / "run", only="stage1").parent
+    state = folder / "checkpoint-4" / "data-0-of-1.json"
+    state.rename(state.with_name("data-0-of-3.json"))
+    (folder / "final").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=r"\['data-0-of-3.json'\], expected data-0-of-1.json"):
+        train_hydra(made, tmp_path / "run", only="stage1")
+
+
+def test_streams_are_not_read_ahead_by_workers(files, tmp_path):
+    made = replace(recipe_of(files, tmp_path, streaming=True), num_workers=2)
+    with pytest.raises(ValueError, match="num_workers=2"):
+        create_bundles(made, replace(STAGE, tasks=TASKS), seed=0)
