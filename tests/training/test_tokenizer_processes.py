@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,16 +26,36 @@ def judges(tmp_path_factory):
     return folder
 
 
-def run(*command: object, timeout: int = 600) -> None:
+def run(*command: object, timeout: int = 900) -> None:
+    """A program and all processes that it starts; they do not outlive the test."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUN.parents[1])}
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, timeout=timeout, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], env=environment, start_new_session=True, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        _, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, errors[-3000:]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def launch(num_processes: int, *arguments: object) -> None:
-    run("-m", "torch.distributed.run", f"--nproc_per_node={num_processes}", "--master_port=0", RUN, *arguments)
+    run(
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={num_processes}",
+        f"--master_port={free_port()}",
+        RUN,
+        *arguments,
+    )
 
 
 def log_of(folder: Path) -> dict[int, dict]:
@@ -69,7 +91,7 @@ def test_two_processes_that_accumulate_train_as_one_does(judges, tmp_path):
 def test_accelerate_launches_the_command_line_on_two_processes(tmp_path):
     """Every stage, and what one process does while the other waits."""
     run("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
-        "--dynamo_backend=no", "--main_process_port=0", "-m", "hydra_hf.cli", "train", "tiny.tokenizer",
+        "--dynamo_backend=no", f"--main_process_port={free_port()}", "-m", "hydra_hf.cli", "train", "tiny.tokenizer",
         "--num_steps=2", "--micro_batch_size=8", "--out", tmp_path)  # fmt: skip
     for stage in ("foundation", "decoder"):
         assert log_of(tmp_path / stage)[2]["psnr"] > 0
