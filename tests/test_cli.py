@@ -287,7 +287,10 @@ def test_train_runs_every_stage_of_a_recipe_and_goes_on_where_it_was(tmp_path):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
 
     final = tmp_path / "run" / "decoder" / "final"
-    assert train() == [*(f"tiny.tokenizer: stage {name}, 2 steps" for name in ("foundation", "semantics", "decoder")), str(final)]
+    assert train() == [
+        *(f"tiny.tokenizer: stage {name}, 2 steps" for name in ("foundation", "semantics", "decoder")),
+        str(final),
+    ]
     weights = (final / "model.safetensors").read_bytes()
     shutil.rmtree(final)
     assert train() == ["tiny.tokenizer: stage decoder, 2 steps", str(final)]

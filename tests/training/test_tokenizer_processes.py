@@ -26,8 +26,8 @@ def judges(tmp_path_factory):
     return folder
 
 
-def run(*command: object, timeout: int = 900) -> None:
-    """A program and all processes that it starts; they do not outlive the test."""
+def run(*command: object, timeout: int = 900) -> tuple[int, str]:
+    """Exit code and stderr of a program; no process that it starts outlives the test."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUN.parents[1])}
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], env=environment, start_new_session=True, text=True,
@@ -38,7 +38,7 @@ def run(*command: object, timeout: int = 900) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    assert process.returncode == 0, errors[-3000:]
+    return process.returncode, errors[-5000:]
 
 
 def free_port() -> int:
@@ -48,14 +48,9 @@ def free_port() -> int:
 
 
 def launch(num_processes: int, *arguments: object) -> None:
-    run(
-        "-m",
-        "torch.distributed.run",
-        f"--nproc_per_node={num_processes}",
-        f"--master_port={free_port()}",
-        RUN,
-        *arguments,
-    )
+    port = f"--master_port={free_port()}"
+    code, errors = run("-m", "torch.distributed.run", f"--nproc_per_node={num_processes}", port, RUN, *arguments)
+    assert code == 0, errors
 
 
 def log_of(folder: Path) -> dict[int, dict]:
@@ -75,28 +70,41 @@ def assert_same_run(first: Path, second: Path) -> None:
 @pytest.mark.slow  # three runs that import everything anew
 def test_two_processes_train_as_one_does(judges, tmp_path):
     """With every judge and the adaptive weight; and with half the batch at a time."""
-    run(RUN, tmp_path / "one", judges)
+    launch(1, tmp_path / "one", judges)
     launch(2, tmp_path / "two", judges)
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
 def test_two_processes_that_accumulate_train_as_one_does(judges, tmp_path):
-    run(RUN, tmp_path / "one", judges, 4)
+    launch(1, tmp_path / "one", judges, 4)
     launch(2, tmp_path / "two", judges, 1)
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
+def accelerate_train(folder: Path, micro_batch_size: int) -> tuple[int, str]:
+    return run(
+        "-m", "accelerate.commands.launch", "--config_file", EXAMPLES / "multi_gpu.yaml", "--num_processes=2",
+        f"--main_process_port={free_port()}", "-m", "hydra_hf.cli", "train", "tiny.tokenizer", "--num_steps=2",
+        f"--micro_batch_size={micro_batch_size}", "--out", folder,
+    )  # fmt: skip
+
+
 @pytest.mark.slow
-def test_accelerate_launches_the_command_line_on_two_processes(tmp_path):
-    """Every stage, and what one process does while the other waits."""
-    run("-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
-        "--dynamo_backend=no", f"--main_process_port={free_port()}", "-m", "hydra_hf.cli", "train", "tiny.tokenizer",
-        "--num_steps=2", "--micro_batch_size=8", "--out", tmp_path)  # fmt: skip
+def test_accelerate_launches_every_stage_on_two_processes(tmp_path):
+    code, errors = accelerate_train(tmp_path, micro_batch_size=8)
+    assert code == 0, errors
     for stage in ("foundation", "decoder"):
         assert log_of(tmp_path / stage)[2]["psnr"] > 0
     config = json.loads((tmp_path / "decoder" / "final" / "config.json").read_text())
     assert config["model_type"] == "hydra_tok"
+
+
+@pytest.mark.slow
+def test_accelerate_launches_as_many_processes_as_it_is_told(tmp_path):
+    code, errors = accelerate_train(tmp_path, micro_batch_size=32)  # the whole batch, for each of two
+    assert code != 0
+    assert "num_processes=2 times micro_batch_size=32" in errors
 
 
 @pytest.mark.parametrize("name", ["multi_gpu", "fsdp", "deepspeed"])
