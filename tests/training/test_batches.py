@@ -31,6 +31,12 @@ def test_a_row_draws_the_same_whenever_it_is_asked():
     assert draw(1, 2, 3) == draw(1, 2, 3)
 
 
+@pytest.mark.parametrize("other", [(2, 2), (1, 3), (2, 1), (1 + 2**32, 2)])
+def test_another_step_or_seed_gives_another_stream(other):
+    streams = [torch.rand(4, generator=step_generator(*numbers)) for numbers in ((1, 2), other)]
+    assert not torch.equal(*streams)
+
+
 @pytest.mark.parametrize("other", [(2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 23, 3), (2, 1, 3)])
 def test_another_row_step_or_seed_draws_something_else(other):
     assert draw(*other) != draw(1, 2, 3)

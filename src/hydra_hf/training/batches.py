@@ -14,12 +14,16 @@ from .recipe import Recipe, TokenizerStage
 
 def step_generator(seed: int, step: int) -> torch.Generator:
     """All randomness of one step, so that a resumed run sees what the unbroken one saw."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+    return _hashed_generator(f"{seed} {step}")
 
 
 def row_generator(seed: int, step: int, row: int) -> torch.Generator:
     """All randomness of one sample of a step, whichever process it is on."""
-    digest = hashlib.blake2b(f"{seed} {step} {row}".encode(), digest_size=4).digest()
+    return _hashed_generator(f"{seed} {step} {row}")
+
+
+def _hashed_generator(key: str) -> torch.Generator:
+    digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest))  # a CPU generator reads no more than 32 bits
 
 
