@@ -3,6 +3,7 @@ from threading import Thread
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
 from tiny import (
     IMAGE,
@@ -31,7 +32,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from hydra_hf import HydraConfig, HydraForConditionalGeneration, HydraModel, HydraTokConfig, PixelViTDecoderConfig
 from hydra_hf.modeling.flow import add_noise, velocity_target
 from hydra_hf.modeling.layers import ZeroLinear
-from hydra_hf.modeling.modeling_hydra import get_image_block_ids
+from hydra_hf.modeling.modeling_hydra import MultiModalProjector, get_image_block_ids
 from hydra_hf.modeling.prefix_cache import FrozenPrefixCache
 
 
@@ -55,6 +56,31 @@ def assert_same_weights(model, other):
     assert ours.keys() == theirs.keys()
     for key in ours:
         assert torch.equal(ours[key], theirs[key]), key
+
+
+def projector(**changes) -> MultiModalProjector:
+    torch.manual_seed(0)
+    return MultiModalProjector(hydra_config(**changes))
+
+
+def test_the_projector_says_the_same_of_equal_states_wherever_they_stand():
+    embeds = projector()(torch.ones(1, 6, 24).cumsum(-1), (2, 3))
+    torch.testing.assert_close(embeds, embeds[:, :1].expand_as(embeds))
+
+
+def test_positions_of_the_projector_tell_every_place_apart_and_do_not_depend_on_the_picture():
+    states, grid = gaussian(2, 6, 24), (2, 3)
+    places = projector(projector_position_period=16)(states, grid) - projector()(states, grid)
+    torch.testing.assert_close(places[0], places[1], atol=1e-5, rtol=1e-5)
+    distances = torch.cdist(places[0], places[0]) + torch.eye(6)
+    assert distances.min() > 1e-2
+
+
+@pytest.mark.parametrize("changes", [{"projector_position_period": 1}, {"vision_config": tok_config(hidden_size=30),
+                                      "projector_position_period": 16}], ids=["period", "width"])  # fmt: skip
+def test_positions_that_the_projector_cannot_make_are_refused(changes):
+    with pytest.raises(StrictDataclassError, match="projector_position_period"):
+        hydra_config(**changes)
 
 
 # The mask

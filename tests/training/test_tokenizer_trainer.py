@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizer_run import SIZES
 
 from hydra_hf.data.toy_world import CANVAS, ToyWorld
 from hydra_hf.modeling import (
@@ -26,13 +27,6 @@ from hydra_hf.training.tokenizer_trainer import (
 )
 
 
-SIZES = {
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "patch_size": 16,
-    "initializer_range": 0.1,
-}
 VIT_DECODER = PixelViTDecoderConfig(num_hidden_layers=1, **SIZES)
 FLOW_DECODER = PixelFlowDecoderConfig(num_global_layers=1, num_flow_layers=1, prediction_type="sample", **SIZES)
 CONFIG = HydraTokConfig(

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from hydra_hf.pipelines.pipeline_hydra import check_repo_id
 
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
@@ -51,10 +52,7 @@ def _find_folder(name: str, revision: str | None) -> Path:
         if revision is not None:
             raise ValueError(f"{name} is a folder and has no {revision=}; revisions are for the Hub.")
         return Path(name)
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ValueError(f"{name!r} is neither a folder nor a repo id, expected 'owner/name'.") from error
+    check_repo_id(name)
     return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
 
 

@@ -29,6 +29,14 @@ from ..modeling.processing_hydra import HydraProcessor
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
+def check_repo_id(name: str) -> None:
+    """ValueError for a name that is no folder and cannot be a repo's either."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{name!r} is neither a folder nor a repo id, expected 'owner/name'.") from error
+
+
 class HydraDiffusionPipeline(DiffusionPipeline):
     """What our pipelines share: loading and saving classes that diffusers does not ship."""
 
@@ -42,10 +50,7 @@ class HydraDiffusionPipeline(DiffusionPipeline):
             if missing := [name for name in expected if not (Path(path) / name).exists()]:
                 raise ValueError(f"{path!r} is no {cls.__name__}: it has no {missing}, expected {expected}.")
         else:
-            try:
-                validate_repo_id(path)
-            except HFValidationError as error:
-                raise ValueError(f"{path!r} is neither a folder nor a repo id, expected 'owner/name'.") from error
+            check_repo_id(path)
         return super().from_pretrained(path, **kwargs)
 
     @classmethod

@@ -1,15 +1,21 @@
-"""Where the pixels and the randomness of a step come from: pure functions of its number, so that a run can be resumed."""
+"""Which process has which rows of a step, and where their pixels and randomness come from: pure functions of its number, so that a run can be resumed."""
 
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from hydra_hf.data.toy_world import ToyWorld
 
 from .recipe import Recipe, TokenizerStage
+
+
+def partial_state() -> PartialState:
+    """Which process this is; on CPUs, several talk through gloo."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hydra_hf.modeling import HydraConfig, HydraForConditionalGeneration
 
+from .batches import partial_state
 from .bundles import num_accumulation_steps
 from .hydra_trainer import create_bundles
 from .lora import add_adapters
@@ -105,7 +105,7 @@ def dry_run(recipe: HydraRecipe, only: str | None = None) -> list[StageReport]:
 
 
 def report_stage(recipe: HydraRecipe, stage: HydraStage) -> StageReport:
-    processes = PartialState(cpu=not torch.accelerator.is_available())
+    processes = partial_state()
     model = meta_model(recipe, stage)
     tasks, activations = {}, 0
     accumulation = num_accumulation_steps(stage.tasks, processes.num_processes, recipe.micro_batch_size)

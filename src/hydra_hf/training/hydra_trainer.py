@@ -12,7 +12,6 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import release_memory
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -24,7 +23,7 @@ from hydra_hf.modeling import HydraForConditionalGeneration, HydraTokConfig, Hyd
 from hydra_hf.modeling.flow import add_noise, sample_sigma, velocity_target
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
-from .batches import step_generator
+from .batches import partial_state, step_generator
 from .bundles import Noise, ToyBundles, count_images, num_accumulation_steps, row_noise, stream_noise
 from .callbacks import LOSSES, EveryStep, LossHistory, SampleGrids, create_pipeline
 from .checkpoints import has_folder, load_state, save_state, write_folder, write_text
@@ -301,7 +300,7 @@ def train_hydra(
         raise ValueError(
             f"{recipe.name} needs init, the folder that `hydra convert` made, for its weights and tokenizer."
         )
-    processes = PartialState(cpu=not torch.accelerator.is_available())
+    processes = partial_state()
     done = None
     for index, stage in enumerate(recipe.stages):
         folder = output_dir / stage.name
@@ -329,7 +328,7 @@ def train_hydra(
 def train_stage(recipe: HydraRecipe, index: int, model: HydraForConditionalGeneration, folder: Path) -> None:
     """Trains `model` to the end of a stage, from the last checkpoint in `folder` if there is one."""
     stage, seed = recipe.stages[index], recipe.seed + 1000 * index
-    accumulation = num_accumulation_steps(stage.tasks, PartialState().num_processes, recipe.micro_batch_size)
+    accumulation = num_accumulation_steps(stage.tasks, partial_state().num_processes, recipe.micro_batch_size)
     bundles, noise = create_bundles(recipe, stage, seed, accumulation)
     trainer = HydraTrainer(
         model, stage, bundles, folder, noise=noise, recipe=recipe, seed=seed, accumulation=accumulation
@@ -361,7 +360,7 @@ def save_finished(trainer: HydraTrainer, recipe: HydraRecipe, folder: Path) -> N
 
 def create_bundles(recipe: HydraRecipe, stage: HydraStage, seed: int, accumulation: int = 1) -> tuple[Dataset, Noise]:
     """The bundles of this process, and the noise that goes with them. ValueError for a recipe that has no data."""
-    processes = PartialState()
+    processes = partial_state()
     place = {"process_index": processes.process_index, "num_processes": processes.num_processes}
     if not recipe.data:
         if recipe.difficulty is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -20,7 +20,15 @@ from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, HydraTokMo
 from hydra_hf.modeling.flow import sample_sigma
 from hydra_hf.modeling.layers import latents_to_tokens
 
-from .batches import Batches, ReadAhead, create_batches, row_generator, split_batch, step_generator
+from .batches import (
+    Batches,
+    ReadAhead,
+    create_batches,
+    partial_state,
+    row_generator,
+    split_batch,
+    step_generator,
+)
 from .checkpoints import has_folder, load_state, save_state, write_folder
 from .discriminator import PatchDiscriminator, adaptive_weight, adversarial_loss, discriminator_loss
 from .losses import distill_loss, tokenizer_losses, weighted_sum
@@ -33,11 +41,6 @@ logger = logging.getLogger(__name__)
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 DECODER = ("pixel_decoder.", "bottleneck.decoder_up_proj.")
-
-
-def partial_state() -> PartialState:
-    """Which process this is; on CPUs, several talk through gloo."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 class TokenizerTrainer:
