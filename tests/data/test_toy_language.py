@@ -97,6 +97,15 @@ def test_answers_are_true_of_the_scene(difficulty):
         assert question.answer == recomputed_answer(question.question, seen), (question, seen)
 
 
+def test_answers_are_true_of_scattered_scenes(language):
+    scenes = language.world.sample_scenes(1000, seeded(), scattered=1.0)
+    rng = random.Random(0)
+    for index in range(len(scenes)):
+        (question,) = language.questions(scenes, index, 1, rng, types=(*QUESTION_TYPES, *LOOKUP_TYPES))
+        seen = things(language.world, scenes, index)
+        assert question.answer == recomputed_answer(question.question, seen), (question, seen)
+
+
 def test_the_commonest_answer_of_a_type_is_a_poor_guess(language):
     _, questions = language.sample_questions(3000, seeded(), split="test")
     answers = defaultdict(Counter)

@@ -62,14 +62,34 @@ def test_pictures_are_in_range_and_objects_inside_the_canvas(difficulty):
     assert (scenes.positions + scenes.sizes[..., None]).max() <= CANVAS
 
 
-def test_difficulty_one_stands_on_whole_patches_in_reading_order(world):
-    scenes = world.sample_scenes(256, seeded())
+@pytest.mark.parametrize("scattered", [0.0, 0.5, 1.0])
+def test_difficulty_one_stands_on_whole_patches_in_reading_order(world, scattered):
+    scenes = world.sample_scenes(256, seeded(), scattered=scattered)
     assert (scenes.positions % 16 == 0).all()
     counts = (scenes.objects >= 0).sum(1)
     assert set(counts.tolist()) == {1, 2, 3, 4}
     order = scenes.positions[..., 1] * CANVAS + scenes.positions[..., 0]
     for row, count in zip(order.tolist(), counts.tolist()):
         assert row[:count] == sorted(set(row[:count]))
+
+
+def test_a_lone_object_stands_in_the_middle_and_anywhere_when_scattered(world):
+    def places(**arguments):
+        return {
+            tuple(at) for at in world.sample_scenes(500, seeded(), max_objects=1, **arguments).positions[:, 0].tolist()
+        }
+
+    assert places() == {(16, 16)}
+    assert places(scattered=1.0) == {(x, y) for x in (0, 16, 32) for y in (0, 16, 32)}
+
+
+@pytest.mark.parametrize("difficulty", [1, 3])
+def test_scattered_objects_do_not_cover_each_other(difficulty):
+    scenes = ToyWorld(difficulty).sample_scenes(500, seeded(), scattered=1.0)
+    for objects, positions, sizes in zip(scenes.objects, scenes.positions, scenes.sizes):
+        places = positions[objects >= 0].float()
+        gaps = (places[:, None] - places[None]).abs().amax(-1).fill_diagonal_(torch.inf)
+        assert gaps.min() >= sizes[objects >= 0].min() - 8  # objects off the grid move by up to 4 px
 
 
 def test_sprite_on_whole_patches_is_drawn_pixel_for_pixel(world):

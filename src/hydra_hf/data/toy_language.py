@@ -174,9 +174,9 @@ class ToyLanguage:
     def _ask_what(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
         if len(scene.names) == 1:
             return Question("what", "what is in the picture?", scene.names[0])
-        if len(scene.names) > 2:
+        if scene.axis is None:
             return None
-        places = ("on the left", "on the right") if scene.is_row else ("at the top", "at the bottom")
+        places = (("on the left", "on the right"), ("at the top", "at the bottom"))[scene.axis]
         which = rng.randrange(2)
         return Question("what", f"what is {places[which]}?", scene.names[which])
 
@@ -276,9 +276,9 @@ class ToyLanguage:
         """Conversations about one image each: questions and a description, which comes first in half of them.
 
         Things are described by name in any order, and questions ask for the place or the distance of one: so the model
-        learns to look a name up.
+        learns to look a name up. Half of the scenes are scattered, else the place of a lone object would be known unseen.
         """
-        scenes = self.world.sample_scenes(num_samples, generator, split=split, max_objects=max_objects)
+        scenes = self.world.sample_scenes(num_samples, generator, split=split, max_objects=max_objects, scattered=0.5)
         rng, samples, types = _random_from(generator), [], (*QUESTION_TYPES, *LOOKUP_TYPES)
         for index, image in enumerate(self.world.render(scenes)):
             turns = [
@@ -327,7 +327,12 @@ class _SceneFacts:
         self.distances = scenes.distances[index].tolist()
         half = (scenes.sizes[index, :, None] // 2).expand(-1, 2)
         self.centers = (scenes.positions[index] + half).tolist()
-        self.is_row = len(objects) == 2 and self.centers[1][0] - self.centers[0][0] > 12
+        self.axis = self._axis() if len(objects) == 2 else None
+
+    def _axis(self) -> int | None:
+        """0 for two objects in a row, 1 in a column, None askew."""
+        is_apart = [abs(a - b) > 12 for a, b in zip(*self.centers[:2])]
+        return is_apart.index(True) if sum(is_apart) == 1 else None
 
     def pairs(self, holds) -> list[tuple[int, int]]:
         """Ordered pairs of objects, each the only one of its name, for which `holds(a, b)`."""

@@ -27,13 +27,15 @@ BACKGROUNDS = {"white": (245, 245, 245), "grey": (150, 150, 150), "black": (25, 
 LAYOUTS = {
     "centre": ((16, 16),),
     "row": ((0, 16), (32, 16)),
-    "column": ((16, 0), (16, 32)),
     "three": ((0, 0), (32, 0), (16, 32)),
     "four": ((0, 0), (32, 0), (0, 32), (32, 32)),
+    "column": ((16, 0), (16, 32)),
 }  # top left corners (x, y), in reading order
 NEAR, FAR = 1.0, 2.0
 HAZE = 0.5  # share of the background in the colour of a far object
 MAX_OBJECTS = 4
+NUM_PLACES = torch.tensor([len(layout) for layout in LAYOUTS.values()])
+PLACES = torch.tensor([[*layout, *[(0, 0)] * (MAX_OBJECTS - len(layout))] for layout in LAYOUTS.values()])  # (5, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -95,18 +97,21 @@ class ToyWorld:
     # Scenes
 
     def sample_scenes(
-        self, num_scenes: int, generator: torch.Generator, *, split: str = "train", max_objects: int = MAX_OBJECTS
-    ) -> Scenes:
-        """Scenes of one split, with 1 to `max_objects` objects, near and far, some of a kind."""
+        self, num_scenes: int, generator: torch.Generator, *, split: str = "train", max_objects: int = MAX_OBJECTS,
+        scattered: float = 0.0,
+    ) -> Scenes:  # fmt: skip
+        """Scenes of one split, with 1 to `max_objects` objects, near and far, some of a kind; see `arrange`."""
         check_split(split)
         if not 1 <= max_objects <= MAX_OBJECTS:
             raise ValueError(f"{max_objects=} must be between 1 and {MAX_OBJECTS}.")
-        scenes = self._propose_scenes(num_scenes, max_objects, generator)
+        scenes = self._propose_scenes(num_scenes, max_objects, scattered, generator)
         while (wrong := self.is_test(scenes) != (split == "test")).any():
-            scenes = self._propose_scenes(num_scenes, max_objects, generator).where(wrong, scenes)
+            scenes = self._propose_scenes(num_scenes, max_objects, scattered, generator).where(wrong, scenes)
         return scenes
 
-    def _propose_scenes(self, num_scenes: int, max_objects: int, generator: torch.Generator) -> Scenes:
+    def _propose_scenes(
+        self, num_scenes: int, max_objects: int, scattered: float, generator: torch.Generator
+    ) -> Scenes:
         counts = torch.randint(1, max_objects + 1, (num_scenes,), generator=generator)
         objects = torch.randint(len(self.names), (num_scenes, MAX_OBJECTS), generator=generator)
         again = torch.rand(num_scenes, MAX_OBJECTS, generator=generator) < 0.35  # like the object before
@@ -115,14 +120,25 @@ class ToyWorld:
         objects[torch.arange(MAX_OBJECTS) >= counts[:, None]] = -1
         is_column = torch.rand(num_scenes, generator=generator) < 0.5
         distances = torch.where(torch.rand(num_scenes, MAX_OBJECTS, generator=generator) < 0.5, NEAR, FAR)
-        return self.arrange(objects, is_column, distances, generator)
+        return self.arrange(objects, is_column, distances, generator, scattered)
 
-    def arrange(self, objects: Tensor, is_column: Tensor, distances: Tensor, generator: torch.Generator) -> Scenes:
-        """Objects (B, 4) in the layout of their number on random backgrounds; two stand in a row or a column."""
-        tables = [LAYOUTS[name] for name in ("centre", "row", "three", "four", "column")]
-        layouts = torch.tensor([[*table, *[(0, 0)] * (MAX_OBJECTS - len(table))] for table in tables])  # (5, 4, 2)
+    def arrange(
+        self,
+        objects: Tensor,
+        is_column: Tensor,
+        distances: Tensor,
+        generator: torch.Generator,
+        scattered: float = 0.0,
+    ) -> Scenes:
+        """Objects (B, 4) in the layout of their number on random backgrounds; two stand in a row or a column.
+
+        A share `scattered` of the scenes leaves places of a larger layout empty: a cat alone may stand at the bottom right.
+        """
         counts = (objects >= 0).sum(1)
-        positions = layouts[torch.where((counts == 2) & is_column, 4, counts - 1)]
+        positions = PLACES[torch.where((counts == 2) & is_column, 4, counts - 1)]
+        if scattered:
+            is_scattered = torch.rand(len(objects), generator=generator) < scattered
+            positions = torch.where(is_scattered[:, None, None], self._scatter(counts, generator), positions)
         sizes = torch.full_like(objects, SPRITE)
         if self.difficulty == 3:
             positions = positions + 2 * torch.randint(-2, 3, positions.shape, generator=generator)
@@ -131,6 +147,15 @@ class ToyWorld:
         num_backgrounds = len(BACKGROUNDS) * (1 if self.difficulty == 1 else 2)
         backgrounds = torch.randint(num_backgrounds, (len(objects),), generator=generator)
         return Scenes(objects, positions, distances, sizes, backgrounds)
+
+    def _scatter(self, counts: Tensor, generator: torch.Generator) -> Tensor:
+        """Positions (B, 4, 2): random places, in reading order, of a random layout that has as many."""
+        layouts = torch.multinomial((counts[:, None] <= NUM_PLACES).float(), 1, generator=generator)  # (B, 1)
+        slots = torch.arange(MAX_OBJECTS)
+        order = torch.rand(len(counts), MAX_OBJECTS, generator=generator)
+        order = order.masked_fill(slots >= NUM_PLACES[layouts], 2).argsort(1)
+        places = order.masked_fill(slots >= counts[:, None], MAX_OBJECTS - 1).sort(1).values
+        return PLACES[layouts, places]
 
     def is_test(self, scenes: Scenes) -> Tensor:
         """(B,) whether a scene belongs to the test split."""
