@@ -10,10 +10,10 @@ import torch
 from hydra_hf.data.sample import TASKS, Sample
 from hydra_hf.data.toy_language import (
     CATEGORIES,
-    LOOKUP_TYPES,
     NUMBERS,
     QUESTION_TYPES,
     TEMPLATES,
+    TRAINING_TYPES,
     ToyLanguage,
     plural,
     with_article,
@@ -43,7 +43,19 @@ def things(world: ToyWorld, scenes: Scenes, index: int) -> list[tuple[str, float
     return [(world.names[o], float(p[0] + s / 2), float(p[1] + s / 2), float(d)) for o, p, s, d in rows if o >= 0]
 
 
-def recomputed_answer(question: str, seen: list[tuple[str, float, float, float]]) -> str:
+def place_of(x: float, y: float) -> str:
+    column, row = (("first", "middle", "last")[1 + (at > 40) - (at < 24)] for at in (x, y))
+    return PLACES[row, column]
+
+
+def described(answer: str, seen: list[tuple[str, float, float, float]]) -> str:
+    """The parts of a true description in the order of `answer`, which is free."""
+    parts = [f"{with_article(name)} {'near' if d == 1 else 'far'} {place_of(x, y)}" for name, x, y, d in seen]
+    parts.sort(key=answer.find)
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def recomputed_answer(question: str, answer: str, seen: list[tuple[str, float, float, float]]) -> str:
     """The answer read from the sentence and the list of things; fails where either is ambiguous."""
     names = [name for name, *_ in seen]
 
@@ -74,9 +86,9 @@ def recomputed_answer(question: str, seen: list[tuple[str, float, float, float]]
     if match := re.fullmatch(r"is the (.+) near or far\?", question):
         return {1.0: "near", 2.0: "far"}[only(match[1])[3]]
     if match := re.fullmatch(r"where is the (.+)\?", question):
-        _, x, y, _ = only(match[1])
-        column, row = (("first", "middle", "last")[1 + (at > 40) - (at < 24)] for at in (x, y))
-        return PLACES[row, column]
+        return place_of(*only(match[1])[1:3])
+    if question == "what do you see?":
+        return described(answer, seen)
     match = re.fullmatch(r"which is nearer, the (.+) or the (.+)\?", question)
     assert only(match[1])[3] != only(match[2])[3]
     return min(only(match[1]), only(match[2]), key=lambda thing: thing[3])[0]
@@ -87,23 +99,23 @@ def test_answers_are_true_of_the_scene(difficulty):
     language = ToyLanguage(ToyWorld(difficulty))
     scenes, questions = language.sample_questions(1500, seeded())
     assert {question.type for question in questions} == set(QUESTION_TYPES)
-    types = (*LOOKUP_TYPES, "count")  # which any scene allows
+    weights = {"place": 1, "distance": 1, "count": 1}  # of which any scene allows some
     questions[:300] = [
-        language.questions(scenes, index, 1, random.Random(index), types=types)[0] for index in range(300)
+        language.questions(scenes, index, 1, random.Random(index), weights=weights)[0] for index in range(300)
     ]
-    assert {question.type for question in questions[:300]} == set(types)
+    assert {question.type for question in questions[:300]} == set(weights)
     for index, question in enumerate(questions):
         seen = things(language.world, scenes, index)
-        assert question.answer == recomputed_answer(question.question, seen), (question, seen)
+        assert question.answer == recomputed_answer(question.question, question.answer, seen), (question, seen)
 
 
 def test_answers_are_true_of_scattered_scenes(language):
     scenes = language.world.sample_scenes(1000, seeded(), scattered=1.0)
     rng = random.Random(0)
     for index in range(len(scenes)):
-        (question,) = language.questions(scenes, index, 1, rng, types=(*QUESTION_TYPES, *LOOKUP_TYPES))
+        (question,) = language.questions(scenes, index, 1, rng, weights=dict.fromkeys(TRAINING_TYPES, 1))
         seen = things(language.world, scenes, index)
-        assert question.answer == recomputed_answer(question.question, seen), (question, seen)
+        assert question.answer == recomputed_answer(question.question, question.answer, seen), (question, seen)
 
 
 def test_the_commonest_answer_of_a_type_is_a_poor_guess(language):
@@ -214,10 +226,29 @@ def test_generated_picture_is_the_assistants_and_understood_picture_the_users(la
     assert [(m["role"], [part["type"] for part in m["content"]]) for m in drawn.messages] == [
         ("user", ["text"]), ("assistant", ["image"]),
     ]  # fmt: skip
-    (asked,) = language.understand_samples(1, seeded(), 3)
+    (asked,) = language.understand_samples(1, seeded(), 1)
     assert [(m["role"], [part["type"] for part in m["content"]]) for m in asked.messages] == [
-        ("user", ["image", "text"]), ("assistant", ["text"]), *[("user", ["text"]), ("assistant", ["text"])] * 2,
+        ("user", ["image", "text"]), ("assistant", ["text"]),
     ]  # fmt: skip
+
+
+def test_nothing_is_asked_twice_of_one_picture(language):
+    lengths = set()
+    for sample in language.understand_samples(200, seeded(), 4):
+        asked = [message["content"][-1]["text"] for message in sample.messages[::2]]
+        assert len(asked) == len(set(asked))
+        assert [message["role"] for message in sample.messages] == ["user", "assistant"] * len(asked)
+        lengths.add(len(asked))
+    assert max(lengths) == 4
+
+
+def test_only_what_has_a_weight_is_asked_and_a_scene_without_it_is_described(language):
+    samples = language.understand_samples(200, seeded(), 3, weights={"nearer": 1})
+    asked = {message["content"][-1]["text"] for sample in samples for message in sample.messages[::2]}
+    assert "what do you see?" in asked
+    assert all(text.startswith("which is nearer") for text in asked - {"what do you see?"})
+    with pytest.raises(ValueError, match="further"):
+        language.understand_samples(1, seeded(), 1, weights={"further": 1})
 
 
 def test_dropped_prompts_are_empty_at_the_given_rate(language):

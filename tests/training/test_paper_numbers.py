@@ -43,7 +43,7 @@ RATES = {  # module -> (stage I, stage II, stage III, source)
     LANGUAGE: (None, 2e-5, 2e-5, GIVEN),
     "lm_head": (None, 2e-5, 2e-5, GIVEN),  # of the language model, where it is not its embedding
 }
-ONLY_IN_THE_TOY_WORLD = {"max_objects", "questions_per_image", "relation_weight"}
+ONLY_IN_THE_TOY_WORLD = {"max_objects", "questions_per_image", "question_weights"}
 RECIPES = {"1.5b": hydra.hydra_1_5b, "7b": hydra.hydra_7b}
 
 

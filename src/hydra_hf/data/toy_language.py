@@ -13,10 +13,8 @@ CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", 
 RELATIONS = ("left of", "right of", "above", "below")
 TEMPLATES = ("{}", "a picture of {}", "draw {}", "{} on a plain background")  # the first, bare one is never held out
 QUESTION_TYPES = ("what", "color", "count", "exist", "horizontal", "vertical", "nearer")
-LOOKUP_TYPES = ("place", "distance")  # for training only: what a relation is made of
-RELATION_TYPES = ("horizontal", "vertical", "nearer")
+TRAINING_TYPES = (*QUESTION_TYPES, "place", "distance", "describe")  # the last three make up what the others need
 NUMBERS = ("zero", "one", "two", "three", "four")
-DESCRIBE = "what do you see?"
 PLURALS = {"fish": "fish"}
 
 
@@ -139,19 +137,6 @@ class ToyLanguage:
         is_column = torch.tensor([prompt.relation in ("above", "below") for prompt in prompts])
         return self.world.arrange(objects, is_column, torch.full(objects.shape, NEAR), generator)
 
-    def describe(self, scenes: Scenes, index: int, rng: random.Random) -> str:
-        """All of scene `index` in any order: "a red circle far on the right and a cat near on the left".
-
-        The name comes first, so that its distance and place must be looked up by it.
-        """
-        facts = _SceneFacts(self.world, scenes, index)
-        parts = [
-            f"{with_article(name)} {'near' if distance == NEAR else 'far'} {place_of(center)}"
-            for name, distance, center in zip(facts.names, facts.distances, facts.centers)
-        ]
-        rng.shuffle(parts)
-        return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
     # Questions
 
     def questions(
@@ -161,15 +146,35 @@ class ToyLanguage:
         num_questions: int,
         rng: random.Random,
         *,
-        types: tuple[str, ...] = QUESTION_TYPES,
-        relation_weight: int = 1,
+        weights: dict[str, int] | None = None,
     ) -> list[Question]:
-        """Questions about scene `index`, uniform over those of `types` that it allows; relations may weigh more."""
+        """Questions about scene `index`, of the types that it allows, each as often as `weights` says; None is `QUESTION_TYPES`.
+
+        Raises ValueError for types that are not among `TRAINING_TYPES`.
+        """
+        weights = dict.fromkeys(QUESTION_TYPES, 1) if weights is None else weights
+        if unknown := set(weights) - set(TRAINING_TYPES):
+            raise ValueError(f"questions of type {sorted(unknown)} are not among {TRAINING_TYPES}.")
         scene = _SceneFacts(self.world, scenes, index)
-        makers = {name: getattr(self, f"_ask_{name}") for name in types}
+        makers = {name: getattr(self, f"_ask_{name}") for name in weights}
         possible = [name for name, maker in makers.items() if maker(scene, random.Random(0)) is not None]
-        weights = [relation_weight if name in RELATION_TYPES else 1 for name in possible]
-        return [makers[name](scene, rng) for name in rng.choices(possible, weights, k=num_questions)]
+        if not possible:
+            return []
+        types = rng.choices(possible, [weights[name] for name in possible], k=num_questions)
+        return [makers[name](scene, rng) for name in types]
+
+    def _ask_describe(self, scene: "_SceneFacts", rng: random.Random) -> Question:
+        """All things in any order: "a red circle far on the right and a cat near on the left".
+
+        The name comes first, so that its distance and place must be looked up by it.
+        """
+        parts = [
+            f"{with_article(name)} {'near' if distance == NEAR else 'far'} {place_of(center)}"
+            for name, distance, center in zip(scene.names, scene.distances, scene.centers)
+        ]
+        rng.shuffle(parts)
+        answer = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+        return Question("describe", "what do you see?", answer)
 
     def _ask_what(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
         if len(scene.names) == 1:
@@ -270,25 +275,22 @@ class ToyLanguage:
         questions_per_image: int,
         *,
         max_objects: int = MAX_OBJECTS,
-        relation_weight: int = 1,
+        weights: dict[str, int] | None = None,
         split: str = "train",
     ) -> list[Sample]:
-        """Conversations about one image each: questions and a description, which comes first in half of them.
+        """Conversations about one image each, of at most `questions_per_image` turns: nothing is asked twice.
 
-        Things are described by name in any order, and questions ask for the place or the distance of one: so the model
-        learns to look a name up. Half of the scenes are scattered, else the place of a lone object would be known unseen.
+        `weights` is as in `questions`, None all of `TRAINING_TYPES`; a scene that allows none of them is described. Half
+        of the scenes are scattered, else the place of a lone object would be known unseen.
         """
         scenes = self.world.sample_scenes(num_samples, generator, split=split, max_objects=max_objects, scattered=0.5)
-        rng, samples, types = _random_from(generator), [], (*QUESTION_TYPES, *LOOKUP_TYPES)
+        rng, samples = _random_from(generator), []
+        weights = dict.fromkeys(TRAINING_TYPES, 1) if weights is None else weights
         for index, image in enumerate(self.world.render(scenes)):
-            turns = [
-                (question.question, question.answer)
-                for question in self.questions(
-                    scenes, index, questions_per_image - 1, rng, types=types, relation_weight=relation_weight
-                )
-            ]
-            turns.insert(0 if rng.random() < 0.5 else len(turns), (DESCRIBE, self.describe(scenes, index, rng)))
-            messages = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn)]
+            asked = self.questions(scenes, index, questions_per_image, rng, weights=weights)
+            asked = asked or self.questions(scenes, index, 1, rng, weights={"describe": 1})
+            turns = {question.question: question.answer for question in asked}
+            messages = [(role, text) for turn in turns.items() for role, text in zip(("user", "assistant"), turn)]
             samples.append(_chat("understand", [("user", image), *messages]))
         return samples
 
@@ -312,7 +314,7 @@ class ToyLanguage:
             "what is at the bottom?", "how many objects are there?", "is there a cat? yes no",
             "where is the cat?", "is the dog near or far?",
             "is the cat left or right of the dog?", "is the cat above or below the dog?",
-            "which is nearer, the cat or the dog?", DESCRIBE,
+            "which is nearer, the cat or the dog?", "what do you see?",
             "a cat near in the middle, a dog far top left, top right, bottom left and bottom right",
         ]  # fmt: skip
         return texts

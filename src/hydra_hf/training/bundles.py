@@ -75,7 +75,7 @@ class ToyBundles(Dataset):
                 generator,
                 stage.questions_per_image,
                 max_objects=stage.max_objects,
-                relation_weight=stage.relation_weight,
+                weights=stage.question_weights,
             )
         raise ValueError(f"{task=} of stage {stage.name!r} is not one that the toy world has: generate, understand.")
 

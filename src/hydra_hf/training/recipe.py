@@ -141,8 +141,8 @@ class HydraStage(Stage):
     lora_rank: rank of adapters on the linear layers of the language model and Sem-ViT, as far as `learning_rates` names
         them; their own weights are frozen then. 0 is training in full.
     max_objects: scenes of the toy world have at most so many objects (a curriculum).
-    questions_per_image: turns of one conversation about one image.
-    relation_weight: how much oftener a question of left, above or nearer is asked than one of another type.
+    questions_per_image: at most so many turns about one picture of the toy world.
+    question_weights: type -> how often it is asked about the toy world; None is every type alike.
     drop_prompt: share of prompts replaced by the empty one, for guidance.
     """
 
@@ -151,7 +151,7 @@ class HydraStage(Stage):
     lora_rank: int = 0
     max_objects: int = 4
     questions_per_image: int = 4
-    relation_weight: int = 1
+    question_weights: dict[str, int] | None = None
     drop_prompt: float = 0.1
 
 
