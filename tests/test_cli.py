@@ -235,6 +235,31 @@ def test_a_config_that_is_no_json_is_an_error(model, picture, tmp_path, capsys):
     error_of(capsys, "ask", picture, "what?", "--model", copy)
 
 
+@pytest.mark.parametrize("command", ["generate", "ask", "reconstruct", "evaluate"])
+@pytest.mark.parametrize(
+    ("part", "field", "value", "expected"),
+    [
+        ("text_config", "num_hidden_layers", "two", "expected int, got str (value: 'two')"),
+        ("vision_config", "image_size", 63, "self.image_size=63 must be a multiple of self.patch_size=16"),
+    ],
+)
+def test_a_config_value_that_cannot_be_is_an_error(
+    model, picture, tmp_path, capsys, command, part, field, value, expected
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "model" / "config.json").read_text())
+    config[part][field] = value
+    (copy / "model" / "config.json").write_text(json.dumps(config))
+    arguments = {
+        "generate": ["a cat", "--out", tmp_path / "out.png", "--model", copy],
+        "ask": [picture, "what?", "--model", copy],
+        "reconstruct": [picture, "--out", tmp_path / "out.png", "--model", copy],
+        "evaluate": [copy, "--out", tmp_path / "scores.json"],
+    }[command]
+    assert expected in error_of(capsys, command, *arguments)
+
+
 @pytest.mark.parametrize("name", ["prompts_per_category", "num_questions", "num_scenes"])
 def test_nothing_cannot_be_evaluated(model, tmp_path, capsys, name):
     assert f"--{name} 0" in error_of(capsys, "evaluate", model, "--out", tmp_path / "scores.json", f"--{name}", "0")

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from inspect import Parameter
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 
 STAGE_OPTIONS = {
     "teacher_weights": "safetensors of a timm teacher",
@@ -18,11 +20,11 @@ STAGE_OPTIONS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; a wrong argument or file is one line on stderr and exit code 2."""
+    """Runs one command; a wrong argument, file or config is one line on stderr and exit code 2."""
     options = create_parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         print(f"hydra {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
