@@ -241,6 +241,8 @@ def test_a_config_that_is_no_json_is_an_error(model, picture, tmp_path, capsys):
     [
         ("text_config", "num_hidden_layers", "two", "expected int, got str (value: 'two')"),
         ("vision_config", "image_size", 63, "self.image_size=63 must be a multiple of self.patch_size=16"),
+        ("vision_config", "patch_size", 0, "patch_size=0 must be at least 1"),
+        ("vision_head_config", "num_attention_heads", 0, "num_attention_heads=0 must be at least 1"),
     ],
 )
 def test_a_config_value_that_cannot_be_is_an_error(

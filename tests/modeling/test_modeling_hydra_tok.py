@@ -583,6 +583,8 @@ def test_statistics_that_would_break_the_latents_are_refused(mean, std, message)
     [
         ({"hidden_size": 25}, "vision_config: hidden_size=25"),
         ({"image_size": 13}, "self.image_size=13 must be a multiple"),
+        ({"patch_size": 0}, "patch_size=0 must be at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
         ({"image_mean": [0.5]}, "must have self.num_channels=3 numbers"),
         ({"decoder_config": PixelFlowDecoderConfig()}, "decoder_config.patch_size=14 of the decoder"),
     ],

@@ -8,6 +8,8 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 
 def _check_heads(name: str, hidden_size: int, num_heads: int, multiple: int = 1) -> None:
+    if num_heads < 1:
+        raise ValueError(f"{name}: num_attention_heads={num_heads} must be at least 1.")
     if hidden_size % (num_heads * multiple):
         raise ValueError(f"{name}: hidden_size={hidden_size} must be a multiple of {multiple} x {num_heads} heads.")
 
@@ -139,6 +141,8 @@ class HydraTokConfig(HydraPreTrainedConfig):
     def validate_architecture(self):
         super().validate_architecture()
         _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
+        if self.patch_size < 1:
+            raise ValueError(f"vision_config: patch_size={self.patch_size} must be at least 1.")
         if self.image_size % self.patch_size:
             raise ValueError(f"{self.image_size=} must be a multiple of {self.patch_size=}.")
         if not len(self.image_mean) == len(self.image_std) == self.num_channels:
