@@ -1,3 +1,4 @@
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from hydra_hf.modeling.layers import (
     AdaLNZeroLayer,
     LayerScale,
+    RMSNorm,
     TimestepEmbedding,
     ViTAttention,
     ViTLayer,
@@ -129,7 +131,7 @@ def test_adaln_zero_layer_learns_from_its_first_step():
 
 
 def test_init_layer_sets_every_kind_of_layer():
-    parts = [ZeroLinear(3, 3), nn.Linear(3, 3), nn.Conv2d(3, 3, 2), nn.LayerNorm(3), nn.RMSNorm(3), LayerScale(3, 0.1)]
+    parts = [ZeroLinear(3, 3), nn.Linear(3, 3), nn.Conv2d(3, 3, 2), nn.LayerNorm(3), RMSNorm(3), LayerScale(3, 0.1)]
     for part in parts:
         for parameter in part.parameters():
             nn.init.constant_(parameter, torch.nan)
@@ -144,6 +146,36 @@ def test_init_layer_sets_every_kind_of_layer():
     assert (layer_norm.bias == 0).all()
     assert (rms_norm.weight == 1).all()
     assert (scale.weight == 0.1).all()
+
+
+def rms_norms() -> tuple[RMSNorm, nn.RMSNorm]:
+    """Ours and torch's with the same weight."""
+    ours, theirs = RMSNorm(8, eps=1e-6), nn.RMSNorm(8, eps=1e-6)
+    nn.init.normal_(ours.weight, mean=1.0, std=0.3, generator=torch.Generator().manual_seed(0))
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_torchs_in_one_type(dtype):
+    ours, theirs = (norm.to(dtype) for norm in rms_norms())
+    states = gaussian(2, 6, 8).to(dtype)
+    assert ours(states).dtype == dtype
+    assert torch.equal(ours(states), theirs(states))
+
+
+def test_rms_norm_mixes_no_types_under_autocast():
+    ours, theirs = rms_norms()
+    states = gaussian(2, 6, 8).bfloat16()
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # torch's warning comes once in a process
+    try:
+        with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+            warnings.simplefilter("error")
+            normed = ours(states)
+    finally:
+        torch.set_warn_always(before)
+    assert torch.equal(normed, theirs(states.float()).bfloat16())
 
 
 IMPLEMENTATIONS = ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)]

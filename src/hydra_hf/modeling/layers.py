@@ -27,6 +27,13 @@ class LayerScale(nn.Module):
         return hidden_states * self.weight
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, which warns under a CPU's autocast, where bf16 meets an fp32 weight; computed in the weight's type here."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states.to(self.weight.dtype)).to(hidden_states.dtype)
+
+
 def init_layer(module: nn.Module, std: float) -> None:
     """First values of the layers of this file; for the `_init_weights` of the models that use them."""
     if isinstance(module, ZeroLinear):
@@ -75,8 +82,8 @@ class ViTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.layer_norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.layer_norm_eps) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_dim, eps=config.layer_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps=config.layer_norm_eps) if qk_norm else nn.Identity()
 
     def forward(
         self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None = None, **kwargs
