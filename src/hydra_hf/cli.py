@@ -31,12 +31,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def create_parser() -> argparse.ArgumentParser:
-    from hydra_hf import TINY, __version__
+    from hydra_hf import __version__
 
     parser = argparse.ArgumentParser(prog="hydra", description="HYDRA: one model that sees, answers and draws.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add_options in (_add_generate, _add_ask, _add_reconstruct, _add_train, _add_evaluate, _add_convert):
+        add_options(commands)
+    return parser
 
+
+def _add_generate(commands) -> None:
     command = _add(commands, generate, "draw a prompt", 'hydra generate "a cat" --out cat.png --seed 1')
     command.add_argument("prompt")
     command.add_argument("--out", type=Path, required=True, help="the picture's file; its ending names the format")
@@ -46,20 +51,26 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("--guidance_scale", type=float, help="1 is off; the model's own by default")
     command.add_argument("--height", type=int, help="pixels, a multiple of the patch size")
     command.add_argument("--width", type=int, help="pixels, a multiple of the patch size")
-    _add_model(command, TINY)
+    _add_model(command, "--model")
 
+
+def _add_ask(commands) -> None:
     command = _add(commands, ask, "ask about a picture", 'hydra ask cat.png "what is in the picture?"')
     command.add_argument("image", type=Path)
     command.add_argument("question")
-    _add_model(command, TINY)
+    _add_model(command, "--model")
 
+
+def _add_reconstruct(commands) -> None:
     command = _add(commands, reconstruct, "encode and decode a picture", "hydra reconstruct cat.png --out again.png")
     command.add_argument("image", type=Path)
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--num_inference_steps", type=int, help="steps of a flow decoder; the model's own by default")
     command.add_argument("--seed", type=int, default=0)
-    _add_model(command, TINY)
+    _add_model(command, "--model")
 
+
+def _add_train(commands) -> None:
     command = _add(
         commands, train, "train a recipe, or go on with it", "hydra train tiny.tokenizer --out runs/tiny.tokenizer"
     )
@@ -85,8 +96,10 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("--num_workers", type=int, help="of HYDRA: processes that read ahead")
     command.add_argument("--dry_run", action="store_true", default=None, help="of HYDRA: what a step sees and costs")
 
+
+def _add_evaluate(commands) -> None:
     command = _add(commands, evaluate, "measure a model on the toy world", "hydra evaluate --out scores.json")
-    command.add_argument("model", nargs="?", default=TINY, help="folder or Hub id; the embedded checkpoint by default")
+    _add_model(command, "model", nargs="?")
     command.add_argument("--out", type=Path, required=True, help="JSON file of the scores")
     command.add_argument("--prompts_per_category", type=int, default=100)
     command.add_argument("--num_questions", type=int, default=1000)
@@ -94,6 +107,8 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("--difficulty", type=int, default=1, help="of the toy world: 1, 2 or 3")
     command.add_argument("--seed", type=int, default=0)
 
+
+def _add_convert(commands) -> None:
     command = _add(
         commands, convert, "make first weights from public checkpoints",
         "hydra convert --vision OpenGVLab/InternViT-300M-448px-V2_5 --language Qwen/Qwen2.5-1.5B-Instruct --out hydra-init",
@@ -112,7 +127,6 @@ def create_parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of the weights that no source has")
     command.add_argument("--revision", help="of the vision model on the Hub")
     command.add_argument("--language_revision", help="of the language model on the Hub")
-    return parser
 
 
 def _add(commands, run, summary: str, example: str) -> argparse.ArgumentParser:
@@ -122,8 +136,10 @@ def _add(commands, run, summary: str, example: str) -> argparse.ArgumentParser:
     return command
 
 
-def _add_model(command: argparse.ArgumentParser, default: str) -> None:
-    command.add_argument("--model", default=default, help="folder or Hub id; the embedded checkpoint by default")
+def _add_model(command: argparse.ArgumentParser, name: str, **kwargs) -> None:
+    from hydra_hf import TINY
+
+    command.add_argument(name, default=TINY, help="folder or Hub id; the embedded checkpoint by default", **kwargs)
 
 
 def generate(options: argparse.Namespace) -> None:
