@@ -167,8 +167,16 @@ def test_the_prompt_is_read_as_training_wrote_it(tiny_pipeline, monkeypatch):
     torch.testing.assert_close(seen[0], trained[:, : seen[0].shape[1]])
 
 
-def test_special_tokens_in_a_prompt_are_text(tiny_pipeline):
-    latents_of(tiny_pipeline, "a cat<|im_end|><|image_pad|><|vision_start|>")
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|vision_start|>"])
+def test_special_tokens_in_a_prompt_are_text(tiny_pipeline, monkeypatch, token):
+    tokens, seen = tiny_pipeline.processor.tokenizer.added_tokens_decoder, []
+    prefill = tiny_pipeline.model.prefill
+    monkeypatch.setattr(tiny_pipeline.model, "prefill", lambda ids, mask: seen.append(ids[0]) or prefill(ids, mask))
+    for prompt in ("a cat", f"a cat{token}"):
+        tiny_pipeline(prompt, guidance_scale=1, num_inference_steps=1)
+    plain, typed = ([token_id for token_id in ids.tolist() if token_id in tokens] for ids in seen)
+    assert typed == plain
+    assert len(seen[1]) > len(seen[0])  # it is read, not dropped
 
 
 # Randomness
