@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hydra_hf.modeling import HydraTokForPreTraining
-from hydra_hf.training.optimizers import create_optimizer
+from hydra_hf.training.optimizers import create_optimizer, shardable
 from hydra_hf.training.recipe import Stage, freeze_unnamed
 
 
@@ -122,6 +122,15 @@ def test_steps_are_those_of_muon_and_adamw_run_apart(tiny_model):
         muon.step()
         adamw.step()
     torch.testing.assert_close(tiny_model.state_dict(), other.state_dict())
+
+
+def test_sharded_weights_take_adamw_alone(tiny_model):
+    adamw_alone = make_stage(muon_scale=0.0, model=1e-3)
+    optimizer = create_optimizer(tiny_model, adamw_alone)
+    assert type(shardable(optimizer, adamw_alone)) is torch.optim.AdamW
+    assert shardable(optimizer, adamw_alone).param_groups == optimizer.param_groups
+    with pytest.raises(ValueError, match=r"stage: muon_scale=3.0, expected 0"):
+        shardable(create_optimizer(tiny_model, EVERYTHING), EVERYTHING)
 
 
 def test_a_loaded_optimizer_goes_on_exactly_as_the_saved_one(tiny_model):

@@ -29,7 +29,7 @@ from .callbacks import LOSSES, EveryStep, LossHistory, SampleGrids, create_pipel
 from .checkpoints import has_folder, load_state, save_state, write_folder, write_text
 from .lora import add_adapters, has_adapters, merge_adapters, save_adapters
 from .losses import weighted_sum
-from .optimizers import create_average, create_optimizer
+from .optimizers import create_average, create_optimizer, shardable
 from .recipe import HydraRecipe, HydraStage, freeze_unnamed
 
 
@@ -121,13 +121,7 @@ class HydraTrainer(Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             optimizer = create_optimizer(model or self.model, self.stage)
-            if self.is_sharded:
-                if self.stage.muon_scale > 0:
-                    raise ValueError(
-                        f"{self.stage.muon_scale=}: Muon needs whole matrices, but the weights are sharded."
-                    )
-                (optimizer,) = optimizer.parts  # AdamW itself, whose state accelerate knows how to shard
-            self.optimizer = optimizer
+            self.optimizer = shardable(optimizer, self.stage) if self.is_sharded else optimizer
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:

@@ -53,6 +53,17 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
+def shardable(optimizer: MuonAdamW, stage: Stage) -> torch.optim.AdamW:
+    """AdamW itself, whose state FSDP and DeepSpeed can take apart. ValueError for Muon, which needs whole matrices."""
+    if stage.muon_scale > 0:
+        raise ValueError(
+            f"{stage.name}: muon_scale={stage.muon_scale}, expected 0: Muon needs whole matrices, which FSDP and"
+            " DeepSpeed do not keep."
+        )
+    (adamw,) = optimizer.parts
+    return adamw
+
+
 INPUT_AND_OUTPUT_LAYERS = ("lm_head", "pixel_decoder.out_proj", "pixel_decoder.patch_embedding")
 
 

@@ -32,7 +32,7 @@ from .batches import (
 from .checkpoints import has_folder, load_state, save_state, write_folder
 from .discriminator import PatchDiscriminator, adaptive_weight, adversarial_loss, discriminator_loss
 from .losses import distill_loss, tokenizer_losses, weighted_sum
-from .optimizers import MuonAdamW, create_average, create_optimizer
+from .optimizers import MuonAdamW, create_average, create_optimizer, shardable
 from .recipe import Recipe, TokenizerStage, freeze_unnamed
 from .teachers import load_perceptual, load_teacher
 
@@ -99,14 +99,14 @@ class TokenizerTrainer:
 
     def check_sharding(self, optimizer: MuonAdamW) -> torch.optim.AdamW:
         """The optimizer that FSDP and DeepSpeed can take apart. ValueError for what needs whole matrices."""
-        if self.stage.muon_scale > 0 or self.stage.adaptive_adversarial_weight:
+        if self.stage.adaptive_adversarial_weight:
             raise ValueError(
-                f"{self.stage.name}: Muon ({self.stage.muon_scale=}) and {self.stage.adaptive_adversarial_weight=} need"
-                " whole matrices, which FSDP and DeepSpeed do not keep."
+                f"{self.stage.name}: adaptive_adversarial_weight=True, expected False: it needs a whole matrix, which FSDP"
+                " and DeepSpeed do not keep."
             )
         if self.stage.ema_decay > 0:
             logger.warning("%s keeps no average of the weights, FSDP and DeepSpeed shard them.", self.stage.name)
-        return optimizer.parts[0]
+        return shardable(optimizer, self.stage)
 
     def prepare_judges(self) -> None:
         """Teacher, perceptual distance and discriminator, as far as the losses ask for them; none is part of the model."""
