@@ -28,7 +28,7 @@ def make_bundles(files, tiny_processor):
             Source(task="generate", path=pictures, streaming=streaming),
         )
         shares = {name: place[name] for name in ("process_index", "num_processes") if name in place}
-        readers = create_readers(sources, tasks, tiny_processor.image_processor, 0, **shares)
+        readers = create_readers(sources, tasks, tiny_processor, 0, max_length=128, **shares)
         return Bundles(readers, tasks, tiny_processor, num_steps=num_steps, **place)
 
     return make_bundles

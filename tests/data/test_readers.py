@@ -17,7 +17,7 @@ def open_reader(tiny_processor):
     """A function that opens the reader of sources, written as on the command line."""
 
     def open_reader(*sources: str, seed: int = 0, **kwargs) -> TaskReader:
-        return TaskReader(tuple(map(parse_source, sources)), tiny_processor.image_processor, seed, **kwargs)
+        return TaskReader(tuple(map(parse_source, sources)), tiny_processor, seed, **{"max_length": 128, **kwargs})
 
     return open_reader
 
@@ -277,6 +277,27 @@ def test_a_stream_passes_over_what_cannot_be_read(files, open_reader):
     assert sum(reader.num_skipped.values()) >= 5
 
 
+@pytest.mark.parametrize("task", ["generate", "understand"])
+def test_a_sample_longer_than_the_context_is_skipped_whole_and_counted(files, open_reader, tiny_processor, task):
+    path = files.tar([{"png": files.png(n), "txt": b"a cat" + n * b" a cat"} for n in range(3)])
+
+    def batches(**kwargs) -> list[dict]:
+        reader = open_reader(f"{task}={path}", **kwargs)
+        made = [collate([reader[number]], tiny_processor) for number in range(12)]
+        return [{**batch, "num_skipped": dict(reader.num_skipped)} for batch in made]
+
+    def lengths(made: list[dict]) -> list[int]:
+        return sorted({batch["input_ids"].shape[1] for batch in made})
+
+    short, middle, long = lengths(batches())
+    limited = batches(max_length=middle)
+    assert lengths(limited) == [short, middle]
+    assert {int((batch["mm_token_type_ids"] == 1).sum()) for batch in limited} == {17}  # a time token, 16 patches
+    (reason,), (count,) = limited[-1]["num_skipped"].keys(), limited[-1]["num_skipped"].values()
+    assert reason == f"{path}: more than the {middle} tokens of the language model's context"
+    assert count >= 4  # once in each epoch of three
+
+
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_a_source_with_nothing_readable_is_refused_after_a_thousand_tries(files, open_reader, streaming):
     reader = open_reader(f"generate={files.tar([{'png': b'junk', 'txt': b'a'}] * 3)},streaming={streaming}")
@@ -321,13 +342,13 @@ def test_there_is_a_reader_for_every_task_with_samples(files, tiny_processor):
         Source(task="generate", path=str(files.parquet([1]))),
         Source(task="understand", path="nowhere"),
     )
-    readers = create_readers(sources, {"text": 1, "generate": 2, "understand": 0}, tiny_processor.image_processor, 0)
+    readers = create_readers(sources, {"text": 1, "generate": 2, "understand": 0}, tiny_processor, 0, max_length=128)
     assert {task: reader[0].task for task, reader in readers.items()} == {"text": "text", "generate": "generate"}
 
 
 def test_a_task_without_data_is_refused(tiny_processor):
     with pytest.raises(ValueError, match="no data for the task 'understand'.*understand=PATH"):
-        create_readers((), {"understand": 1}, tiny_processor.image_processor, 0)
+        create_readers((), {"understand": 1}, tiny_processor, 0, max_length=128)
 
 
 def test_sources_of_two_tasks_do_not_make_a_reader(open_reader):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hydra_hf.modeling import HydraImageProcessor
+from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
 
 from .records import Columns, RecordReader, UnreadableRecordError, find_columns, fits_task
 from .sample import TASKS, Sample
@@ -182,15 +182,17 @@ class TaskReader(SourceMix):
     """Sample `n` of one task; a function of the seed and n, but in order where a source is streamed.
 
     Args:
+        max_length: positions of the language model; a sample of more tokens, images included, is passed over whole.
         drop_prompt: share of samples of task "generate" whose prompt is empty, for guidance.
     """
 
     def __init__(
         self,
         sources: tuple[Source, ...],
-        image_processor: HydraImageProcessor,
+        processor: HydraProcessor,
         seed: int,
         *,
+        max_length: int,
         drop_prompt: float = 0.0,
         process_index: int = 0,
         num_processes: int = 1,
@@ -199,24 +201,33 @@ class TaskReader(SourceMix):
         if len(tasks) != 1:
             raise ValueError(f"Got sources of the tasks {sorted(tasks)}, expected one task.")
         self.task, self.drop_prompt = tasks.pop(), drop_prompt
-        super().__init__(sources, image_processor, seed, _fits, process_index, num_processes)
+        self.processor, self.max_length = processor, max_length
+        super().__init__(sources, processor.image_processor, seed, _fits, process_index, num_processes)
 
     def __getitem__(self, number: int) -> Sample | None:
         """None if this process's share of a stream is empty."""
-        sample = self.read(number, lambda reader, record: reader.sample(record, self.task))
+        sample = self.read(number, self._sample)
         is_dropped = random.Random(repr((self.seed, "prompt", number))).random() < self.drop_prompt
         if sample is None or self.task != "generate" or not is_dropped:
             return sample
         empty = {"role": "user", "content": [{"type": "text", "text": ""}]}
         return replace(sample, messages=[empty, *sample.messages[1:]])
 
+    def _sample(self, reader: RecordReader, record: dict) -> Sample:
+        sample = reader.sample(record, self.task)
+        input_ids = self.processor.encode_conversations([sample.messages])["input_ids"]  # (1, L)
+        if input_ids.shape[1] > self.max_length:
+            raise UnreadableRecordError(f"more than the {self.max_length} tokens of the language model's context")
+        return sample
+
 
 def create_readers(
     sources: tuple[Source, ...],
     tasks: dict[str, int],
-    image_processor: HydraImageProcessor,
+    processor: HydraProcessor,
     seed: int,
     *,
+    max_length: int,
     drop_prompt: float = 0.0,
     process_index: int = 0,
     num_processes: int = 1,
@@ -228,7 +239,7 @@ def create_readers(
         if not own:
             raise ValueError(f"There is no data for the task {task!r}, expected a source such as {task}=PATH.")
         readers[task] = TaskReader(
-            own, image_processor, seed,
+            own, processor, seed, max_length=max_length,
             drop_prompt=drop_prompt, process_index=process_index, num_processes=num_processes,
         )  # fmt: skip
     return readers

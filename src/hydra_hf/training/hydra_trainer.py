@@ -370,8 +370,9 @@ def create_bundles(recipe: HydraRecipe, stage: HydraStage, seed: int, accumulati
         raise ValueError(f"num_workers={recipe.num_workers}: a stream is read in order, by one process; use 0.")
     with processes.main_process_first():  # the others find its cache
         readers = create_readers(
-            recipe.data, stage.tasks, recipe.processor.image_processor, seed, drop_prompt=stage.drop_prompt, **place
-        )
+            recipe.data, stage.tasks, recipe.processor, seed, drop_prompt=stage.drop_prompt,
+            max_length=recipe.config.text_config.max_position_embeddings, **place,
+        )  # fmt: skip
     bundles = Bundles(
         readers, stage.tasks, recipe.processor, num_steps=stage.num_steps, **place, accumulation=accumulation
     )
