@@ -10,6 +10,7 @@ from models import (
     gaussian_latents,
     guided_prompt,
     hydra_config,
+    padded_together,
     random_model,
     size_name,
     tiny_config,
@@ -23,11 +24,11 @@ SCALE = 4.5
 
 def measure(model, length: int, arguments) -> dict:
     """Both steps after a prompt of `length` tokens."""
-    prompt, latents, sigma = guided_prompt(model.config, length), gaussian_latents(model.config), torch.tensor([0.7])
-    prefix = model.prefill(**prompt)
+    prompts, latents, sigma = guided_prompt(model.config, length), gaussian_latents(model.config), torch.tensor([0.7])
+    padded, prefixes = padded_together(*prompts), [model.prefill(**prompt) for prompt in prompts]
     steps = {
-        "whole sequence": lambda: whole_sequence_step(model, prompt, latents, sigma, SCALE),
-        "prefilled": lambda: model.denoise_step(latents, sigma, prefix, SCALE),
+        "whole sequence": lambda: whole_sequence_step(model, padded, latents, sigma, SCALE),
+        "prefilled": lambda: model.denoise_step(latents, sigma, *prefixes, SCALE),
     }
     difference = (steps["whole sequence"]() - steps["prefilled"]()).abs().max().item()
     assert arguments.dtype != "fp32" or difference < 1e-4, f"the two steps differ by {difference}"

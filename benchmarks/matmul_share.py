@@ -1,6 +1,6 @@
 """The share of the machine's matrix-product rate that a denoising step with guidance reaches.
 
-The rate is measured in the same process: the largest product of the step, image tokens of both branches by the MLP.
+The rate is measured in the same process: the largest product of the step, image tokens of one branch by the MLP.
 On Linux, THP_MEM_ALLOC_ENABLE=1 lets torch allocate in huge pages, which more than halves the activations' time.
 """
 
@@ -19,11 +19,11 @@ def measure(dtype_name: str, arguments) -> dict:
     config = tiny_config() if arguments.tiny else hydra_config("0.5B", arguments.layers)
     model = random_model(config, dtype)
     latents, sigma = gaussian_latents(config), torch.tensor([0.7])
-    prefix = model.prefill(**guided_prompt(config, arguments.prompt))
+    prefixes = [model.prefill(**prompt) for prompt in guided_prompt(config, arguments.prompt)]
     with FlopCounterMode(display=False) as counter:
-        model.denoise_step(latents, sigma, prefix, 4.5)
+        model.denoise_step(latents, sigma, *prefixes, 4.5)
     text = config.text_config
-    num_tokens = 2 * (config.num_time_tokens + latents[0, 0].numel())
+    num_tokens = config.num_time_tokens + latents[0, 0].numel()
     hidden_states = torch.randn(num_tokens, text.hidden_size, dtype=dtype)
     weight = torch.randn(text.intermediate_size, text.hidden_size, dtype=dtype)
     product_flops = 2 * num_tokens * text.hidden_size * text.intermediate_size
@@ -34,7 +34,7 @@ def measure(dtype_name: str, arguments) -> dict:
             nn.functional.linear(hidden_states, weight)
 
     seconds = medians(
-        {"product": products, "step": lambda: model.denoise_step(latents, sigma, prefix, 4.5)}, arguments.runs
+        {"product": products, "step": lambda: model.denoise_step(latents, sigma, *prefixes, 4.5)}, arguments.runs
     )
     rate = counter.get_total_flops() / seconds["step"] / 1e9
     product_rate = repeats * product_flops / seconds["product"] / 1e9

@@ -12,6 +12,7 @@ from models import (
     gaussian_latents,
     guided_prompt,
     hydra_config,
+    padded_together,
     random_model,
     size_name,
     tiny_config,
@@ -41,11 +42,11 @@ def peak_megabytes(function: Callable) -> float:
     return process_megabytes("VmHWM")
 
 
-def copied_megabytes(prefix, latents: torch.Tensor, num_time_tokens: int) -> float:
-    """What a step copies to put the prompt's keys and values in front of the image's."""
+def copied_megabytes(prefixes: list, latents: torch.Tensor, num_time_tokens: int) -> float:
+    """What a step copies to put the prompts' keys and values in front of the image's."""
     num_tokens = num_time_tokens + latents[0, 0].numel()
     total = 0
-    for layer in prefix.cache.layers:
+    for layer in (layer for prefix in prefixes for layer in prefix.cache.layers):
         for states in (layer.keys, layer.values):
             rows, heads, length, head_dim = states.shape
             total += rows * heads * (length + num_tokens) * head_dim * states.element_size()
@@ -63,13 +64,13 @@ def main(arguments: list[str] | None = None) -> None:
     before = process_megabytes("VmRSS")
     model = random_model(config, DTYPES[arguments.dtype])
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / MEGABYTE
-    prompt, latents, sigma = guided_prompt(config, arguments.prompt), gaussian_latents(config), torch.tensor([0.7])
-    prefix = model.prefill(**prompt)
+    prompts, latents, sigma = guided_prompt(config, arguments.prompt), gaussian_latents(config), torch.tensor([0.7])
+    padded, prefixes = padded_together(*prompts), [model.prefill(**prompt) for prompt in prompts]
     steps = {
-        "whole sequence": lambda: whole_sequence_step(model, prompt, latents, sigma, 4.5),
-        "prefilled": lambda: model.denoise_step(latents, sigma, prefix, 4.5),
+        "whole sequence": lambda: whole_sequence_step(model, padded, latents, sigma, 4.5),
+        "prefilled": lambda: model.denoise_step(latents, sigma, *prefixes, 4.5),
     }
-    copied = {"whole sequence": 0.0, "prefilled": copied_megabytes(prefix, latents, config.num_time_tokens)}
+    copied = {"whole sequence": 0.0, "prefilled": copied_megabytes(prefixes, latents, config.num_time_tokens)}
     rows = []
     for name, step in steps.items():
         peaks = [peak_megabytes(step) - before for _ in range(arguments.runs + 1)][1:]

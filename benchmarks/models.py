@@ -1,7 +1,7 @@
 """Models of the papers' sizes with random weights, and a prompt for them."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from hydra_hf import HydraConfig, HydraForConditionalGeneration, HydraTokConfig, PixelFlowDecoderConfig
@@ -75,15 +75,22 @@ def size_name(size: str, arguments) -> str:
     )
 
 
-def guided_prompt(config: HydraConfig, length: int) -> dict[str, Tensor]:
-    """A prompt of `length` tokens and the empty one, left-padded to it."""
-    ids = torch.randint(6, config.text_config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    null = torch.tensor(config.null_prompt_ids)
+def guided_prompt(config: HydraConfig, length: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A prompt of `length` tokens, and the empty one at its own length."""
+    ids = torch.randint(6, config.text_config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     ids[:, -1] = config.vision_start_token_id
-    ids[1, -len(null) :] = null
-    mask = torch.ones_like(ids)
-    mask[1, : -len(null)] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    null = torch.tensor([config.null_prompt_ids])
+    prompt, negative = ({"input_ids": row, "attention_mask": torch.ones_like(row)} for row in (ids, null))
+    return prompt, negative
+
+
+def padded_together(*rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One batch, left-padded to the longest row; token 0 pads, attention 0 hides it."""
+    length = max(row["input_ids"].shape[1] for row in rows)
+    return {
+        name: torch.cat([nn.functional.pad(row[name], (length - row[name].shape[1], 0)) for row in rows])
+        for name in rows[0]
+    }
 
 
 def gaussian_latents(config: HydraConfig) -> Tensor:
@@ -92,7 +99,10 @@ def gaussian_latents(config: HydraConfig) -> Tensor:
 
 
 def whole_sequence_step(model, prompt: dict[str, Tensor], latents: Tensor, sigma: Tensor, scale: float) -> Tensor:
-    """A step without a cache: prompt, padding and image through every part of both branches, the language head too."""
+    """A step without a cache: prompt, padding and image through every part of both branches, the language head too.
+
+    `prompt` are the rows of both branches.
+    """
     num_tokens = model.config.num_time_tokens + latents[0, 0].numel()
     images = torch.full((2, num_tokens), model.config.image_token_id)
     attention_mask = torch.cat([prompt["attention_mask"], torch.ones_like(images)], dim=1)

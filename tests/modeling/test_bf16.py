@@ -66,13 +66,16 @@ def test_bf16_answers_with_the_cache_as_without(model, how):
 @torch.no_grad()
 def test_a_bf16_step_is_near_that_of_fp32_and_its_velocity_fp32(model, how, with_image):
     part = [START, *[IMAGE] * 5, 2] if with_image else [2]
-    inputs = left_padded([[1, *part, 3, START], [*part, START], [4, *part, START], [*part, START]])
-    inputs["pixel_values"] = pictures(4) if with_image else None
-    latents, sigma = gaussian(2, 6, 2, 2), torch.tensor([0.7, 0.4])
-    arguments = latents, sigma, model.prefill(**inputs), 2.0, 0.5
-    expected = model.denoise_step(*arguments)
+    branches = [[1, *part, 3, START], [*part, START]], [[4, *part, START], [*part, START]]
+
+    def velocity_of() -> Tensor:
+        images = pictures(2) if with_image else None
+        prefixes = [model.prefill(**left_padded(rows), pixel_values=images) for rows in branches]
+        return model.denoise_step(gaussian(2, 6, 2, 2), torch.tensor([0.7, 0.4]), *prefixes, 2.0, 0.5)
+
+    expected = velocity_of()
     with as_bf16(model, how):
-        velocity = model.denoise_step(latents, sigma, model.prefill(**inputs), 2.0, 0.5)
+        velocity = velocity_of()
     assert velocity.dtype == torch.float32
     assert 0 < error(velocity, expected) < 0.1
 

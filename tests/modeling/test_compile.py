@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from hydra_hf import HydraForConditionalGeneration
+from hydra_hf.modeling.image_generation import ImagePrefix
 
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -46,12 +47,16 @@ def one_layer_model(text: str = "qwen2") -> HydraForConditionalGeneration:
 
 
 def step(model, *lengths: int, scale: float | Tensor = 3.0, rescale: float = 0.5, sigma: float = 0.7) -> Tensor:
-    """A guided step for prompts of these lengths, left-padded to a multiple of 8."""
-    number, bucket = len(lengths), -(-max(lengths) // 8) * 8
-    rows = [[*range(1, length), START] for length in lengths] + [[1, START]] * number
-    inputs = left_padded([*rows, [START] * bucket])
-    prefix = model.prefill(**{name: value[:-1] for name, value in inputs.items()})
-    return model.denoise_step(gaussian(number, 6, 2, 2), torch.full((number,), sigma), prefix, scale, rescale)
+    """A guided step for prompts of these lengths, each branch left-padded to a multiple of 8."""
+    number = len(lengths)
+    prefixes = [prefill_in_bucket(model, lengths), prefill_in_bucket(model, [2] * number)]
+    return model.denoise_step(gaussian(number, 6, 2, 2), torch.full((number,), sigma), *prefixes, scale, rescale)
+
+
+def prefill_in_bucket(model, lengths) -> ImagePrefix:
+    bucket = -(-max(lengths) // 8) * 8
+    inputs = left_padded([*([*range(1, length), START] for length in lengths), [START] * bucket])
+    return model.prefill(**{name: value[:-1] for name, value in inputs.items()})
 
 
 @pytest.mark.parametrize("text", ["qwen2", "llama"])

@@ -31,6 +31,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from hydra_hf import HydraConfig, HydraForConditionalGeneration, HydraModel, HydraTokConfig, PixelViTDecoderConfig
 from hydra_hf.modeling.flow import add_noise, velocity_target
+from hydra_hf.modeling.image_generation import ImagePrefix
 from hydra_hf.modeling.layers import ZeroLinear
 from hydra_hf.modeling.modeling_hydra import MultiModalProjector, get_image_block_ids
 from hydra_hf.modeling.prefix_cache import FrozenPrefixCache
@@ -586,9 +587,9 @@ def prompts() -> dict[str, Tensor]:
     return left_padded([[1, 2, 3, START], [4, START]])
 
 
-def prefill_pair(model, negative: list[int]):
-    """Both prompts and their negative prompts."""
-    return model.prefill(**left_padded([[1, 2, 3, START], [4, START], negative, negative]))
+def prefill_pair(model, negative: list[int]) -> tuple[ImagePrefix, ImagePrefix]:
+    """Both prompts, and their negative prompts."""
+    return model.prefill(**prompts()), model.prefill(**left_padded([negative, negative]))
 
 
 @pytest.mark.parametrize("attn_implementation", IMPLEMENTATIONS)
@@ -654,7 +655,7 @@ def test_the_same_number_of_tokens_on_another_grid_is_another_image(qwen):
 def test_guidance_mixes_the_two_branches(qwen):
     negative = [5, 6, START]
     latents, sigma = gaussian(2, 6, 2, 2), torch.tensor([0.7, 0.4])
-    guided = qwen.denoise_step(latents, sigma, prefill_pair(qwen, negative), guidance_scale=3.0)
+    guided = qwen.denoise_step(latents, sigma, *prefill_pair(qwen, negative), guidance_scale=3.0)
     conditional = qwen.denoise_step(latents, sigma, qwen.prefill(**prompts()))
     unconditional = qwen.denoise_step(latents, sigma, qwen.prefill(**left_padded([negative, negative])))
     torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), atol=1e-4, rtol=1e-4)
@@ -662,34 +663,56 @@ def test_guidance_mixes_the_two_branches(qwen):
 
 def test_guidance_of_1_is_the_prompt_alone(qwen):
     latents, sigma = gaussian(2, 6, 2, 2), torch.tensor([0.7, 0.4])
-    guided = qwen.denoise_step(latents, sigma, prefill_pair(qwen, [5, START]), guidance_scale=1.0)
+    guided = qwen.denoise_step(latents, sigma, *prefill_pair(qwen, [5, START]), guidance_scale=1.0)
     torch.testing.assert_close(guided, qwen.denoise_step(latents, sigma, qwen.prefill(**prompts())), **CLOSE)
 
 
 def test_a_batch_denoises_as_its_samples_alone(model):
     latents, sigma = gaussian(2, 6, 2, 2), torch.tensor([0.7, 0.4])
     scale = torch.tensor([2.0, 5.0])[:, None, None, None]
-    together = model.denoise_step(latents, sigma, prefill_pair(model, [5, 6, 7, START]), scale)
+    together = model.denoise_step(latents, sigma, *prefill_pair(model, [5, 6, 7, START]), scale)
     for index, row in enumerate([[1, 2, 3, START], [4, START]]):
         one = slice(index, index + 1)
-        prefix = model.prefill(**left_padded([row, [5, 6, 7, START]]))
-        alone = model.denoise_step(latents[one], sigma[one], prefix, scale[one])
+        prefixes = [model.prefill(**left_padded([prompt])) for prompt in (row, [5, 6, 7, START])]
+        alone = model.denoise_step(latents[one], sigma[one], *prefixes, scale[one])
         torch.testing.assert_close(together[one], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_prompts_only_leaves_the_negative_prompts_out(qwen):
-    latents, sigma = gaussian(2, 6, 2, 2), torch.tensor([0.7, 0.4])
-    prefix = prefill_pair(qwen, [5, 6, START])
-    assert len(prefix) == 4
-    assert len(prefix.prompts_only(2)) == 2
-    step = qwen.denoise_step(latents, sigma, prefix.prompts_only(2))
-    torch.testing.assert_close(step, qwen.denoise_step(latents, sigma, qwen.prefill(**prompts())), **CLOSE)
+@pytest.mark.parametrize("attn_implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_guided_step_of_ragged_branches_equals_full_passes(text, attn_implementation):
+    """The reference reads both branches as one batch, every row padded to the longest prompt."""
+    model = hydra_model(text, 0, attn_implementation)
+    branches = [[1, 2, 3, 7, 8, 9, START], [4, START]], [[5, 6, START], [START]]
+    latents, sigma, scale = gaussian(2, 6, 2, 2), torch.tensor([0.7, 0.4]), 3.0
+    inputs = left_padded([row + [IMAGE] * 5 for branch in branches for row in branch])
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    full = model(
+        **inputs, latents=latents.repeat(2, 1, 1, 1), sigma=sigma.repeat(2), is_generated=torch.ones(4).bool()
+    ).velocity
+    conditional, unconditional = full.chunk(2)
+    prefixes = [model.prefill(**left_padded(branch)) for branch in branches]
+    guided = model.denoise_step(latents, sigma, *prefixes, scale)
+    torch.testing.assert_close(guided, unconditional + scale * (conditional - unconditional), **CLOSE)
 
 
-def test_a_prefix_of_other_length_is_refused(qwen):
-    prefix = qwen.prefill(**prompts())
-    with pytest.raises(ValueError, match="prefix of 2 rows does not fit latents of 3 images"):
-        qwen.denoise_step(gaussian(3, 6, 2, 2), torch.ones(3), prefix)
+def test_each_branch_reads_its_own_prompts_and_no_padding_of_the_other():
+    model, num_keys = hydra_model(), []
+    prefixes = [model.prefill(**left_padded([row])) for row in ([1] * 99 + [START], [START])]
+    model.model.language_model.layers[0].self_attn.register_forward_hook(
+        lambda module, args, kwargs, output: num_keys.append(kwargs["attention_mask"].shape[-1]), with_kwargs=True
+    )
+    model.denoise_step(gaussian(1, 6, 2, 2), torch.ones(1), *prefixes, guidance_scale=3.0)
+    assert [prefix.cache.get_seq_length() for prefix in prefixes] == [100, 1]
+    assert num_keys == [100 + 5, 1 + 5]
+
+
+@pytest.mark.parametrize("lengths", [(2, None), (3, 2), (2, 3), (6, None)])
+def test_a_prefix_of_another_number_of_rows_is_refused(qwen, lengths):
+    prefixes = [None if number is None else qwen.prefill(**left_padded([[1, START]] * number)) for number in lengths]
+    wrong = next(number for number in lengths if number != 3)
+    with pytest.raises(ValueError, match=f"prefix of {wrong} rows does not fit latents of 3 images"):
+        qwen.denoise_step(gaussian(3, 6, 2, 2), torch.ones(3), *prefixes)
 
 
 def test_a_prompt_that_does_not_open_an_image_is_refused(qwen):
@@ -711,7 +734,6 @@ def test_a_frozen_prefix_answers_without_remembering():
         assert torch.equal(values, torch.cat([states, -new], -2))
         assert frozen.get_seq_length() == 4
     assert frozen.layers[0].keys.data_ptr() == states.data_ptr() or torch.equal(frozen.layers[0].keys, states)
-    assert FrozenPrefixCache.from_cache(frozen, slice(1)).layers[0].keys.shape == (1, 2, 4, 8)
 
 
 def test_a_language_model_that_forgets_is_refused():
@@ -747,7 +769,7 @@ def test_generate_draws_what_the_generator_decides(model, guidance_scale):
 class PerfectModel(HydraForConditionalGeneration):
     """Knows what to draw, so that its velocity is the true one: what remains is the sampler."""
 
-    def denoise_step(self, latents, sigma, prefix, guidance_scale=1.0):
+    def denoise_step(self, latents, sigma, prefix, negative_prefix, guidance_scale):
         return (latents - self.target) / sigma[:, None, None, None]
 
 

@@ -59,19 +59,19 @@ def test_a_velocity_of_zeros_stays_finite():
 def test_every_sample_of_a_step_has_its_own_scale(tiny_pipeline, rescale):
     model, grid, sigma = tiny_pipeline.model, (4, 4), torch.tensor([0.9, 0.5, 0.2, 0.7])
     scales, rescales = torch.tensor([1.5, 4.0, 7.0, 1.0]), rescale * torch.tensor([1.0, 0.5, 0.0, 1.0])
-    prefix = tiny_pipeline.prepare_prefix(PROMPTS + NEGATIVE, grid, 1, None, None)
-    together = model.denoise_step(gaussian(4), sigma, prefix, scales, rescales)
+    prefixes = [tiny_pipeline.prepare_prefix(texts, grid, 1, None, None) for texts in (PROMPTS, NEGATIVE)]
+    together = model.denoise_step(gaussian(4), sigma, *prefixes, scales, rescales)
     for index in range(4):
         one = slice(index, index + 1)
-        prefix = tiny_pipeline.prepare_prefix(PROMPTS[one] + NEGATIVE[one], grid, 1, None, None)
-        arguments = gaussian(4)[one], sigma[one], prefix, scales[index].item(), rescales[index].item()
+        prefixes = [tiny_pipeline.prepare_prefix(texts[one], grid, 1, None, None) for texts in (PROMPTS, NEGATIVE)]
+        arguments = gaussian(4)[one], sigma[one], *prefixes, scales[index].item(), rescales[index].item()
         torch.testing.assert_close(together[one], model.denoise_step(*arguments), atol=1e-5, rtol=1e-5)
 
 
 def test_guidance_of_another_number_of_samples_is_refused(tiny_pipeline):
-    prefix = tiny_pipeline.prepare_prefix(PROMPTS + NEGATIVE, (4, 4), 1, None, None)
+    prefixes = [tiny_pipeline.prepare_prefix(texts, (4, 4), 1, None, None) for texts in (PROMPTS, NEGATIVE)]
     with pytest.raises(ValueError, match="Guidance of 3 values does not fit 4 images"):
-        tiny_pipeline.model.denoise_step(gaussian(4), torch.ones(4), prefix, torch.ones(3))
+        tiny_pipeline.model.denoise_step(gaussian(4), torch.ones(4), *prefixes, torch.ones(3))
 
 
 # Whole pictures
@@ -122,6 +122,14 @@ def test_prompts_are_padded_to_the_multiple(tiny_pipeline):
         prefix = tiny_pipeline.prepare_prefix(PROMPTS, (4, 4), 1, None, multiple)
         assert prefix.attention_mask.shape == (4, length)
         assert prefix.cache.get_seq_length() == length
+
+
+@pytest.mark.parametrize(("multiple", "lengths"), [(None, (21, 13)), (16, (32, 16))])
+def test_a_long_prompt_does_not_lengthen_the_negative_prompt(tiny_pipeline, monkeypatch, multiple, lengths):
+    prefill, seen = tiny_pipeline.model.prefill, []
+    monkeypatch.setattr(tiny_pipeline.model, "prefill", lambda ids, mask: seen.append(ids.shape) or prefill(ids, mask))
+    drawn(tiny_pipeline, PROMPTS, latents=gaussian(4), pad_to_multiple_of=multiple)
+    assert seen == [(4, length) for length in lengths]
 
 
 @pytest.mark.parametrize(

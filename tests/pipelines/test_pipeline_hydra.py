@@ -60,6 +60,18 @@ class CallRecorder:
         self.batch_sizes.append(len(kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]))
 
 
+def counted_passes(pipeline: HydraPipeline) -> list[int]:
+    """Passes of the language model while the pipeline draws: those over prompts, then those of each step."""
+    passes, model = [0], pipeline.model.model
+
+    def count(*args) -> None:
+        passes[-1] += 1
+
+    model.vision_tower.sem_vit.register_forward_pre_hook(lambda *args: passes.append(0))  # opens each step
+    model.language_model.register_forward_pre_hook(count)
+    return passes
+
+
 # The same picture, however it is asked for
 
 
@@ -140,7 +152,7 @@ def test_pictures_of_one_prompt_stand_together(tiny_pipeline):
 def test_pictures_of_one_prompt_share_one_prefill(tiny_pipeline):
     language_model = CallRecorder(tiny_pipeline.model.model.language_model)
     assert len(tiny_pipeline("a cat", num_images_per_prompt=3).images) == 3
-    assert language_model.batch_sizes == [2, 6, 6, 6]
+    assert language_model.batch_sizes == [1, 1, *[3, 3] * 3]  # both prompts, then both branches of each step
 
 
 def test_generate_draws_what_the_pipeline_draws(tiny_pipeline):
@@ -252,9 +264,9 @@ def test_the_null_prompt_of_generate_is_the_empty_prompt(tiny_pipeline):
 
 
 def test_only_the_prompts_run_outside_the_guidance_interval(tiny_pipeline):
-    language_model = CallRecorder(tiny_pipeline.model.model.language_model)
+    passes = counted_passes(tiny_pipeline)
     latents_of(tiny_pipeline, RAGGED, num_inference_steps=4, guidance_interval=(2 / 3 - 0.01, 0.9))
-    assert language_model.batch_sizes == [6, 3, 6, 6, 3]  # the prefill, then sigma 1, 6/7, 2/3, 2/5
+    assert passes == [2, 1, 2, 2, 1]  # the prompts, then sigma 1, 6/7, 2/3, 2/5
 
 
 def test_the_upper_end_of_the_guidance_interval_is_inside_and_the_lower_is_not(tiny_pipeline):
@@ -262,9 +274,9 @@ def test_the_upper_end_of_the_guidance_interval_is_inside_and_the_lower_is_not(t
     step = tiny_pipeline.model.denoise_step
     tiny_pipeline.model.denoise_step = lambda *args: seen.append(args[1].item()) or step(*args)
     latents_of(tiny_pipeline, num_inference_steps=4)
-    language_model = CallRecorder(tiny_pipeline.model.model.language_model)
+    passes = counted_passes(tiny_pipeline)
     latents_of(tiny_pipeline, num_inference_steps=4, guidance_interval=(seen[2], seen[1]))
-    assert language_model.batch_sizes == [2, 1, 2, 1, 1]
+    assert passes == [2, 1, 2, 1, 1]
 
 
 def test_an_empty_guidance_interval_is_no_guidance(tiny_pipeline):
@@ -283,8 +295,8 @@ def test_drawing_reads_the_prompt_once_and_never_speaks(tiny_pipeline):
     tiny_pipeline(["a cat", "a dog"], num_inference_steps=5)
     assert lm_head.batch_sizes == []
     assert sem_vit.batch_sizes == [2] * 5  # both branches of guidance share it
-    assert language_model.batch_sizes == [4] * 6
-    assert vision_head.batch_sizes == [4] * 5
+    assert language_model.batch_sizes == [2, 2] * 6  # each branch by itself: the prompts, then the steps
+    assert vision_head.batch_sizes == [2, 2] * 5
 
 
 def test_only_picture_tokens_run_in_a_step(tiny_pipeline):
@@ -293,21 +305,21 @@ def test_only_picture_tokens_run_in_a_step(tiny_pipeline):
         lambda module, args, kwargs, output: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
     tiny_pipeline("a cat")
-    assert lengths[1:] == [1 + 16] * 3
+    assert lengths[2:] == [1 + 16] * 2 * 3  # after both prompts, both branches of each step
 
 
 def test_drawing_leaves_the_cache_of_the_prompt_as_it_was(tiny_pipeline, monkeypatch):
     frozen = FrozenPrefixCache.from_cache
     caches, copies = [], []
 
-    def from_cache(cache, *rows):
-        caches.append(frozen(cache, *rows))
+    def from_cache(cache):
+        caches.append(frozen(cache))
         copies.append([(layer.keys.clone(), layer.values.clone()) for layer in caches[-1].layers])
         return caches[-1]
 
     monkeypatch.setattr(FrozenPrefixCache, "from_cache", from_cache)
     latents_of(tiny_pipeline, RAGGED, guidance_interval=(0.5, 1))
-    assert [len(cache.layers[0].keys) for cache in caches] == [6, 3]
+    assert [len(cache.layers[0].keys) for cache in caches] == [3, 3]
     for cache, layers in zip(caches, copies):
         for layer, (keys, values) in zip(cache.layers, layers, strict=True):
             torch.testing.assert_close(layer.keys, keys, atol=0, rtol=0)
@@ -327,7 +339,7 @@ def test_model_offload_brings_the_model_for_every_call(tiny_pipeline):
         hook = tiny_pipeline.model._hf_hook
         with patch.object(hook, "pre_forward", wraps=hook.pre_forward) as bring:
             image = tiny_pipeline("a cat", latents=noise(), generator=seeded()).images[0]
-        assert bring.call_count == 1 + 3 + 1  # prefill, steps, decoder
+        assert bring.call_count == 2 + 3 + 1  # prompt and negative prompt, steps, decoder
         assert isinstance(image, Image.Image)
     torch.testing.assert_close(latents_of(tiny_pipeline, latents=noise()), expected)
 
@@ -439,9 +451,9 @@ def test_a_callback_changes_the_guidance_of_the_next_steps(tiny_pipeline, scale)
         pipeline._guidance_scale = scale
         return tensors
 
-    language_model = CallRecorder(tiny_pipeline.model.model.language_model)
+    passes = counted_passes(tiny_pipeline)
     drawn = latents_of(tiny_pipeline, latents=noise(), callback_on_step_end=callback)
-    assert language_model.batch_sizes == ([2, 2, 2, 2] if scale == 9 else [2, 2, 1, 1])
+    assert passes == ([2, 2, 2, 2] if scale == 9 else [2, 2, 1, 1])
     assert tiny_pipeline.guidance_scale == scale
     assert (drawn - latents_of(tiny_pipeline, latents=noise())).abs().max() > 1e-3
 

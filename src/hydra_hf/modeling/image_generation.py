@@ -5,7 +5,7 @@ from types import MethodType
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
 
@@ -40,19 +40,14 @@ def _per_sample(value: float | Tensor, samples: Tensor) -> Tensor:
 
 @dataclass
 class ImagePrefix:
-    """A prefilled prompt, ready to be drawn from: rows are the prompts, then the negative prompts in the same order."""
+    """Prefilled prompts, one for each image: those to draw, or the negative ones that guidance leads away from."""
 
     cache: FrozenPrefixCache
-    attention_mask: Tensor  # (rows, P)
-    masks: dict[int, Tensor] = field(default_factory=dict)  # number of image tokens N -> mask (rows, 1, 1, P + N)
+    attention_mask: Tensor  # (B, P)
+    masks: dict[int, Tensor] = field(default_factory=dict)  # number of image tokens N -> mask (B, 1, 1, P + N)
 
     def __len__(self) -> int:
         return len(self.attention_mask)
-
-    def prompts_only(self, batch_size: int) -> "ImagePrefix":
-        """Without the negative prompts, for steps outside the guidance interval."""
-        rows = slice(batch_size)
-        return ImagePrefix(FrozenPrefixCache.from_cache(self.cache, rows), self.attention_mask[rows])
 
 
 class ImageGenerationMixin:
@@ -66,7 +61,7 @@ class ImageGenerationMixin:
 
     @apply_forward_hook
     def prefill(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None) -> ImagePrefix:
-        """Reads prompts (rows, P), left-padded, that end with <|vision_start|>; their cache is read-only from then on."""
+        """Reads prompts (B, P), left-padded, that end with <|vision_start|>; their cache is read-only from then on."""
         if (input_ids[:, -1] != self.config.vision_start_token_id).any():
             raise ValueError(
                 f"A prompt to draw from ends with vision_start_token_id={self.config.vision_start_token_id};"
@@ -86,27 +81,29 @@ class ImageGenerationMixin:
         latents: Tensor,
         sigma: Tensor,
         prefix: ImagePrefix,
+        negative_prefix: ImagePrefix | None = None,
         guidance_scale: float | Tensor = 1.0,
         guidance_rescale: float | Tensor = 0.0,
     ) -> Tensor:
-        """Velocity (B, C, h, w) of latents at `sigma` (B,), guided when the prefix holds negative prompts as well.
+        """Velocity (B, C, h, w) of latents at `sigma` (B,), guided when there are negative prompts.
 
-        Only image tokens run; Sem-ViT runs once for both branches and the language head not at all.
+        Only image tokens run; Sem-ViT runs once for both branches and the language head not at all. A branch is as long as
+        its own prompts: an empty negative prompt reads no padding of a long prompt.
 
         Args:
             guidance_scale, guidance_rescale: one for all, or (B,); see `guide`.
 
         Raises:
-            ValueError: for a prefix that has neither as many rows as there are latents nor twice as many, and for guidance
-                of another number of values.
+            ValueError: for a prefix or guidance that is not of as many rows as there are latents.
         """
-        if len(prefix) not in (len(latents), 2 * len(latents)):
-            raise ValueError(f"A prefix of {len(prefix)} rows does not fit latents of {len(latents)} images.")
+        prefixes = [prefix] if negative_prefix is None else [prefix, negative_prefix]
+        for branch in prefixes:
+            if len(branch) != len(latents):
+                raise ValueError(f"A prefix of {len(branch)} rows does not fit latents of {len(latents)} images.")
         num_tokens = self.config.num_time_tokens + latents[0, 0].numel()
-        if num_tokens not in prefix.masks:
-            prefix.masks[num_tokens] = self._create_step_mask(prefix, num_tokens)
+        masks = [self._get_step_mask(branch, num_tokens) for branch in prefixes]
         scale, rescale = _per_sample(guidance_scale, latents), _per_sample(guidance_rescale, latents)
-        return self._guided_velocity(latents, sigma, prefix, prefix.masks[num_tokens], scale, rescale)
+        return self._guided_velocity(latents, sigma, prefixes, masks, scale, rescale)
 
     def compile_denoise_step(self, **kwargs) -> None:
         """Compiles what `denoise_step` computes, for drawing many pictures; `kwargs` are those of `torch.compile`.
@@ -116,12 +113,13 @@ class ImageGenerationMixin:
         step = torch.compile(type(self)._guided_velocity, **{"fullgraph": True, **kwargs})
         self._guided_velocity = MethodType(step, self)  # a method, so that a deep copy compiles its own weights
 
-    def _guided_velocity(self, latents, sigma, prefix, mask, scale, rescale) -> Tensor:
-        num_branches = len(prefix) // len(latents)
-        embeds = self.model.get_image_embeds(latents, sigma).repeat(num_branches, 1, 1)  # (rows, [1 +] N, D_llm)
-        states = self._image_states(embeds, prefix, mask)  # (rows, N, D_llm)
-        velocity = self._draw(states, latents.repeat(num_branches, 1, 1, 1), sigma.repeat(num_branches))
-        return velocity if num_branches == 1 else guide(*velocity.chunk(2), scale, rescale)
+    def _guided_velocity(self, latents, sigma, prefixes, masks, scale, rescale) -> Tensor:
+        embeds = self.model.get_image_embeds(latents, sigma)  # (B, [1 +] N, D_llm)
+        velocities = []
+        for prefix, mask in zip(prefixes, masks):
+            states = self._image_states(embeds, prefix, mask)  # (B, N, D_llm)
+            velocities.append(self._draw(states, latents, sigma))
+        return velocities[0] if len(velocities) == 1 else guide(*velocities, scale, rescale)
 
     def _image_states(self, embeds: Tensor, prefix: ImagePrefix, mask: Tensor) -> Tensor:
         positions = torch.arange(embeds.shape[1], device=embeds.device)
@@ -132,8 +130,16 @@ class ImageGenerationMixin:
         )  # fmt: skip
         return outputs.last_hidden_state[:, self.config.num_time_tokens :]
 
+    def _get_step_mask(self, prefix: ImagePrefix, num_tokens: int):
+        """Every image token sees the prompt and the image.
+
+        A mask even where nothing is padded: without one, language models would mask causally.
+        """
+        if num_tokens not in prefix.masks:
+            prefix.masks[num_tokens] = self._create_step_mask(prefix, num_tokens)
+        return prefix.masks[num_tokens]
+
     def _create_step_mask(self, prefix: ImagePrefix, num_tokens: int):
-        """Every image token sees the prompt and the image."""
         weight = self.get_input_embeddings().weight
         ones = prefix.attention_mask.new_ones(len(prefix), num_tokens)
         mask = create_bidirectional_mask(
@@ -178,14 +184,17 @@ class ImageGenerationMixin:
             start = input_ids.new_full((len(input_ids), 1), config.vision_start_token_id)
             input_ids = torch.cat([input_ids, start], dim=1)
             attention_mask = torch.cat([attention_mask, torch.ones_like(start)], dim=1)
-        prefix = self._prefill_with_null_prompt(input_ids, attention_mask, pixel_values, guidance_scale)
+        if guidance_scale != 1 and pixel_values is not None:
+            raise ValueError("Guidance for prompts with images is not supported yet; use guidance_scale=1.")
+        prefix = self.prefill(input_ids, attention_mask, pixel_values)
+        negative_prefix = None if guidance_scale == 1 else self._prefill_null_prompts(input_ids)
         grid = self.get_latent_grid(height, width)
         sigmas = inference_sigmas(num_inference_steps, self.get_sigma_shift(grid[0] * grid[1])).to(device)
         sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
         shape = (len(input_ids), config.vision_config.latent_channels, *grid)
         latents = torch.randn(shape, generator=generator, device=device)
         for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
-            velocity = self.denoise_step(latents, sigma.expand(len(latents)), prefix, guidance_scale)
+            velocity = self.denoise_step(latents, sigma.expand(len(latents)), prefix, negative_prefix, guidance_scale)
             latents = euler_step(latents, velocity, sigma, next_sigma)
         return self.decode_latents(latents, generator=generator)
 
@@ -197,15 +206,6 @@ class ImageGenerationMixin:
             raise ValueError(f"{height=} and {width=} must be positive multiples of the patch size {patch}.")
         return height // patch, width // patch
 
-    def _prefill_with_null_prompt(self, input_ids, attention_mask, pixel_values, guidance_scale) -> ImagePrefix:
-        if guidance_scale == 1:
-            return self.prefill(input_ids, attention_mask, pixel_values)
-        if pixel_values is not None:
-            raise ValueError("Guidance for prompts with images is not supported yet; use guidance_scale=1.")
+    def _prefill_null_prompts(self, input_ids: Tensor) -> ImagePrefix:
         null = input_ids.new_tensor(self.config.null_prompt_ids).expand(len(input_ids), -1)
-        length = max(input_ids.shape[1], null.shape[1])
-        rows = [
-            nn.functional.pad(part, (length - part.shape[1], 0))
-            for part in (input_ids, null, attention_mask, torch.ones_like(null))
-        ]
-        return self.prefill(torch.cat(rows[:2]), torch.cat(rows[2:]))
+        return self.prefill(null, torch.ones_like(null))

@@ -19,14 +19,14 @@ class FrozenPrefixCache(Cache):
     """The cache of a prefilled prompt as a constant."""
 
     @classmethod
-    def from_cache(cls, cache: DynamicCache, rows: slice = slice(None)) -> "FrozenPrefixCache":
-        """Rows of a prefilled cache. Raises ValueError for layers that forget (sliding windows)."""
+    def from_cache(cls, cache: DynamicCache) -> "FrozenPrefixCache":
+        """Freezes a prefilled cache. Raises ValueError for layers that forget (sliding windows)."""
         layers = []
         for layer in cache.layers:
-            if type(layer) not in (DynamicLayer, FrozenLayer):
+            if type(layer) is not DynamicLayer:
                 raise ValueError(f"A prefix of {type(layer).__name__} cannot be frozen; expected DynamicLayer.")
             frozen = FrozenLayer()
-            frozen.keys, frozen.values = layer.keys[rows], layer.values[rows]
+            frozen.keys, frozen.values = layer.keys, layer.values
             frozen.dtype, frozen.device, frozen.is_initialized = layer.keys.dtype, layer.keys.device, True
             layers.append(frozen)
         return cls(layers=layers)

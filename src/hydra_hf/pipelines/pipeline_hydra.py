@@ -1,7 +1,9 @@
 """Text to image with HYDRA, in the form of diffusers. HYDRA, section 2.2.
 
-prompt -> prefill, once -> prefix -.
-             noise -> latents -----+-> denoise_step -> scheduler -> latents, step by step -> decode -> picture
+prompt          -> prefill, once -> prefix ----------.
+negative prompt -> prefill, once -> negative prefix -+
+                                   noise -> latents -+-> denoise_step -> scheduler -> latents, step by step
+                                                                      last of the latents -> decode -> picture
 """
 
 import os
@@ -179,9 +181,12 @@ class HydraPipeline(HydraDiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         batch_size = len(prompts) * num_images_per_prompt
         grid = self.model.get_latent_grid(height, width)
-        texts = prompts + self._negative_prompts(negative_prompt, len(prompts))
-        prefix = self.prepare_prefix(texts, grid, num_images_per_prompt, max_sequence_length, pad_to_multiple_of)
-        prompts_prefix = prefix.prompts_only(batch_size)
+        prefix_options = grid, num_images_per_prompt, max_sequence_length, pad_to_multiple_of
+        prefix = self.prepare_prefix(prompts, *prefix_options)
+        negative_prefix = None
+        if self.do_classifier_free_guidance:
+            negative_prompts = self._negative_prompts(negative_prompt, len(prompts))
+            negative_prefix = self.prepare_prefix(negative_prompts, *prefix_options)
         latents = self.prepare_latents(batch_size, grid, generator, latents)
         sigmas = self.prepare_sigmas(num_inference_steps, grid)
         with self.progress_bar(total=len(sigmas)) as progress_bar:
@@ -189,14 +194,15 @@ class HydraPipeline(HydraDiffusionPipeline):
                 if self.interrupt:
                     break
                 is_guided = self.do_classifier_free_guidance and guidance_interval[0] < sigma <= guidance_interval[1]
-                if is_guided and len(prefix) == batch_size:
+                if is_guided and negative_prefix is None:
                     raise ValueError(
                         "A callback turned guidance on, which needs a call that starts with a scale other than 1."
                     )
                 velocity = self.model.denoise_step(
                     latents,
                     latents.new_full((batch_size,), sigma),
-                    prefix if is_guided else prompts_prefix,
+                    prefix,
+                    negative_prefix if is_guided else None,
                     self.guidance_scale,
                     guidance_rescale,
                 )
@@ -274,7 +280,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         max_sequence_length: int | None,
         pad_to_multiple_of: int | None,
     ) -> ImagePrefix:
-        """Prompts, then negative prompts, read once, each row repeated for its pictures. ValueError for a text too long."""
+        """Prompts, or negative prompts, read once, each row repeated for its pictures. ValueError for a text too long."""
         config = self.model.config
         num_image_tokens = config.num_time_tokens + grid[0] * grid[1]
         longest = config.text_config.max_position_embeddings - num_image_tokens
@@ -320,8 +326,6 @@ class HydraPipeline(HydraDiffusionPipeline):
         return sigmas
 
     def _negative_prompts(self, negative_prompt: str | list[str] | None, num_prompts: int) -> list[str]:
-        if not self.do_classifier_free_guidance:
-            return []
         if isinstance(negative_prompt, list | tuple):
             return list(negative_prompt)
         return [negative_prompt or ""] * num_prompts
