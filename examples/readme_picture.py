@@ -16,7 +16,7 @@ from hydra_hf.evaluation.understanding import answer
 DRAWN = ["a cat", "a red circle", "three strawberries", "a dog left of a car", "a rocket above a moon", "a blue square and a yellow triangle"]  # fmt: skip
 ASKED = [
     "what is in the picture?", "what color is the circle?", "how many strawberries are there?", "is the dog left or right of the car?",
-    "what is at the top?", "is there a yellow triangle?",
+    "is the rocket above or below the moon?", "is there a yellow triangle?",
 ]  # fmt: skip
 TILE, GAP, LINE = 192, 12, 18
 
