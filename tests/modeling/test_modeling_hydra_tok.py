@@ -585,6 +585,7 @@ def test_statistics_that_would_break_the_latents_are_refused(mean, std, message)
         ({"image_size": 13}, "self.image_size=13 must be a multiple"),
         ({"patch_size": 0}, "patch_size=0 must be at least 1"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
+        ({"hidden_act": "gleu"}, "hidden_act='gleu' must be one of"),
         ({"image_mean": [0.5]}, "must have self.num_channels=3 numbers"),
         ({"decoder_config": PixelFlowDecoderConfig()}, "decoder_config.patch_size=14 of the decoder"),
     ],

@@ -4,14 +4,20 @@ from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 
-def _check_heads(name: str, hidden_size: int, num_heads: int, multiple: int = 1) -> None:
-    if num_heads < 1:
-        raise ValueError(f"{name}: num_attention_heads={num_heads} must be at least 1.")
-    if hidden_size % (num_heads * multiple):
-        raise ValueError(f"{name}: hidden_size={hidden_size} must be a multiple of {multiple} x {num_heads} heads.")
+def _check_layers(name: str, config: PreTrainedConfig, multiple: int = 1) -> None:
+    """What every transformer here needs: heads that divide the width, and an activation that exists."""
+    if config.num_attention_heads < 1:
+        raise ValueError(f"{name}: num_attention_heads={config.num_attention_heads} must be at least 1.")
+    if config.hidden_size % (config.num_attention_heads * multiple):
+        raise ValueError(
+            f"{name}: hidden_size={config.hidden_size} must be a multiple of {multiple} x {config.num_attention_heads} heads."
+        )
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"{name}: hidden_act={config.hidden_act!r} must be one of {sorted(ACT2FN)}.")
 
 
 class HydraPreTrainedConfig(PreTrainedConfig):
@@ -53,7 +59,7 @@ class PixelFlowDecoderConfig(HydraPreTrainedConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        _check_heads("decoder_config", self.hidden_size, self.num_attention_heads)
+        _check_layers("decoder_config", self)
         if self.hidden_size % 4:
             raise ValueError(f"decoder_config: {self.hidden_size=} must be a multiple of 4 for 2D sine positions.")
         if self.prediction_type not in ("velocity", "sample"):
@@ -83,7 +89,7 @@ class PixelViTDecoderConfig(HydraPreTrainedConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        _check_heads("decoder_config", self.hidden_size, self.num_attention_heads)
+        _check_layers("decoder_config", self)
         if self.hidden_size % 4:
             raise ValueError(f"decoder_config: {self.hidden_size=} must be a multiple of 4 for 2D sine positions.")
 
@@ -140,7 +146,7 @@ class HydraTokConfig(HydraPreTrainedConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
+        _check_layers("vision_config", self)
         if self.patch_size < 1:
             raise ValueError(f"vision_config: patch_size={self.patch_size} must be at least 1.")
         if self.image_size % self.patch_size:
@@ -207,7 +213,7 @@ class VisionHeadConfig(HydraPreTrainedConfig):
     def validate_architecture(self):
         super().validate_architecture()
         # Half of each head turns with the row and half with the column, in pairs.
-        _check_heads("vision_head_config", self.hidden_size, self.num_attention_heads, multiple=4)
+        _check_layers("vision_head_config", self, multiple=4)
 
 
 @strict
