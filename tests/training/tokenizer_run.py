@@ -43,7 +43,7 @@ def make_stage(judges: Path, **changes) -> TokenizerStage:
         name="all",
         num_steps=3,
         batch_size=4,
-        learning_rates={"model": 3e-4},
+        learning_rates={"model": 1e-4},  # Adam makes a whole step of a gradient that is only rounding
         warmup_steps=1,
         decoder_config=DECODER,
         loss_weights=TokenizerLossWeights(distill=1.0, perceptual=0.1, adversarial=0.075, discriminator=1.0),
