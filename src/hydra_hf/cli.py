@@ -218,7 +218,7 @@ def train(options: argparse.Namespace) -> None:
 def _train_hydra(recipe, output_dir: Path, options: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from accelerate import PartialState
+    from hydra_hf.training.batches import partial_state
 
     if options.num_workers is not None:
         recipe = replace(recipe, num_workers=options.num_workers)
@@ -230,7 +230,7 @@ def _train_hydra(recipe, output_dir: Path, options: argparse.Namespace) -> None:
         from hydra_hf.training.hydra_trainer import train_hydra
 
         result = train_hydra(recipe, output_dir, only=options.stage, on_stage=print)
-    if PartialState().is_main_process:
+    if partial_state().is_main_process:
         print(result)
 
 

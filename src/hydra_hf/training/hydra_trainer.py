@@ -102,9 +102,7 @@ class HydraTrainer(Trainer):
         self.is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.is_sharded and stage.lora_rank:
             raise ValueError(f"{stage.name}: lora_rank={stage.lora_rank} does not go with sharded weights; use DDP.")
-        if self.is_sharded and stage.ema_decay > 0:
-            logger.warning("%s: weights are sharded, so no average of them is kept: ema_decay=0.", stage.name)
-        self.ema = create_average(model, stage.ema_decay) if stage.ema_decay > 0 and not self.is_sharded else None
+        self.ema = create_average(model, stage, self.is_sharded)
 
     @property
     def averaged_model(self) -> HydraForConditionalGeneration:

@@ -1,5 +1,7 @@
 """One optimizer for one stage, Muon for the matrices of hidden layers and AdamW for everything else; and the average."""
 
+import logging
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -9,8 +11,19 @@ from hydra_hf.modeling.layers import ZeroLinear
 from .recipe import Stage
 
 
-def create_average(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average that forgets its start: step n has at least 9 / (10 + n) of the weight."""
+logger = logging.getLogger(__name__)
+
+
+def create_average(model: nn.Module, stage: Stage, is_sharded: bool) -> AveragedModel | None:
+    """An exponential moving average that forgets its start: step n has at least 9 / (10 + n) of the weight.
+
+    None if `stage.ema_decay` is 0, and with a warning where FSDP or DeepSpeed shard the weights.
+    """
+    if is_sharded and stage.ema_decay > 0:
+        logger.warning("%s: weights are sharded, so no average of them is kept: ema_decay=0.", stage.name)
+    if is_sharded or stage.ema_decay <= 0:
+        return None
+    decay = stage.ema_decay
 
     @torch.no_grad()
     def update(averages: list[Tensor], values: list[Tensor], num_averaged: Tensor) -> None:

@@ -89,9 +89,7 @@ class TokenizerTrainer:
         if self.is_sharded:
             optimizer = self.check_sharding(optimizer)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.stage.learning_rate_factor)
-        self.ema = None
-        if self.stage.ema_decay > 0 and not self.is_sharded:
-            self.ema = create_average(model, self.stage.ema_decay)
+        self.ema = create_average(model, self.stage, self.is_sharded)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.micro
@@ -104,8 +102,6 @@ class TokenizerTrainer:
                 f"{self.stage.name}: adaptive_adversarial_weight=True, expected False: it needs a whole matrix, which FSDP"
                 " and DeepSpeed do not keep."
             )
-        if self.stage.ema_decay > 0:
-            logger.warning("%s keeps no average of the weights, FSDP and DeepSpeed shard them.", self.stage.name)
         return shardable(optimizer, self.stage)
 
     def prepare_judges(self) -> None:
