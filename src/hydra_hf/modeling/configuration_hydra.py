@@ -5,7 +5,9 @@ from dataclasses import field
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig
+
+from .compat import ConfigOfParts, SubConfigSpec
 
 
 def _check_layers(name: str, config: PreTrainedConfig, multiple: int = 1) -> None:
@@ -20,7 +22,7 @@ def _check_layers(name: str, config: PreTrainedConfig, multiple: int = 1) -> Non
         raise ValueError(f"{name}: hidden_act={config.hidden_act!r} must be one of {sorted(ACT2FN)}.")
 
 
-class HydraPreTrainedConfig(PreTrainedConfig):
+class HydraPreTrainedConfig(ConfigOfParts):
     """Never marked for code upload: a checkpoint opened through a shim would rewrite its `auto_map` on saving."""
 
     @classmethod

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
 
+from .compat import CACHE
 from .flow import euler_step, expand_sigma, inference_sigmas, resolution_shift
 from .prefix_cache import FrozenPrefixCache
 
@@ -70,7 +71,7 @@ class ImageGenerationMixin:
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.config.text_config)
         self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
             pixel_values=pixel_values, use_cache=True,
         )  # fmt: skip
         return ImagePrefix(FrozenPrefixCache.from_cache(cache), attention_mask)
@@ -126,7 +127,7 @@ class ImageGenerationMixin:
         outputs = self.model.language_model(
             inputs_embeds=embeds.to(self.get_input_embeddings().weight.dtype), attention_mask=mask,
             position_ids=prefix.attention_mask.sum(-1, keepdim=True) + positions,
-            past_key_values=prefix.cache, use_cache=True,
+            use_cache=True, **{CACHE: prefix.cache},
         )  # fmt: skip
         return outputs.last_hidden_state[:, self.config.num_time_tokens :]
 
@@ -145,7 +146,7 @@ class ImageGenerationMixin:
         mask = create_bidirectional_mask(
             self.config.text_config, weight.new_empty(len(prefix), num_tokens, 0),
             torch.cat([prefix.attention_mask, ones], dim=1),
-            past_key_values=prefix.cache, allow_is_bidirectional_skip=False,
+            allow_is_bidirectional_skip=False, **{CACHE: prefix.cache},
         )  # fmt: skip
         return mask[:, :, :1] if isinstance(mask, Tensor) else mask  # the same row for all of them, faster to read
 

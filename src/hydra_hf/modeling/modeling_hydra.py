@@ -13,11 +13,11 @@ from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .compat import CACHE, one_cache, slice_logits_to_keep
 from .configuration_hydra import HydraConfig
 from .image_generation import ImageGenerationMixin
 from .layers import TimestepEmbedding, init_layer, latents_to_tokens, sinusoidal_positions_2d, tokens_to_latents
@@ -26,28 +26,19 @@ from .vision_head import VisionHead
 
 
 @dataclass
-class HydraModelOutput(ModelOutput):
+class HydraModelOutput(BaseModelOutputWithPast):
     """`last_hidden_state` (B, L, D); `image_hidden_states` (num_images, N, D): the part of it where pictures stand."""
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
 
 
 @dataclass
-class HydraOutput(ModelOutput):
+class HydraOutput(CausalLMOutputWithPast):
     """`loss` is the sum of the losses that the call's targets allow; `velocity` (num_generated, C, h, w)."""
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
     velocity: Tensor | None = None
     language_loss: Tensor | None = None
     flow_loss: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 def get_image_block_ids(mm_token_type_ids: Tensor, past_length: int = 0) -> Tensor:
@@ -85,7 +76,7 @@ class HydraPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the flow loss is a mean: Trainer must divide it by the accumulation steps
     _no_split_modules = ["AdaLNZeroLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = False  # flash kernels silently drop the bidirectional image blocks
     _supports_flex_attn = True
@@ -155,7 +146,7 @@ class HydraModel(HydraPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         latents: Tensor | None = None,
@@ -163,6 +154,7 @@ class HydraModel(HydraPreTrainedModel):
         mm_token_type_ids: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> HydraModelOutput:
         """Causal over text, bidirectional inside each image. A given image is a generated one at sigma 0.
@@ -172,10 +164,12 @@ class HydraModel(HydraPreTrainedModel):
             pixel_values: (num_images, 3, H, W) in [-1, 1], in the order of their placeholders; read at sigma 0.
             latents, sigma: instead of pixels, latents (num_images, C, h, w) already at noise levels (num_images,).
             mm_token_type_ids: (B, L), 1 where images stand; found from `input_ids` when missing.
+            past_key_values: the older name of `cache`.
 
         Raises:
             ValueError: for images given twice, latents without sigma, or placeholders that the images do not fill.
         """
+        cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         if inputs_embeds is None:
@@ -187,14 +181,14 @@ class HydraModel(HydraPreTrainedModel):
         if not isinstance(attention_mask, dict):
             mm_token_type_ids = image_mask.int() if mm_token_type_ids is None else mm_token_type_ids
             attention_mask = self._create_masks(
-                inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids
+                inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids
             )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
         states = outputs.last_hidden_state  # (B, L, D)
@@ -204,10 +198,10 @@ class HydraModel(HydraPreTrainedModel):
             image_hidden_states = states_of_images[:, self.config.num_time_tokens :]  # (num_images, N, D)
         return HydraModelOutput(
             last_hidden_state=states,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _select_image_embeds(self, pixel_values, latents, sigma, mm_encoder_outputs) -> Tensor | None:
@@ -235,15 +229,15 @@ class HydraModel(HydraPreTrainedModel):
         image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(image_mask[..., None].expand_as(inputs_embeds), image_embeds)
 
-    def _create_masks(self, inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids):
+    def _create_masks(self, inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids):
         if attention_mask is None:
             # Without a mask, transformers reads jumps in the positions as packed sequences and cuts attention there.
-            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past_length = 0 if cache is None else cache.get_seq_length()
             attention_mask = inputs_embeds.new_ones(
                 (len(inputs_embeds), past_length + inputs_embeds.shape[1]), dtype=torch.long
             )
         return HydraForConditionalGeneration.create_masks_for_generate(
-            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, mm_token_type_ids
+            self.config, inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids
         )
 
 
@@ -271,7 +265,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         latents: Tensor | None = None,
@@ -283,6 +277,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         velocity_target: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> HydraOutput:
         """L = L_NTP + L_FM, each where its target is given. See `HydraModel.forward` for the inputs.
@@ -296,7 +291,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             latents=latents,
@@ -326,9 +321,9 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
             velocity=velocity,
             language_loss=language_loss,
             flow_loss=flow_loss,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _velocity_of(self, image_hidden_states, latents, sigma, is_generated) -> Tensor:
@@ -382,15 +377,17 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
 
     @staticmethod
     def create_masks_for_generate(
-        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, mm_token_type_ids=None, **kwargs
-    ):
+        config, inputs_embeds, attention_mask, cache=None, position_ids=None, mm_token_type_ids=None,
+        past_key_values=None, **kwargs,
+    ):  # fmt: skip
         """transformers' masks with image blocks; `mm_token_type_ids` are of the current chunk only."""
+        cache = one_cache(cache, past_key_values)
         block_ids = None
         if mm_token_type_ids is not None and (mm_token_type_ids == 1).any():
-            past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            past_length = 0 if cache is None else int(cache.get_seq_length())
             block_ids = get_image_block_ids(mm_token_type_ids[:, -inputs_embeds.shape[1] :], past_length)
         return create_masks_for_generate(
-            config.get_text_config(), inputs_embeds, attention_mask, past_key_values, position_ids,
+            config.get_text_config(), inputs_embeds, attention_mask, cache, position_ids,
             block_sequence_ids=block_ids,
         )  # fmt: skip
 
