@@ -968,24 +968,24 @@ def test_a_config_survives_saving(tmp_path):
 PRESETS = {
     "hydra_1_5b": (
         {
-            "model.vision_tower": 448_534_220,
+            "model.vision_tower": 448_666_316,
             "model.multi_modal_projector": 1_576_448,
             "model.time_embedding": 2_755_584,
             "model.language_model": 1_543_714_304,
             "vision_head": 179_902_016,
         },
-        2_176_482_572,
+        2_176_614_668,
     ),
     "hydra_7b": (
         {
-            "model.vision_tower": 448_534_220,
+            "model.vision_tower": 448_666_316,
             "model.multi_modal_projector": 3_675_648,
             "model.time_embedding": 13_769_728,
             "model.language_model": 7_070_619_136,
             "vision_head": 183_051_840,
             "lm_head": 544_997_376,
         },
-        8_264_647_948,
+        8_264_780_044,
     ),
 }
 

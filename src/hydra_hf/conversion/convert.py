@@ -36,7 +36,7 @@ from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
 
 IN_HYDRA = "model.vision_tower."
-NEW_IN_TOKENIZER = ("bottleneck", "pixel_decoder")
+NEW_IN_TOKENIZER = ("bottleneck", "sem_vit.position_proj", "pixel_decoder")
 NEW_IN_HYDRA = ("model.multi_modal_projector", "model.time_embedding", "vision_head")
 
 COPIED_PARTS = ("Gen-ViT, Sem-ViT", "language model, text tokenizer")

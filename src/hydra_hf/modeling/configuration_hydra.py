@@ -109,6 +109,9 @@ class HydraTokConfig(HydraPreTrainedConfig):
             antialias (SigLIP2 naflex).
         image_mean, image_std: statistics that the ViT wants of pixels in [0, 1]; callers always give [-1, 1].
         layer_scale_init_value: None for a ViT without layer scale.
+        use_sem_positions: tell Sem-ViT where each token is, through a projection that starts at zero, so that a converted
+            ViT starts as it was (our choice). False is the papers' literal form: Sem-ViT is told by the latents alone, and
+            of noise it cannot tell one place from another.
         decoder_config: None for an encoder without decoder.
         scaling_factor, shift_factor: read by diffusers; the latents are normalised already, so 1 and 0.
     """
@@ -134,6 +137,7 @@ class HydraTokConfig(HydraPreTrainedConfig):
     patch_size: int = 14
     num_channels: int = 3
     position_interpolation: str = "bicubic"
+    use_sem_positions: bool = True
     image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     latent_channels: int = 64

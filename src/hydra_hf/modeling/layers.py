@@ -192,6 +192,24 @@ def sinusoidal_positions_2d(grid: tuple[int, int], hidden_size: int, like: Tenso
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=-1).to(like.dtype)
 
 
+NUM_POSITION_FEATURES = 128
+
+
+def position_features(grid: tuple[int, int], like: Tensor) -> Tensor:
+    """Sines and cosines (N, 128) of where each token of a (h, w) grid is: in tokens from the top left, and as a share of the picture.
+
+    The share is measured in sixteenths, so that both kinds have wavelengths from a few tokens up.
+    """
+    count = NUM_POSITION_FEATURES // 8
+    frequencies = 1000 ** -(torch.arange(count, dtype=torch.float32, device=like.device) / count)
+    features = []
+    for position, size in zip(grid_positions(grid, like.device), grid):
+        for coordinate in (position, 16 * (position + 0.5) / size):
+            angles = coordinate[:, None] * frequencies
+            features += [angles.sin(), angles.cos()]
+    return torch.cat(features, dim=-1).to(like.dtype)
+
+
 def rotary_positions_2d(grid: tuple[int, int], head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines (N, head_dim) that turn half of each head with the row and half with the column."""
     quarter = head_dim // 4

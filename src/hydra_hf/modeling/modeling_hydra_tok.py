@@ -17,7 +17,18 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .bottleneck import Bottleneck, sample_posterior
 from .configuration_hydra import HydraTokConfig, PixelFlowDecoderConfig
 from .flow import add_noise, predict_clean, velocity_target
-from .layers import ViTAttention, ViTLayer, init_layer, latents_to_tokens, patchify, tokens_to_latents, unpatchify
+from .layers import (
+    NUM_POSITION_FEATURES,
+    ViTAttention,
+    ViTLayer,
+    ZeroLinear,
+    init_layer,
+    latents_to_tokens,
+    patchify,
+    position_features,
+    tokens_to_latents,
+    unpatchify,
+)
 from .pixel_decoders import PIXEL_DECODERS
 
 
@@ -128,12 +139,20 @@ class SemViT(nn.Module):
 
     def __init__(self, config: HydraTokConfig):
         super().__init__()
+        self.position_proj = None
+        if config.use_sem_positions:
+            self.position_proj = ZeroLinear(NUM_POSITION_FEATURES, config.hidden_size)
         self.layers = nn.ModuleList([ViTLayer(config) for _ in range(config.num_sem_layers)])
         self.post_layernorm = (
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_post_layernorm else nn.Identity()
         )
 
-    def forward(self, hidden_states: Tensor, layer_outputs: list[Tensor] | None = None, **kwargs) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, grid: tuple[int, int], layer_outputs: list[Tensor] | None = None, **kwargs
+    ) -> Tensor:
+        """Unprojected latents (B, N, D) of a (h, w) grid -> (B, N, D)."""
+        if self.position_proj is not None:
+            hidden_states = hidden_states + self.position_proj(position_features(grid, hidden_states))
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
             if layer_outputs is not None:
@@ -215,7 +234,7 @@ class HydraTokModel(HydraTokPreTrainedModel):
         grid = self.get_grid(pixel_values)
         hidden_states = self.gen_vit(self.normalize_pixels(pixel_values), **kwargs)  # (B, N, D)
         bottleneck = self.bottleneck(hidden_states)  # mean, logvar: (B, N, C)
-        semantic_states = self.sem_vit(bottleneck.hidden_states, **kwargs)  # (B, N, D)
+        semantic_states = self.sem_vit(bottleneck.hidden_states, grid, **kwargs)  # (B, N, D)
         return HydraTokOutput(
             last_hidden_state=semantic_states,
             latents=tokens_to_latents(self.bottleneck.normalize(bottleneck.mean), grid),
@@ -246,7 +265,7 @@ class HydraTokModel(HydraTokPreTrainedModel):
     @apply_forward_hook
     def get_semantic_states(self, latents: Tensor) -> Tensor:
         """Semantic states (B, N, D) of normalised latents (B, C, h, w), clean or noised."""
-        return self.sem_vit(self.get_bottleneck_states(latents))
+        return self.sem_vit(self.get_bottleneck_states(latents), tuple(latents.shape[-2:]))
 
     def get_bottleneck_states(self, latents: Tensor) -> Tensor:
         """What Sem-ViT reads of normalised latents (B, C, h, w): denormalised and unprojected, (B, N, D)."""
@@ -373,7 +392,7 @@ class HydraTokForPreTraining(HydraTokPreTrainedModel):
         gen_states = model.gen_vit(normalized, layer_outputs)  # (B, N, D)
         bottleneck = model.bottleneck(gen_states)  # mean, logvar: (B, N, C)
         if max(distill_layers, default=0) > self.config.num_gen_layers:
-            model.sem_vit(bottleneck.hidden_states, layer_outputs)  # (B, N, D), not used beyond its layers
+            model.sem_vit(bottleneck.hidden_states, grid, layer_outputs)  # (B, N, D), not used beyond its layers
         latents = sample_posterior(bottleneck.mean, bottleneck.logvar, latent_noise)  # (B, N, C)
         decoder_states = model.bottleneck.decoder_up_proj(latents.to(gen_states.dtype))  # (B, N, D)
         velocity = target = None
