@@ -154,7 +154,9 @@ def test_new_parts_start_as_the_models_own_first_values(hydra):
     model = HydraForConditionalGeneration.from_pretrained(hydra / "model")
     tower = model.model.vision_tower
     zeros = [module for module in model.modules() if isinstance(module, ZeroLinear)]
-    assert len(zeros) == 1 + 14 + 6  # Sem-ViT's positions; 12 flow layers and 2 last layers; 4 layers of the head and 2 last ones
+    assert (
+        len(zeros) == 1 + 14 + 6
+    )  # Sem-ViT's positions; 12 flow layers and 2 last layers; 4 layers of the head and 2 last ones
     assert all(not module.weight.any() and not module.bias.any() for module in zeros)
     drawn = [tower.bottleneck.down_proj, tower.pixel_decoder.patch_embedding, model.model.multi_modal_projector.linear,
              model.model.time_embedding.linear_1, model.vision_head.in_proj]  # fmt: skip

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -115,7 +116,9 @@ def test_the_two_halves_are_internvit_layer_by_layer(size):
         states = patches = expected[2][:, 1:]
         for layer in model.sem_vit.layers:
             states = layer(states)
-        torch.testing.assert_close(model.sem_vit(patches, model.get_grid(pixel_values)), states)  # positions start at zero
+        torch.testing.assert_close(
+            model.sem_vit(patches, model.get_grid(pixel_values)), states
+        )  # positions start at zero
 
 
 @pytest.mark.parametrize("use_cls_token", [True, False])
@@ -351,7 +354,7 @@ def test_a_stock_diffusers_pipeline_samples_saves_and_reloads_with_it(tmp_path):
     reloaded = DiTPipeline.from_pretrained(tmp_path)
     reloaded.set_progress_bar_config(disable=True)
     assert isinstance(reloaded.vae, HydraTokModel)
-    assert (draw(reloaded) == images).all()
+    np.testing.assert_allclose(draw(reloaded), images, atol=1e-6)
 
 
 # Saving and loading

@@ -180,9 +180,7 @@ class HydraModel(HydraPreTrainedModel):
             inputs_embeds = self._place_images(inputs_embeds, image_mask, image_embeds)
         if not isinstance(attention_mask, dict):
             mm_token_type_ids = image_mask.int() if mm_token_type_ids is None else mm_token_type_ids
-            attention_mask = self._create_masks(
-                inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids
-            )
+            attention_mask = self._create_masks(inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
