@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 import hydra_hf
 from hydra_hf import HydraPipeline, HydraReconstructionPipeline
-from hydra_hf.evaluation.understanding import answer
+from hydra_hf.pipelines.answering import answer
 
 
 DRAWN = ["a cat", "a red circle", "three strawberries", "a dog left of a car", "a rocket above a moon", "a blue square and a yellow triangle"]  # fmt: skip

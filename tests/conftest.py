@@ -19,7 +19,7 @@ from hydra_hf.modeling.layers import ZeroLinear
 from hydra_hf.modeling.modeling_hydra import HydraForConditionalGeneration
 from hydra_hf.modeling.processing_hydra import HydraProcessor
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
-from hydra_hf.training.toy_tokenizer import train_toy_tokenizer
+from hydra_hf.toy.text_tokenizer import train_toy_tokenizer
 
 
 IMAGE_SIZE = 32

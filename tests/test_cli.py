@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from hydra_hf.cli import main
-from toy import toy_pipeline
+from toy_models import toy_pipeline
 
 
 COMMANDS = ("generate", "ask", "reconstruct", "train", "evaluate")
@@ -87,7 +87,7 @@ def test_generate_draws_other_sizes(model, tmp_path):
 
 
 def test_the_answer_is_the_last_line_of_stdout(model, picture, capsys):
-    from hydra_hf.evaluation.understanding import answer
+    from hydra_hf.pipelines.answering import answer
 
     assert main(["ask", picture, "what is in the picture?", "--model", model]) == 0
     pipeline = toy_pipeline()

@@ -8,11 +8,10 @@ import torch
 
 import hydra_hf
 from hydra_hf import HydraForConditionalGeneration, HydraPipeline
-from hydra_hf.data.toy_checker import ToyChecker
-from hydra_hf.data.toy_language import CATEGORIES, QUESTION_TYPES, Prompt, ToyLanguage
-from hydra_hf.data.toy_world import ToyWorld
-from hydra_hf.evaluation.reconstruction import evaluate_reconstruction
-from hydra_hf.evaluation.understanding import evaluate_understanding
+from hydra_hf.toy.checker import ToyChecker
+from hydra_hf.toy.evaluation import evaluate_reconstruction, evaluate_understanding
+from hydra_hf.toy.language import CATEGORIES, QUESTION_TYPES, Prompt, ToyLanguage
+from hydra_hf.toy.world import ToyWorld
 
 
 TINY = Path(hydra_hf.TINY)

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from hydra_hf.data.collate import collate
-from hydra_hf.data.readers import Source, TaskReader, create_readers, parse_source
+from hydra_hf.data.readers import TaskReader, create_readers
+from hydra_hf.data.sources import Source, parse_source
 
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -1,7 +1,7 @@
 import torch
 
-from hydra_hf.evaluation.reconstruction import evaluate_reconstruction, photo_crops, reconstruct
-from toy import toy_language, toy_pipeline
+from hydra_hf.toy.evaluation import evaluate_reconstruction, photo_crops, reconstruct
+from toy_models import toy_language, toy_pipeline
 
 
 def test_scores_have_their_keys_and_one_seed_gives_one_score():

@@ -14,7 +14,7 @@ import hydra_hf  # noqa: F401, registers the classes
 from hydra_hf.modeling import processing_hydra
 from hydra_hf.modeling.image_processing_hydra import HydraImageProcessor, HydraImageProcessorPil
 from hydra_hf.modeling.processing_hydra import HydraProcessor
-from hydra_hf.training.toy_tokenizer import SPECIAL_TOKENS, train_toy_tokenizer
+from hydra_hf.toy.text_tokenizer import SPECIAL_TOKENS, train_toy_tokenizer
 
 
 WORDS = ["a red circle", "what is this", "draw a cat and a dog", "be kind"]

@@ -4,15 +4,17 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from hydra_hf.toy.batches import ToyData
 from hydra_hf.training.hydra_trainer import train_hydra
 from hydra_hf.training.recipe import HydraRecipe, HydraStage
-from toy import toy_config, toy_pipeline, toy_processor
+from toy_models import toy_config, toy_pipeline, toy_processor
 
 
 EVERYTHING = ("vision_head", "model.vision_tower.sem_vit", "model.multi_modal_projector", "model.time_embedding",
               "model.language_model")  # fmt: skip
 STAGE = HydraStage(
     name="stage1",
+    data=ToyData(),
     num_steps=3,
     learning_rates=dict.fromkeys(EVERYTHING, 3e-5),  # Adam makes a step of the rate of every rounding error
     tasks={"understand": 2, "generate": 3},

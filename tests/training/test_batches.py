@@ -5,22 +5,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizer_run import CONFIG, make_stage
+from vision_tower_run import CONFIG, make_stage
 
-from hydra_hf.data.readers import Source
-from hydra_hf.data.toy_world import ToyWorld
-from hydra_hf.training.batches import (
-    ReadAhead,
-    ToyBatches,
-    ToyHeldOut,
-    check_range,
-    create_batches,
-    row_generator,
-    split_batch,
-    step_generator,
-    toy_images,
-)
+from hydra_hf.data.images import ReadAhead, check_range
+from hydra_hf.data.sources import Source, Sources
+from hydra_hf.toy.batches import ToyBatches, ToyHeldOut, toy_images
+from hydra_hf.toy.world import ToyWorld
+from hydra_hf.training.processes import split_batch
+from hydra_hf.training.randomness import row_generator, step_generator
 from hydra_hf.training.recipe import Recipe, TokenizerLossWeights
+from hydra_hf.training.vision_tower_trainer import create_batches
 
 
 def draw(*numbers: int) -> list[float]:
@@ -102,7 +96,8 @@ def test_pixels_out_of_range_are_refused(value):
 
 def test_data_without_held_out_images_is_refused():
     stage = make_stage(Path("judges"), loss_weights=TokenizerLossWeights())
-    recipe = Recipe(name="test", config=CONFIG, stages=(stage,), data=(Source(task="generate", path="images"),))
+    stage = replace(stage, data=Sources((Source(task="generate", path="images"),)), held_out=None)
+    recipe = Recipe(name="test", config=CONFIG, stages=(stage,))
     with pytest.raises(ValueError, match="needs held_out images too"):
         create_batches(recipe, stage, 0)
 
@@ -115,9 +110,9 @@ def test_a_folder_of_images_is_training_data(tmp_path, monkeypatch):
         Image.fromarray(picture).save(tmp_path / "images" / f"{number}.png")
     stage = make_stage(Path("judges"), loss_weights=TokenizerLossWeights())
     path = str(tmp_path / "images")
-    stage = replace(stage, held_out=(Source(task="generate", path=path, split="train[:2]"),), num_held_out=2)
-    data = (Source(task="generate", path=path, split="train[2:]"),)
-    batches, held_out = create_batches(Recipe(name="test", config=CONFIG, stages=(stage,), data=data), stage, 0)
+    train, held_out = (Sources((Source(task="generate", path=path, split=f"train[{part}]"),)) for part in ("2:", ":2"))
+    stage = replace(stage, data=train, held_out=held_out, num_held_out=2)
+    batches, held_out = create_batches(Recipe(name="test", config=CONFIG, stages=(stage,)), stage, 0)
     whole = check_range(batches(3, range(4)))
     assert whole.shape == (4, 3, 64, 64)
     assert torch.equal(batches(3, range(1, 3)), whole[1:3])

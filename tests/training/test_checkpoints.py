@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from hydra_hf.training.checkpoints import load_state, save_state, write_folder, write_text
+from hydra_hf.files import write_folder, write_text
+from hydra_hf.training.checkpoints import load_state, save_state
 
 
 def test_a_state_comes_back_as_it_was_but_for_tuples(tmp_path):

@@ -5,15 +5,17 @@ import torch
 
 from hydra_hf.cli import main
 from hydra_hf.modeling import HydraForConditionalGeneration
-from hydra_hf.training.bundles import ToyBundles
+from hydra_hf.toy.batches import ToyBundles, ToyData
 from hydra_hf.training.dry_run import count_activations, count_flops, dry_run, meta_model, nominal_task, report_stage
 from hydra_hf.training.recipe import HydraRecipe, HydraStage
 from hydra_hf.training.recipes import hydra
-from toy import toy_config, toy_language, toy_processor
+from toy_models import toy_config, toy_processor
 
 
 HEADS = {"vision_head": 1e-3, "model.vision_tower.sem_vit": 1e-3, "model.multi_modal_projector": 1e-3}
-STAGE = HydraStage(name="stage1", num_steps=7, learning_rates=HEADS, tasks={"understand": 2, "generate": 40})
+STAGE = HydraStage(
+    name="stage1", num_steps=7, learning_rates=HEADS, tasks={"understand": 2, "generate": 40}, data=ToyData()
+)
 EVERYTHING = replace(STAGE, name="stage2", learning_rates={**HEADS, "model.language_model": 1e-3})
 RECIPE = HydraRecipe(
     name="test", config=toy_config(), stages=(STAGE, EVERYTHING), tokenizer=None, processor=toy_processor()
@@ -27,7 +29,7 @@ def reports():
 
 def test_lengths_are_those_of_the_samples_that_a_step_reads(reports):
     few = replace(STAGE, tasks={"understand": 2, "generate": 16})
-    bundle = ToyBundles(toy_language(), RECIPE.processor, few, seed=0)[0]
+    bundle = ToyBundles(ToyData(), RECIPE.processor, few, seed=0)[0]
     for task, num_seen in few.tasks.items():
         lengths = bundle[task]["attention_mask"].sum(1).float()
         report = reports[0].tasks[task]

@@ -1,4 +1,4 @@
-"""The trainer on files: bundles of `data.mixture`, their position in checkpoints, the records they skip."""
+"""The trainer on files: bundles of `data.bundles`, their position in checkpoints, the records they skip."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,7 @@ from hydra_run import STAGE, recipe
 from PIL import Image
 from safetensors.torch import load_file
 
-from hydra_hf.data.readers import Source
+from hydra_hf.data.sources import Source, Sources
 from hydra_hf.training.hydra_trainer import create_bundles, train_hydra
 
 
@@ -48,7 +48,7 @@ def recipe_of(files: Path, folder: Path, streaming: bool, num_steps: int = 4):
     sources += [Source(task=task, path=str(files / "captions.jsonl"), streaming=streaming)
                 for task in ("understand", "generate")]  # fmt: skip
     made = recipe(folder, TASKS, num_steps=num_steps, drop_prompt=0.5)
-    return replace(made, data=tuple(sources), difficulty=None, save_every=2)
+    return replace(made, save_every=2).with_overrides(data=Sources(tuple(sources)))
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["by number", "streaming"])

@@ -1,6 +1,5 @@
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ from hydra_hf.data.collate import collate
 from hydra_hf.data.sample import Sample
 from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
-from hydra_hf.training.batches import step_generator
-from hydra_hf.training.bundles import ToyBundles, count_images, num_accumulation_steps, row_noise, stream_noise
+from hydra_hf.toy.batches import ToyBundles, ToyData
 from hydra_hf.training.hydra_trainer import (
     HydraTrainer,
     create_bundles,
@@ -20,8 +18,10 @@ from hydra_hf.training.hydra_trainer import (
     last_complete_checkpoint,
     train_hydra,
 )
+from hydra_hf.training.processes import num_accumulation_steps
+from hydra_hf.training.randomness import count_images, row_noise, step_generator
 from hydra_hf.training.recipe import HydraRecipe, HydraStage
-from toy import toy_config, toy_language, toy_pipeline, toy_processor
+from toy_models import toy_config, toy_language, toy_pipeline, toy_processor
 
 
 TOWER = "model.vision_tower."
@@ -32,6 +32,7 @@ STAGE1 = HydraStage(
     num_steps=5,
     learning_rates=HEADS,
     tasks={"understand": 2, "generate": 3},
+    data=ToyData(),
     muon_scale=3.0,
     warmup_steps=2,
     mixed_precision="no",
@@ -66,9 +67,9 @@ def recipe(tmp_path_factory) -> HydraRecipe:
 def make_trainer(recipe):
     def make(folder, stage=STAGE1, bundles=ToyBundles, accumulation=1, **changes) -> HydraTrainer:
         folder.mkdir(exist_ok=True)
-        bundles = bundles(toy_language(), recipe.processor, stage, seed=0, accumulation=accumulation)
+        bundles = bundles(ToyData(), recipe.processor, stage, seed=0, accumulation=accumulation)
         return HydraTrainer(
-            create_model(recipe), stage, bundles, folder, noise=partial(row_noise, seed=0),
+            create_model(recipe), stage, bundles, folder,
             recipe=replace(recipe, **changes), seed=0, accumulation=accumulation,
         )  # fmt: skip
 
@@ -185,7 +186,7 @@ def test_sample_grids_come_with_their_prompts(finished):
 
 
 def test_a_bundle_is_the_same_whenever_it_is_asked_for(recipe):
-    bundles = ToyBundles(toy_language(), recipe.processor, STAGE1, seed=0)
+    bundles = ToyBundles(ToyData(), recipe.processor, STAGE1, seed=0)
     first, other, again = bundles[2], bundles[3], bundles[2]
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     assert not torch.equal(first["generate"]["pixel_values"], other["generate"]["pixel_values"])
@@ -196,7 +197,7 @@ def test_a_bundle_is_the_same_whenever_it_is_asked_for(recipe):
 
 def test_bundles_of_all_processes_and_micro_steps_are_the_bundle_of_one(recipe):
     def bundles(**place) -> ToyBundles:
-        return ToyBundles(toy_language(), recipe.processor, STAGE1, seed=0, **place)
+        return ToyBundles(ToyData(), recipe.processor, STAGE1, seed=0, **place)
 
     whole = bundles()[3]["generate"]["pixel_values"]
     places = {}
@@ -214,7 +215,7 @@ def test_bundles_of_all_processes_and_micro_steps_are_the_bundle_of_one(recipe):
 
 
 def test_a_task_that_the_toy_world_does_not_have_is_refused(recipe):
-    bundles = ToyBundles(toy_language(), recipe.processor, replace(STAGE1, tasks={"edit": 1}), seed=0)
+    bundles = ToyBundles(ToyData(), recipe.processor, replace(STAGE1, tasks={"edit": 1}), seed=0)
     with pytest.raises(ValueError, match="task='edit' of stage 'stage1'"):
         bundles[0]
 
@@ -398,10 +399,9 @@ def draw(num_images: int, generator: torch.Generator) -> tuple:
     return torch.rand(num_images, generator=generator), torch.randn(num_images, 2, generator=generator)
 
 
-@pytest.mark.parametrize("noise", [row_noise, partial(stream_noise, tasks={"understand": 3, "generate": 4})])
-def test_the_noise_of_a_row_is_the_same_whoever_else_is_in_the_batch(noise):
-    together = noise(7, "generate", [0, 1, 2, 3], [1, 1, 1, 1], draw, seed=5)
-    apart = noise(7, "generate", [3, 1], [1, 1], draw, seed=5)
+def test_the_noise_of_a_row_is_the_same_whoever_else_is_in_the_batch():
+    together = row_noise(7, "generate", [0, 1, 2, 3], [1, 1, 1, 1], draw, seed=5)
+    apart = row_noise(7, "generate", [3, 1], [1, 1], draw, seed=5)
     for whole, part in zip(together, apart):
         assert torch.equal(whole[[3, 1]], part)
 
@@ -462,9 +462,9 @@ def test_a_stage_that_is_not_there_is_refused(recipe, tmp_path):
         train_hydra(recipe, tmp_path, only="stage9")
 
 
-def test_a_recipe_without_a_toy_world_needs_data(recipe):
+def test_a_stage_without_data_is_refused(recipe):
     with pytest.raises(ValueError, match=r"test needs data: a source for each of \['understand', 'generate'\]"):
-        create_bundles(replace(recipe, difficulty=None), STAGE1, seed=0)
+        create_bundles(recipe, replace(STAGE1, data=None), seed=0)
 
 
 # The tokens of training are those of inference

@@ -43,7 +43,6 @@ RATES = {  # module -> (stage I, stage II, stage III, source)
     LANGUAGE: (None, 2e-5, 2e-5, GIVEN),
     "lm_head": (None, 2e-5, 2e-5, GIVEN),  # of the language model, where it is not its embedding
 }
-ONLY_IN_THE_TOY_WORLD = {"max_objects", "questions_per_image", "question_weights"}
 RECIPES = {"1.5b": hydra.hydra_1_5b, "7b": hydra.hydra_7b}
 
 
@@ -60,7 +59,7 @@ def model(recipe):
 
 def test_the_table_has_every_field_of_a_stage():
     names = {field.name for field in fields(HydraStage)}
-    assert set(STAGE_TABLE) | {"learning_rates"} | ONLY_IN_THE_TOY_WORLD == names
+    assert set(STAGE_TABLE) | {"learning_rates", "data"} == names
 
 
 @pytest.mark.parametrize("name", STAGE_TABLE)
@@ -113,6 +112,5 @@ def test_sizes_are_those_of_the_published_models(recipe, model):
 
 
 def test_a_full_size_recipe_has_no_toy_world_to_fall_back_on(recipe):
-    assert recipe.difficulty is None
-    assert recipe.data == ()
+    assert [stage.data for stage in recipe.stages] == [None, None, None]
     assert replace(recipe, micro_batch_size=16).processor is None

@@ -127,7 +127,7 @@ def test_the_stages_of_tiny_hydra_follow_the_paper(hydra_recipe):
     assert isinstance(hydra_recipe.config, HydraConfig)
     names = ["stage1", "stage2_describe", "stage2_find", "stage2", "stage3"]
     assert [stage.name for stage in hydra_recipe.stages] == names
-    assert [stage.max_objects for stage in hydra_recipe.stages] == [1, 4, 4, 4, 4]
+    assert [stage.data.max_objects for stage in hydra_recipe.stages] == [1, 4, 4, 4, 4]
     assert [set(stage.tasks) for stage in hydra_recipe.stages] == [{"understand", "generate"}] * 5
     shares = [stage.tasks["generate"] / stage.tasks["understand"] for stage in hydra_recipe.stages]
     assert shares[0] == 3  # the paper's 0 : 1 : 3

@@ -1,11 +1,10 @@
 """Images, captions and conversations of several data sets: sample number n of a task, whoever asks for it."""
 
 import logging
-import math
 import random
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,68 +14,16 @@ import torch
 from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
 
 from .records import Columns, RecordReader, UnreadableRecordError, find_columns, fits_task
-from .sample import TASKS, Sample
-from .tables import HUB, Stream, Table, find_files, open_dataset, permutation, read_record, reading
+from .sample import Sample
+from .sources import HUB, Source
+from .tables import Stream, Table, find_files, open_dataset, permutation, read_record, reading
 
 
 logger = logging.getLogger(__name__)
 
-READABLE_TASKS = ("text", "understand", "generate")
 BLOCK = 1024  # numbers over which the shares of sources are exact
 MAX_TRIES = 1000
 NUM_PROBES = 16  # rows whose columns are looked at: one sample of a tar may lack some
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One data set for one task.
-
-    Args:
-        path: folder of images, *.json, *.jsonl, *.parquet or *.tar (globs, {000..123}), or hub:owner/name.
-        weight: share of the task's samples, relative to the task's other sources.
-        split: of a data set on the Hub; of all others a slice, such as "train[:1000]".
-        image_root: folder of image paths in JSON and parquet; that of the first file when None.
-        streaming: read in the files' order, without a copy or an index in the cache, for what is too large for one.
-    """
-
-    task: str
-    path: str
-    weight: float = 1.0
-    split: str = "train"
-    image_root: str | None = None
-    streaming: bool = False
-
-    def __post_init__(self):
-        if self.task not in READABLE_TASKS:
-            reason = "comes later" if self.task in TASKS else "is not a task"
-            raise ValueError(f"task={self.task!r} {reason}: data sets are read for {READABLE_TASKS}.")
-        if not self.path.removeprefix(HUB):
-            raise ValueError(f"The source of task {self.task!r} has an empty path.")
-        if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ValueError(f"{self.path}: weight={self.weight} must be a number above 0.")
-
-
-def parse_source(text: str) -> Source:
-    """The source written as `understand=llava.jsonl,image_root=images,weight=2`. ValueError for what is not so."""
-    task, separator, rest = text.partition("=")
-    path, *settings = rest.split(",")
-    if not separator:
-        raise ValueError(f"The source {text!r} is not TASK=PATH, such as generate=images/*.tar,weight=2.")
-    known = {field.name for field in fields(Source) if field.default is not MISSING}
-    values: dict[str, Any] = {}
-    for setting in settings:
-        name, _, value = setting.partition("=")
-        if name not in known or not value or name in values:
-            raise ValueError(
-                f"The source {text!r} has {setting!r}, expected NAME=VALUE of {sorted(known)}, each once."
-            )
-        values[name] = value
-    try:
-        values["weight"] = float(values.get("weight", 1))
-        values["streaming"] = {"true": True, "false": False}[values.get("streaming", "false")]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"The source {text!r} has {error.args[0]!r}, expected a number or true or false.") from error
-    return Source(task=task, path=path, **values)
 
 
 class SourceMix:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .records import UnreadableRecordError
+from .sources import HUB
 
 
 logger = logging.getLogger(__name__)
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tar": "tar"}
-HUB = "hub:"
 TAR, MEMBERS = "__tar__", "__members__"  # columns of the index of tars
 
 

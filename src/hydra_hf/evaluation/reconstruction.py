@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from hydra_hf.data.toy_language import ToyLanguage
 from hydra_hf.modeling import HydraTokModel
 
 from .backbones import PooledFeatures
@@ -37,20 +36,6 @@ def score_reconstructions(
     if features is None:
         return means
     return {**means, f"frechet/{features.name}": frechet_distance(torch.cat(pooled[0]), torch.cat(pooled[1]))}
-
-
-def evaluate_reconstruction(
-    model: HydraTokModel, language: ToyLanguage, num_scenes: int, seed: int = 0
-) -> dict[str, float]:
-    """Mean PSNR in dB: `reconstruction/psnr` on held-out scenes, `reconstruction/psnr_photos` on scikit-image's photographs."""
-    generator = torch.Generator().manual_seed(seed)
-    scenes = language.world.sample_scenes(num_scenes, generator, split="test")
-    pixel_values = language.world.render(scenes)
-    crops = photo_crops(pixel_values.shape[-1])
-    return {
-        "reconstruction/psnr": psnr(pixel_values, reconstruct(model, pixel_values, seed)).mean().item(),
-        "reconstruction/psnr_photos": psnr(crops, reconstruct(model, crops, seed)).mean().item(),
-    }
 
 
 def photo_crops(size: int) -> Tensor:

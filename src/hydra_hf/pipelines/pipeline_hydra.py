@@ -18,25 +18,14 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from huggingface_hub import snapshot_download
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
+from ..hub import HUB_OPTIONS, check_repo_id
 from ..modeling.flow import inference_sigmas
 from ..modeling.image_generation import ImagePrefix
 from ..modeling.modeling_hydra import HydraForConditionalGeneration
 from ..modeling.processing_hydra import HydraProcessor
-
-
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-
-
-def check_repo_id(name: str) -> None:
-    """ValueError for a name that is no folder and cannot be a repo's either."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise ValueError(f"{name!r} is neither a folder nor a repo id, expected 'owner/name'.") from error
 
 
 class HydraDiffusionPipeline(DiffusionPipeline):

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from hydra_hf.evaluation.pictures import save_grid
+from hydra_hf.files import write_image_grid
 from hydra_hf.modeling import HydraForConditionalGeneration, HydraProcessor
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
-from .batches import step_generator
+from .randomness import step_generator
 
 
 LOSSES = ("language", "flow")
@@ -86,7 +86,7 @@ class SampleGrids(TrainerCallback):
         pipeline = create_pipeline(self.trainer.averaged_model.eval(), self.processor)
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(self.prompts, generator=step_generator(self.seed, 1), output_type="pt").images
-        save_grid(images * 2 - 1, self.output_dir / f"samples-{state.global_step:06d}.png", num_columns=8)
+        write_image_grid(self.output_dir / f"samples-{state.global_step:06d}.png", images * 2 - 1, num_columns=8)
         (self.output_dir / "samples.txt").write_text("\n".join(self.prompts) + "\n")
 
 

@@ -1,42 +1,10 @@
-"""Training state on disk: tensors in safetensors, the rest in JSON, whole or not at all."""
+"""Training state on disk: tensors in safetensors, the rest in JSON."""
 
 import json
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-
-
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills a temporary folder beside `path`, which then takes its name: a killed run leaves the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)
-    os.replace(temporary, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def has_folder(path: Path) -> bool:
-    """Whether `write_folder` has written `path`; one that a killed run had set aside comes back."""
-    old = path.with_name(path.name + ".old")
-    if old.exists() and not path.exists():
-        os.replace(old, path)
-    return path.exists()
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file, written beside its place and renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def save_state(folder: Path, name: str, state: dict) -> None:

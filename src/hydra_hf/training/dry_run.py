@@ -20,11 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hydra_hf.modeling import HydraConfig, HydraForConditionalGeneration
 
-from .batches import partial_state
-from .bundles import num_accumulation_steps
 from .hydra_trainer import create_bundles
 from .lora import add_adapters
 from .optimizers import create_optimizer
+from .processes import num_accumulation_steps, partial_state
 from .recipe import HydraRecipe, HydraStage, freeze_unnamed
 
 
@@ -165,11 +164,11 @@ def num_moments(model: nn.Module, stage: HydraStage) -> int:
 
 
 def look_at_tasks(recipe: HydraRecipe, stage: HydraStage) -> dict[str, TaskReport]:
-    """From the first samples of the recipe's data or toy world; without either from nominal lengths."""
-    if not recipe.data and recipe.difficulty is None:
+    """From the first samples of the stage's data; without data from nominal lengths."""
+    if stage.data is None:
         return {task: nominal_task(task, count, recipe.config) for task, count in stage.tasks.items()}
     few = replace(stage, tasks={task: min(count, NUM_SEEN) for task, count in stage.tasks.items()})
-    bundle = create_bundles(recipe, few, recipe.seed)[0][0]
+    bundle = create_bundles(recipe, few, recipe.seed)[0]
     return {task: seen_task(bundle[task], count, recipe.config) for task, count in stage.tasks.items()}
 
 

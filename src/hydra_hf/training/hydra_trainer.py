@@ -7,7 +7,6 @@ A stage's folder has `final`, a pipeline that opens with `from_pretrained`, once
 import json
 import logging
 from collections.abc import Callable, Iterator
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -17,19 +16,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
-from hydra_hf.data.toy_language import ToyLanguage
-from hydra_hf.data.toy_world import ToyWorld
+from hydra_hf.files import has_folder, write_folder, write_text
 from hydra_hf.modeling import HydraForConditionalGeneration, HydraTokConfig, HydraTokModel
 from hydra_hf.modeling.flow import add_noise, sample_sigma, velocity_target
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
-from .batches import partial_state, step_generator
-from .bundles import Noise, ToyBundles, count_images, num_accumulation_steps, row_noise, stream_noise
 from .callbacks import LOSSES, EveryStep, LossHistory, SampleGrids, create_pipeline
-from .checkpoints import has_folder, load_state, save_state, write_folder, write_text
+from .checkpoints import load_state, save_state
 from .lora import add_adapters, has_adapters, merge_adapters, save_adapters
 from .losses import weighted_sum
 from .optimizers import create_average, create_optimizer, shardable
+from .processes import num_accumulation_steps, partial_state
+from .randomness import count_images, row_noise
 from .recipe import HydraRecipe, HydraStage, freeze_unnamed
 
 
@@ -44,8 +42,7 @@ class HydraTrainer(Trainer):
     processes and micro steps, so a run on many processes is the run on one.
 
     Args:
-        bundles: `ToyBundles` or `data.mixture.Bundles` of this process.
-        noise: `row_noise`, or `stream_noise` for the toy world.
+        bundles: of this process, as the stage's data gives them.
         accumulation: micro steps of one optimizer step, as many as the bundles have.
 
     Raises:
@@ -61,12 +58,11 @@ class HydraTrainer(Trainer):
         bundles: Dataset,
         output_dir: Path,
         *,
-        noise: Noise,
         recipe: HydraRecipe,
         seed: int,
         accumulation: int = 1,
     ):
-        self.stage, self.noise = stage, noise
+        self.stage, self.noise_seed = stage, seed
         self.losses = LossHistory()
         freeze_unnamed(model, stage)
         if stage.lora_rank:
@@ -192,12 +188,13 @@ class HydraTrainer(Trainer):
             return batch | {"latents": latents, "sigma": latents.new_zeros(len(latents))}
         shift, config = model.get_sigma_shift(latents[0, 0].numel()), model.config
 
-        def draw(num_images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        def sample(num_images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
             sigma = sample_sigma(num_images, shift=shift, logit_std=config.sigma_logit_std, generator=generator)
             return sigma, torch.randn(num_images, *latents.shape[1:], generator=generator)
 
         images_per_row = count_images(batch["mm_token_type_ids"])
-        sigma, noise = self.noise(int(inputs["step"]), task, inputs["rows"][task], images_per_row, draw)
+        step, rows = int(inputs["step"]), inputs["rows"][task]
+        sigma, noise = row_noise(step, task, rows, images_per_row, sample, seed=self.noise_seed)
         sigma = torch.where(is_generated, sigma.to(latents.device), 0)
         noise = noise.to(latents.device)
         return batch | {
@@ -321,11 +318,10 @@ def train_stage(recipe: HydraRecipe, index: int, model: HydraForConditionalGener
     """Trains `model` to the end of a stage, from the last checkpoint in `folder` if there is one."""
     stage, seed = recipe.stages[index], recipe.seed + 1000 * index
     accumulation = num_accumulation_steps(stage.tasks, partial_state().num_processes, recipe.micro_batch_size)
-    bundles, noise = create_bundles(recipe, stage, seed, accumulation)
-    trainer = HydraTrainer(
-        model, stage, bundles, folder, noise=noise, recipe=recipe, seed=seed, accumulation=accumulation
-    )
-    grids = SampleGrids(trainer, recipe.processor, sample_prompts(recipe), folder, recipe.sample_every, recipe.seed)
+    bundles = create_bundles(recipe, stage, seed, accumulation)
+    trainer = HydraTrainer(model, stage, bundles, folder, recipe=recipe, seed=seed, accumulation=accumulation)
+    prompts = list(recipe.sample_prompts or stage.data.sample_prompts(recipe.seed))
+    grids = SampleGrids(trainer, recipe.processor, prompts, folder, recipe.sample_every, recipe.seed)
     trainer.add_callback(grids)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     save_finished(trainer, recipe, folder)
@@ -350,40 +346,18 @@ def save_finished(trainer: HydraTrainer, recipe: HydraRecipe, folder: Path) -> N
     accelerator.wait_for_everyone()
 
 
-def create_bundles(recipe: HydraRecipe, stage: HydraStage, seed: int, accumulation: int = 1) -> tuple[Dataset, Noise]:
-    """The bundles of this process, and the noise that goes with them. ValueError for a recipe that has no data."""
-    processes = partial_state()
-    place = {"process_index": processes.process_index, "num_processes": processes.num_processes}
-    if not recipe.data:
-        if recipe.difficulty is None:
-            raise ValueError(f"{recipe.name} needs data: a source for each of {list(stage.tasks)}.")
-        bundles = ToyBundles(
-            ToyLanguage(ToyWorld(recipe.difficulty)), recipe.processor, stage, seed, **place, accumulation=accumulation
-        )
-        return bundles, partial(stream_noise, seed=seed, tasks=stage.tasks)
-    from hydra_hf.data.mixture import Bundles  # needs `datasets`
-    from hydra_hf.data.readers import create_readers
-
-    if recipe.num_workers and any(source.streaming for source in recipe.data):
+def create_bundles(recipe: HydraRecipe, stage: HydraStage, seed: int, accumulation: int = 1) -> Dataset:
+    """The bundles of this process. ValueError for a stage that has no data."""
+    if stage.data is None:
+        raise ValueError(f"{recipe.name} needs data: a source for each of {list(stage.tasks)}.")
+    if recipe.num_workers and stage.data.is_streaming:
         raise ValueError(f"num_workers={recipe.num_workers}: a stream is read in order, by one process; use 0.")
+    processes = partial_state()
     with processes.main_process_first():  # the others find its cache
-        readers = create_readers(
-            recipe.data, stage.tasks, recipe.processor, seed, drop_prompt=stage.drop_prompt,
-            max_length=recipe.config.text_config.max_position_embeddings, **place,
+        return stage.data.bundles(
+            stage, recipe.processor, seed, max_length=recipe.config.text_config.max_position_embeddings,
+            process_index=processes.process_index, num_processes=processes.num_processes, accumulation=accumulation,
         )  # fmt: skip
-    bundles = Bundles(
-        readers, stage.tasks, recipe.processor, num_steps=stage.num_steps, **place, accumulation=accumulation
-    )
-    return bundles, partial(row_noise, seed=seed)
-
-
-def sample_prompts(recipe: HydraRecipe) -> list[str]:
-    """The recipe's, or held-out ones of the toy world."""
-    if recipe.sample_prompts:
-        return list(recipe.sample_prompts)
-    language = ToyLanguage(ToyWorld(recipe.difficulty))
-    prompts, _ = language.sample_prompts(24, step_generator(recipe.seed, 0), split="test")
-    return [prompt.text for prompt in prompts]
 
 
 def create_model(recipe: HydraRecipe) -> HydraForConditionalGeneration:

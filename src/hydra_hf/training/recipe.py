@@ -3,11 +3,14 @@
 `learning_rates` maps a module to its rate; what is not named is frozen.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import nn
+from torch.utils.data import Dataset
 
+from hydra_hf.data.images import Batches
 from hydra_hf.modeling import (
     HydraConfig,
     HydraProcessor,
@@ -17,8 +20,19 @@ from hydra_hf.modeling import (
 )
 
 
-if TYPE_CHECKING:
-    from hydra_hf.data.readers import Source
+class Data(Protocol):
+    """What a stage is trained on: `data.sources.Sources`, or the toy world (`toy.batches.ToyData`)."""
+
+    is_streaming: bool  # read in order, by the training process itself
+
+    def bundles(self, stage: "HydraStage", processor: HydraProcessor, seed: int, **place: int) -> Dataset:
+        """One bundle of tasks for each micro step of this process."""
+
+    def images(self, image_size: int, batch_size: int, seed: int) -> Batches:
+        """Images alone, for the vision tower."""
+
+    def sample_prompts(self, seed: int) -> tuple[str, ...]:
+        """Prompts to draw while training, () for none of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +66,7 @@ class Stage:
     """One stage of training.
 
     Args:
+        data: what is trained on; None only where there is nothing but a dry run.
         learning_rates: module -> AdamW's rate. A key is a prefix of parameter names; the longest that fits counts.
         muon_scale: matrices of hidden layers go to Muon at this multiple of the rate; 0 leaves all to AdamW.
         decay_share: share of the steps, at the end, over which the rate falls linearly to a twentieth.
@@ -61,6 +76,7 @@ class Stage:
     name: str
     num_steps: int
     learning_rates: dict[str, float]
+    data: Data | None = None
     muon_scale: float = 0.0
     weight_decay: float = 0.01
     warmup_steps: int = 50
@@ -92,15 +108,15 @@ class TokenizerStage(Stage):
     """Args:
     batch_size: images of one optimizer step, over all processes and accumulation.
     one_step_prob: share of samples at sigma = 1 exactly, where a one-step decode evaluates (our choice).
-    teacher: frozen ViT of the distillation: folder or Hub id, or timm:NAME; see `training.teachers`.
+    teacher: frozen ViT of the distillation: folder or Hub id, timm:NAME, or what makes one; see `training.teachers`.
     teacher_weights: safetensors of a timm teacher.
     distill_layers: blocks, counted from 1, whose outputs follow the teacher's.
     perceptual_backbone: lpips:vgg, lpips:alex, lpips:squeeze, or timm:NAME, a feature distance that is not LPIPS.
     perceptual_weights: safetensors of the backbone's trunk.
-    discriminator_start: step from which the decoder is told of the discriminator's judgement.
+    discriminator_start: first step with the adversarial loss.
     adaptive_adversarial_weight: scale `adversarial` by the ratio of the gradients at the decoder's last layer.
     frechet_backbone, frechet_weights: timm:NAME of a Frechet distance while training, and its safetensors.
-    held_out: images that are not trained on, for the samples and their scores; () only in the toy world.
+    held_out: images that are not trained on, for the samples and their scores.
     num_held_out: how many of them.
     """
 
@@ -108,7 +124,7 @@ class TokenizerStage(Stage):
     decoder_config: PixelFlowDecoderConfig | PixelViTDecoderConfig
     loss_weights: TokenizerLossWeights = field(default_factory=TokenizerLossWeights)
     one_step_prob: float = 0.1
-    teacher: str | None = None
+    teacher: str | Callable[[], nn.Module] | None = None
     teacher_weights: str | None = None
     distill_layers: tuple[int, ...] = ()
     perceptual_backbone: str = "lpips:vgg"
@@ -118,7 +134,7 @@ class TokenizerStage(Stage):
     adaptive_adversarial_weight: bool = False
     frechet_backbone: str | None = None
     frechet_weights: str | None = None
-    held_out: tuple["Source", ...] = ()
+    held_out: Data | None = None
     num_held_out: int = 16
 
     def __post_init__(self):
@@ -140,18 +156,12 @@ class HydraStage(Stage):
     tasks: task -> samples of one optimizer step, over all processes and accumulation; the papers' ratios times a size.
     lora_rank: rank of adapters on the linear layers of the language model and Sem-ViT, as far as `learning_rates` names
         them; their own weights are frozen then. 0 is training in full.
-    max_objects: scenes of the toy world have at most so many objects (a curriculum).
-    questions_per_image: at most so many turns about one picture of the toy world.
-    question_weights: type -> how often it is asked about the toy world; None is every type alike.
     drop_prompt: share of prompts replaced by the empty one, for guidance.
     """
 
     tasks: dict[str, int]
     loss_weights: HydraLossWeights = field(default_factory=HydraLossWeights)
     lora_rank: int = 0
-    max_objects: int = 4
-    questions_per_image: int = 4
-    question_weights: dict[str, int] | None = None
     drop_prompt: float = 0.1
 
 
@@ -160,7 +170,6 @@ class Recipe:
     """Stages that follow each other.
 
     Args:
-        data: what is trained on; () is the toy world of one `difficulty`, None is no such world.
         init: folder or Hub id that the first stage starts from, such as `hydra convert` writes; None is new weights.
         micro_batch_size: samples that one process has in memory at once; None is its whole share of a batch.
         gradient_checkpointing: compute activations twice rather than keep them.
@@ -170,8 +179,6 @@ class Recipe:
     name: str
     config: HydraTokConfig | HydraConfig
     stages: tuple[Stage, ...]
-    data: tuple["Source", ...] = ()
-    difficulty: int | None = 1
     seed: int = 0
     init: str | None = None
     micro_batch_size: int | None = None
@@ -194,7 +201,7 @@ class HydraRecipe(Recipe):
     """Args:
     tokenizer: folder or Hub id of the trained HYDRA-TOK; None keeps that of `init`.
     processor: None only for a dry run without data.
-    sample_prompts: what is drawn while training; () are held-out prompts of the toy world.
+    sample_prompts: what is drawn while training; () are those of the data.
     num_workers: processes that read ahead, for each process that trains.
     """
 

@@ -3,13 +3,13 @@
 They belong to the trainer and are never part of a saved model.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from hydra_hf.evaluation.backbones import freeze, load_strictly, load_timm, load_weights, to_imagenet
 from hydra_hf.modeling import HydraTokModel
-
-from .toy_teacher import ToyTeacher
 
 
 class HydraTokTeacher(nn.Module):
@@ -66,13 +66,13 @@ def _check_layers(layers: tuple[int, ...], num_layers: int) -> None:
         raise ValueError(f"distill_layers={layers} must be blocks 1 to {num_layers} of the teacher.")
 
 
-def load_teacher(teacher: str, weights: str | None = None) -> nn.Module:
-    """The frozen teacher in a folder or on the Hub, "timm:NAME" with its safetensors, or "toy", the toy world's own.
+def load_teacher(teacher: str | Callable[[], nn.Module], weights: str | None = None) -> nn.Module:
+    """The frozen teacher in a folder or on the Hub, "timm:NAME" with its safetensors, or what a function makes.
 
     Raises ValueError for a model that has no layers of a ViT to follow.
     """
-    if teacher == "toy":
-        return ToyTeacher()
+    if callable(teacher):
+        return freeze(teacher())
     if teacher.startswith("timm:"):
         model = load_timm(teacher, weights, num_classes=0, dynamic_img_size=True)
         return TimmTeacher(model)

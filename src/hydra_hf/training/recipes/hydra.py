@@ -97,7 +97,6 @@ def _recipe(name: str, preset, init: str | None, tokenizer: str | None) -> Hydra
         name=name,
         config=config,
         stages=stages(config),
-        difficulty=None,  # no toy world: without data there is only a dry run
         init=init,
         tokenizer=tokenizer,
         processor=None if init is None else HydraProcessor.from_pretrained(init, subfolder="processor"),

@@ -8,8 +8,6 @@ from dataclasses import replace
 
 from transformers import Qwen2Config
 
-from hydra_hf.data.toy_language import ToyLanguage
-from hydra_hf.data.toy_world import ToyWorld
 from hydra_hf.modeling import (
     HydraConfig,
     HydraImageProcessor,
@@ -19,8 +17,12 @@ from hydra_hf.modeling import (
     PixelViTDecoderConfig,
     VisionHeadConfig,
 )
+from hydra_hf.toy.batches import ToyData
+from hydra_hf.toy.language import ToyLanguage
+from hydra_hf.toy.teacher import ToyTeacher
+from hydra_hf.toy.text_tokenizer import train_toy_tokenizer
+from hydra_hf.toy.world import ToyWorld
 from hydra_hf.training.recipe import HydraRecipe, HydraStage, Recipe, TokenizerLossWeights, TokenizerStage
-from hydra_hf.training.toy_tokenizer import train_toy_tokenizer
 
 
 ATTENTION = "eager"  # torch 2.15's fused attention takes 5 to 20 times as long backwards in bf16 on a CPU
@@ -47,6 +49,8 @@ def tokenizer() -> Recipe:
     """Foundation with a regressing decoder, Sem-ViT after the toy teacher, then the flow decoder on the frozen encoder."""
     foundation = TokenizerStage(
         name="foundation",
+        data=ToyData(),
+        held_out=ToyData(is_held_out=True),
         num_steps=3000,
         batch_size=32,
         learning_rates={"model.gen_vit": 1e-3, "model.bottleneck": 1e-3, "model.pixel_decoder": 1e-3},
@@ -64,11 +68,13 @@ def tokenizer() -> Recipe:
         batch_size=64,
         learning_rates={"model.sem_vit": 1e-3, "model.bottleneck.semantic_up_proj": 1e-3},
         loss_weights=TokenizerLossWeights(regression=0.0, kl=0.0, cosine=0.0, distill=1.0),
-        teacher="toy",
+        teacher=ToyTeacher,
         distill_layers=(5,),
     )
     decoder = TokenizerStage(
         name="decoder",
+        data=ToyData(),
+        held_out=ToyData(is_held_out=True),
         num_steps=6000,
         batch_size=32,
         learning_rates={"model.pixel_decoder": 1e-3, "model.bottleneck.decoder_up_proj": 1e-3},
@@ -155,23 +161,21 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
         learning_rates=heads,
         muon_scale=3.0,
         decay_share=0.0,
-        max_objects=1,
-        questions_per_image=1,
-        question_weights={"describe": 1},
+        data=ToyData(max_objects=1, questions_per_image=1, question_weights={"describe": 1}),
     )
     describe = replace(
         stage1, name="stage2_describe", num_steps=400, tasks={"understand": 64, "generate": 4}, learning_rates=language,
-        decay_share=0.3, max_objects=4,
+        decay_share=0.3, data=replace(stage1.data, max_objects=4),
     )  # fmt: skip
     find = replace(
-        describe, name="stage2_find", num_steps=200, decay_share=0.0, questions_per_image=6,
-        question_weights={"place": 3, "distance": 1},
+        describe, name="stage2_find", num_steps=200, decay_share=0.0,
+        data=ToyData(questions_per_image=6, question_weights={"place": 3, "distance": 1}),
     )  # fmt: skip
     questions = {"what": 2, "color": 2, "count": 2, "exist": 2, "horizontal": 3, "vertical": 3, "nearer": 3, "place": 2,
                  "distance": 1, "describe": 1}  # fmt: skip
     stage2 = replace(
         find, name="stage2", num_steps=700, tasks={"understand": 24, "generate": 24}, learning_rates=everything,
-        question_weights=questions,
+        data=replace(find.data, question_weights=questions),
     )  # fmt: skip
     stage3 = replace(stage2, name="stage3", num_steps=700, tasks={"understand": 32, "generate": 12}, decay_share=0.7)
     return HydraRecipe(

@@ -1,0 +1,40 @@
+"""hydra generate | ask | reconstruct | train | evaluate | convert: a file for each verb."""
+
+import argparse
+import sys
+
+from huggingface_hub.errors import StrictDataclassError
+
+from . import ask, convert, evaluate, generate, reconstruct, train
+
+
+VERBS = (generate, ask, reconstruct, train, evaluate, convert)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; a wrong argument, file or config is one line on stderr and exit code 2."""
+    options = create_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        print(f"hydra {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def create_parser() -> argparse.ArgumentParser:
+    from hydra_hf import __version__
+
+    parser = argparse.ArgumentParser(prog="hydra", description="HYDRA: one model that sees, answers and draws.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for verb in VERBS:
+        name = verb.__name__.rpartition(".")[-1]
+        summary, _, example = verb.__doc__.strip().partition("\n\nexample: ")
+        summary = summary.rstrip(".")
+        command = commands.add_parser(
+            name, help=f"{summary[0].lower()}{summary[1:]}", description=f"{summary}.", epilog=f"example: {example}"
+        )
+        command.set_defaults(run=verb.run)
+        verb.add_options(command)
+    return parser

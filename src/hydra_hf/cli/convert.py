@@ -1,0 +1,43 @@
+"""Make first weights from public checkpoints.
+
+example: hydra convert --vision OpenGVLab/InternViT-300M-448px-V2_5 --language Qwen/Qwen2.5-1.5B-Instruct --out hydra-init
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--vision", required=True, help="InternViT, InternVL or SigLIP2: folder or Hub id")
+    command.add_argument("--language", help="Qwen2.5, Qwen3 or Llama: folder or Hub id; none makes a tokenizer alone")
+    command.add_argument("--out", type=Path, required=True, help="the new folder")
+    command.add_argument(
+        "--decoder", help="size of the flow decoder: S, M or L; S on InternViT, on SigLIP2 a ViT decoder"
+    )
+    command.add_argument(
+        "--num_gen_layers", type=int, help="the ViT's layers in front of the bottleneck; half by default"
+    )
+    command.add_argument("--dtype", help="such as bfloat16; what holds all weights of the sources by default")
+    command.add_argument("--shard_size", default="5GB", help="of a file; as much is in memory at a time")
+    command.add_argument("--seed", type=int, default=0, help="of the weights that no source has")
+    command.add_argument("--revision", help="of the vision model on the Hub")
+    command.add_argument("--language_revision", help="of the language model on the Hub")
+
+
+def run(options: argparse.Namespace) -> None:
+    from hydra_hf.conversion.convert import convert as run
+
+    print(
+        run(
+            options.vision,
+            options.out,
+            options.language,
+            decoder=options.decoder,
+            num_gen_layers=options.num_gen_layers,
+            dtype=options.dtype,
+            shard_size=options.shard_size,
+            seed=options.seed,
+            revision=options.revision,
+            language_revision=options.language_revision,
+        )
+    )

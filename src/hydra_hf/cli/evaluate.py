@@ -1,0 +1,47 @@
+"""Measure a model on the toy world.
+
+example: hydra evaluate --out scores.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from .common import add_model, load_pipeline
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    add_model(command, "model", nargs="?")
+    command.add_argument("--out", type=Path, required=True, help="JSON file of the scores")
+    command.add_argument("--prompts_per_category", type=int, default=100)
+    command.add_argument("--num_questions", type=int, default=1000)
+    command.add_argument("--num_scenes", type=int, default=256)
+    command.add_argument("--difficulty", type=int, default=1, help="of the toy world: 1, 2 or 3")
+    command.add_argument("--seed", type=int, default=0)
+
+
+def run(options: argparse.Namespace) -> None:
+    from hydra_hf.files import write_text
+    from hydra_hf.toy.evaluation import evaluate_generation, evaluate_reconstruction, evaluate_understanding
+    from hydra_hf.toy.language import ToyLanguage
+    from hydra_hf.toy.world import ToyWorld
+
+    for name in ("prompts_per_category", "num_questions", "num_scenes"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1.")
+    options.out.parent.mkdir(parents=True, exist_ok=True)  # before the long part
+    pipeline = load_pipeline(options.model)
+    pipeline.set_progress_bar_config(disable=True)
+    language, seed = ToyLanguage(ToyWorld(options.difficulty)), options.seed
+    scores = {
+        **evaluate_generation(pipeline, language, options.prompts_per_category, seed),
+        **evaluate_understanding(pipeline.model, pipeline.processor, language, options.num_questions, seed),
+        **evaluate_reconstruction(pipeline.model.model.vision_tower, language, options.num_scenes, seed),
+        "seed": seed,
+        "difficulty": options.difficulty,
+        "prompts_per_category": options.prompts_per_category,
+        "num_questions": options.num_questions,
+        "num_scenes": options.num_scenes,
+    }
+    write_text(options.out, json.dumps(scores, indent=2) + "\n")
+    print(json.dumps(scores, indent=2))

@@ -1,0 +1,39 @@
+"""Encode and decode a picture.
+
+example: hydra reconstruct cat.png --out again.png
+"""
+
+import argparse
+from pathlib import Path
+
+from .common import add_model, check_ending, load_pipeline, open_image, save_image
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("image", type=Path)
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--num_inference_steps", type=int, help="steps of a flow decoder; the model's own by default")
+    command.add_argument("--seed", type=int, default=0)
+    add_model(command, "--model")
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    from hydra_hf import HydraReconstructionPipeline
+    from hydra_hf.evaluation.metrics import psnr
+
+    check_ending(options.out)
+    original = open_image(options.image)
+    pipeline = load_pipeline(options.model)
+    image_processor = pipeline.processor.image_processor
+    image = HydraReconstructionPipeline(
+        vision_tower=pipeline.model.model.vision_tower, image_processor=image_processor
+    )(
+        original,
+        num_inference_steps=options.num_inference_steps,
+        generator=torch.Generator().manual_seed(options.seed),
+    ).images[0]
+    save_image(image, options.out)
+    pair = [image_processor(picture, return_tensors="pt").pixel_values for picture in (original, image)]
+    print(f"PSNR {psnr(*pair).item():.2f} dB at {image.width}x{image.height}")

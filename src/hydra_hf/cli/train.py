@@ -1,0 +1,116 @@
+"""Train a recipe, or resume it.
+
+example: hydra train tiny.tokenizer --out runs/tiny.tokenizer
+"""
+
+import argparse
+from collections.abc import Mapping
+from inspect import Parameter
+from pathlib import Path
+
+
+STAGE_OPTIONS = {
+    "teacher_weights": "safetensors of a timm teacher",
+    "perceptual_backbone": "lpips:vgg, lpips:alex, lpips:squeeze or timm:NAME",
+    "perceptual_weights": "safetensors of its trunk",
+    "frechet_backbone": "timm:NAME of a Frechet distance while training",
+    "frechet_weights": "its safetensors",
+}
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", help="module.function in hydra_hf.training.recipes, such as tiny.hydra")
+    command.add_argument(
+        "--out", type=Path, help="folder of the run; runs/RECIPE by default. An unfinished one is resumed"
+    )
+    command.add_argument("--tokenizer", help="trained HYDRA-TOK, for recipes of HYDRA")
+    command.add_argument("--init", help="folder or Hub id to start from, such as `hydra convert` writes")
+    command.add_argument(
+        "--teacher", help="frozen ViT of the distillation: folder, Hub id or timm:NAME; --init by default"
+    )
+    command.add_argument("--decoder", help="size of the flow decoder: S, M or L")
+    command.add_argument("--data", action="append", metavar="TASK=PATH", help="what is trained on; may be repeated")
+    command.add_argument("--held_out", action="append", metavar="TASK=PATH", help="images to measure a tokenizer on")
+    command.add_argument("--micro_batch_size", type=int, help="samples in memory at once; the rest is accumulated")
+    command.add_argument("--gradient_checkpointing", action="store_true", default=None, help="less memory, more time")
+    for name, summary in STAGE_OPTIONS.items():
+        command.add_argument(f"--{name}", help=summary)
+    command.add_argument("--num_steps", type=int, help="of every stage, instead of the recipe's")
+    command.add_argument("--stage", help="of HYDRA: this one alone")
+    command.add_argument("--lora_rank", type=int, help="of HYDRA: adapters on the language model and Sem-ViT")
+    command.add_argument("--num_workers", type=int, help="of HYDRA: processes that read ahead")
+    command.add_argument("--dry_run", action="store_true", default=None, help="of HYDRA: what a step sees and costs")
+
+
+def run(options: argparse.Namespace) -> None:
+    from importlib import import_module
+    from inspect import signature
+
+    from hydra_hf.training.recipe import HydraRecipe, Recipe
+
+    module_name, _, function_name = options.recipe.partition(".")
+    try:
+        make = getattr(import_module(f"hydra_hf.training.recipes.{module_name}"), function_name)
+        made = signature(make)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"There is no recipe {options.recipe!r}; see hydra_hf.training.recipes.") from error
+    if made.return_annotation not in (Recipe, HydraRecipe):
+        raise ValueError(f"{options.recipe!r} is not a function that gives a recipe; see hydra_hf.training.recipes.")
+    recipe = _override(make(**_given(options, made.parameters)), options)
+    output_dir = options.out or Path("runs") / recipe.name
+    if isinstance(recipe, HydraRecipe):
+        _train_hydra(recipe, output_dir, options)
+        return
+    if given := [name for name in ("stage", "num_workers", "dry_run") if getattr(options, name) is not None]:
+        raise ValueError(f"The recipe {options.recipe} takes no --{given[0]}.")
+    from hydra_hf.training.vision_tower_trainer import train_tokenizer
+
+    print(train_tokenizer(recipe, output_dir, on_stage=print))
+
+
+def _train_hydra(recipe, output_dir: Path, options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from hydra_hf.training.processes import partial_state
+
+    if options.num_workers is not None:
+        recipe = replace(recipe, num_workers=options.num_workers)
+    if options.dry_run:
+        from hydra_hf.training.dry_run import dry_run
+
+        result = "\n\n".join(map(str, dry_run(recipe, options.stage)))
+    else:
+        from hydra_hf.training.hydra_trainer import train_hydra
+
+        result = train_hydra(recipe, output_dir, only=options.stage, on_stage=print)
+    if partial_state().is_main_process:
+        print(result)
+
+
+def _given(options: argparse.Namespace, parameters: Mapping[str, Parameter]) -> dict[str, str]:
+    """What a recipe's function is called with. ValueError for an option that it does not have, or one that it lacks."""
+    values = {name: getattr(options, name) for name in ("tokenizer", "init", "teacher", "decoder")}
+    given = {name: value for name, value in values.items() if value is not None}
+    if unknown := sorted(set(given) - set(parameters)):
+        raise ValueError(f"The recipe {options.recipe} takes no --{unknown[0]}.")
+    required = {name for name, parameter in parameters.items() if parameter.default is Parameter.empty}
+    if missing := sorted(required - set(given)):
+        raise ValueError(f"The recipe {options.recipe} needs --{missing[0]}.")
+    return given
+
+
+def _override(recipe, options: argparse.Namespace):
+    """The recipe with the options that replace its fields or its stages'."""
+    from dataclasses import replace
+
+    from hydra_hf.data.sources import Sources, parse_source
+
+    sources = {
+        name: Sources(tuple(map(parse_source, getattr(options, name))))
+        for name in ("data", "held_out")
+        if getattr(options, name)
+    }
+    fields = {name: getattr(options, name) for name in ("micro_batch_size", "gradient_checkpointing")}
+    stage_fields = sources | {name: getattr(options, name) for name in ("num_steps", "lora_rank", *STAGE_OPTIONS)}
+    recipe = replace(recipe, **{name: value for name, value in fields.items() if value is not None})
+    return recipe.with_overrides(**{name: value for name, value in stage_fields.items() if value is not None})

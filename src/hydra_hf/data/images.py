@@ -1,0 +1,85 @@
+"""Batches of images without text, for the vision tower."""
+
+import random
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hydra_hf.modeling import HydraImageProcessor
+
+from .readers import Source, SourceMix
+
+
+class Batches(Protocol):
+    """Rows of the batch of a step, (len(rows), 3, H, W) in [-1, 1], the same whenever and wherever they are asked for."""
+
+    num_skipped: dict[str, int]
+
+    def __call__(self, step: int, rows: range) -> Tensor: ...
+
+
+def check_range(pixel_values: Tensor) -> Tensor:
+    """The pixels, if they are in [-1, 1]; ValueError if not, before a judge is misled by them."""
+    low, high = pixel_values.aminmax()
+    if not (low >= -1.001 and high <= 1.001):
+        raise ValueError(f"Pixels reach from {low.item():.3f} to {high.item():.3f}, expected [-1, 1].")
+    return pixel_values
+
+
+class ReadAhead:
+    """The rows of a process, micro step after micro step; a thread reads the next ones meanwhile."""
+
+    def __init__(self, batches: Batches, rows: list[range]):
+        self.batches, self.rows = batches, rows
+        self.reader = ThreadPoolExecutor(max_workers=1)
+        self.ahead: dict[tuple[int, int], Future] = {}
+
+    def __call__(self, step: int, micro_step: int) -> Tensor:
+        """Rows `micro_step` of a step, in [-1, 1]."""
+        pixel_values = self._find(step, micro_step).result()
+        following = divmod(step * len(self.rows) + micro_step + 1, len(self.rows))
+        self.ahead = {following: self._find(*following)}
+        return check_range(pixel_values)
+
+    def _find(self, step: int, micro_step: int) -> Future:
+        if (step, micro_step) in self.ahead:
+            return self.ahead[step, micro_step]
+        return self.reader.submit(self.batches, step, self.rows[micro_step])
+
+
+class ImageBatches:
+    """Images without text, for the tokenizer: image `step * batch_size + row` of the sources with images, of any task,
+    the middle of each picture, every second one mirrored (our choice).
+
+    Args:
+        batch_size: images of a step, of all processes and micro steps together.
+
+    Raises ValueError for streams, since an image is asked for by its number.
+    """
+
+    def __init__(self, sources: tuple[Source, ...], image_size: int, seed: int, *, batch_size: int):
+        with_images = tuple(source for source in sources if source.task != "text")
+        if not with_images:
+            raise ValueError(f"Got {len(sources)} sources and none of a task with images, expected at least one.")
+        if streams := [source.path for source in with_images if source.streaming]:
+            raise ValueError(f"Got the streams {streams}, expected sources that images can be taken from by number.")
+        size = {"height": image_size, "width": image_size}
+        image_processor = HydraImageProcessor(size=size, patch_size=1)
+        self.mix = SourceMix(with_images, image_processor, seed, lambda source, columns: bool(columns.images))
+        self.seed, self.batch_size = seed, batch_size
+
+    @property
+    def num_skipped(self) -> dict[str, int]:
+        """Records that could not be read so far, by "path: reason"."""
+        return self.mix.num_skipped
+
+    def __call__(self, step: int, rows: range) -> Tensor:
+        """The rows of a global step (len(rows), 3, S, S) in [-1, 1]."""
+        return torch.stack([self._image(step * self.batch_size + row) for row in rows])
+
+    def _image(self, number: int) -> Tensor:
+        image = self.mix.read(number, lambda reader, record: reader.image(record))
+        is_mirrored = random.Random(repr((self.seed, "mirror", number))).random() < 0.5
+        return image.flip(-1) if is_mirrored else image

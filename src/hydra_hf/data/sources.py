@@ -1,0 +1,101 @@
+"""Which data sets a stage is trained on, as values: `Sources` in a recipe, TASK=PATH on the command line."""
+
+import math
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from .sample import TASKS
+
+
+READABLE_TASKS = ("text", "understand", "generate")
+HUB = "hub:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One data set for one task.
+
+    Args:
+        path: folder of images, *.json, *.jsonl, *.parquet or *.tar (globs, {000..123}), or hub:owner/name.
+        weight: share of the task's samples, relative to the task's other sources.
+        split: of a data set on the Hub; of all others a slice, such as "train[:1000]".
+        image_root: folder of image paths in JSON and parquet; that of the first file when None.
+        streaming: read in the files' order, without a copy or an index in the cache, for what is too large for one.
+    """
+
+    task: str
+    path: str
+    weight: float = 1.0
+    split: str = "train"
+    image_root: str | None = None
+    streaming: bool = False
+
+    def __post_init__(self):
+        if self.task not in READABLE_TASKS:
+            reason = "comes later" if self.task in TASKS else "is not a task"
+            raise ValueError(f"task={self.task!r} {reason}: data sets are read for {READABLE_TASKS}.")
+        if not self.path.removeprefix(HUB):
+            raise ValueError(f"The source of task {self.task!r} has an empty path.")
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(f"{self.path}: weight={self.weight} must be a number above 0.")
+
+
+def parse_source(text: str) -> Source:
+    """The source written as `understand=llava.jsonl,image_root=images,weight=2`. ValueError for a malformed one."""
+    task, separator, rest = text.partition("=")
+    path, *settings = rest.split(",")
+    if not separator:
+        raise ValueError(f"The source {text!r} is not TASK=PATH, such as generate=images/*.tar,weight=2.")
+    known = {field.name for field in fields(Source) if field.default is not MISSING}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name not in known or not value or name in values:
+            raise ValueError(
+                f"The source {text!r} has {setting!r}, expected NAME=VALUE of {sorted(known)}, each once."
+            )
+        values[name] = value
+    try:
+        values["weight"] = float(values.get("weight", 1))
+        values["streaming"] = {"true": True, "false": False}[values.get("streaming", "false")]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"The source {text!r} has {error.args[0]!r}, expected a number or true or false.") from error
+    return Source(task=task, path=path, **values)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Data sets as the data of a stage. Opening them needs `datasets`: pip install hydra_hf[train]."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def is_streaming(self) -> bool:
+        return any(source.streaming for source in self.sources)
+
+    def bundles(
+        self, stage, processor, seed: int, *, max_length: int, process_index: int = 0, num_processes: int = 1,
+        accumulation: int = 1,
+    ):  # fmt: skip
+        """One bundle of tasks for each micro step of this process."""
+        from .bundles import Bundles
+        from .readers import create_readers
+
+        readers = create_readers(
+            self.sources, stage.tasks, processor, seed, drop_prompt=stage.drop_prompt, max_length=max_length,
+            process_index=process_index, num_processes=num_processes,
+        )  # fmt: skip
+        return Bundles(
+            readers, stage.tasks, processor, num_steps=stage.num_steps, process_index=process_index,
+            num_processes=num_processes, accumulation=accumulation,
+        )  # fmt: skip
+
+    def images(self, image_size: int, batch_size: int, seed: int):
+        """Images to train a vision tower on."""
+        from .images import ImageBatches
+
+        return ImageBatches(self.sources, image_size, seed, batch_size=batch_size)
+
+    def sample_prompts(self, seed: int) -> tuple[str, ...]:
+        """None: data sets name no prompts of their own; a recipe does."""
+        return ()

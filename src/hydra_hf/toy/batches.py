@@ -1,0 +1,139 @@
+"""The toy world as training data: the pictures and conversations of any step, made from its number."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hydra_hf.data.collate import collate
+from hydra_hf.data.images import Batches
+from hydra_hf.data.sample import Sample
+from hydra_hf.data.seeds import hashed_generator
+from hydra_hf.modeling import HydraProcessor
+
+from .language import ToyLanguage
+from .world import ToyWorld
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyData:
+    """The toy world as the data of a stage, in the place of data sets.
+
+    Args:
+        max_objects: scenes have at most so many objects (a curriculum).
+        questions_per_image: at most so many turns about one picture.
+        question_weights: type -> how often it is asked; None is every type alike.
+        is_held_out: pictures that training never shows, the same at every step.
+    """
+
+    difficulty: int = 1
+    max_objects: int = 4
+    questions_per_image: int = 4
+    question_weights: dict[str, int] | None = None
+    is_held_out: bool = False
+    is_streaming: ClassVar[bool] = False
+
+    def bundles(
+        self, stage: Any, processor: HydraProcessor, seed: int, *, max_length: int, **place: int
+    ) -> "ToyBundles":
+        """One bundle of tasks for each micro step; `place` as in `ToyBundles`."""
+        return ToyBundles(self, processor, stage, seed, **place)
+
+    def images(self, image_size: int, batch_size: int, seed: int) -> Batches:
+        """Pictures to train a vision tower on, or to measure it on."""
+        world = ToyWorld(self.difficulty)
+        return ToyHeldOut(world, batch_size, seed) if self.is_held_out else ToyBatches(world, batch_size, seed)
+
+    def sample_prompts(self, seed: int) -> tuple[str, ...]:
+        """Held-out prompts to draw while training."""
+        generator = hashed_generator(seed, 0)
+        prompts, _ = ToyLanguage(ToyWorld(self.difficulty)).sample_prompts(24, generator, split="test")
+        return tuple(prompt.text for prompt in prompts)
+
+
+def toy_images(world: ToyWorld, num_images: int, generator: torch.Generator) -> Tensor:
+    """A batch (B, 3, H, W) of scenes: three fifths as they look, one fifth depth maps, one fifth segmentations."""
+    num_maps = num_images // 5
+    scenes = world.sample_scenes(num_images, generator)
+    depth, segments = world.render_depth(scenes[:num_maps]), world.render_segmentation(scenes[num_maps : 2 * num_maps])
+    return torch.cat([depth, segments, world.render(scenes[2 * num_maps :])])
+
+
+class ToyBatches:
+    """`toy_images` as training data."""
+
+    def __init__(self, world: ToyWorld, batch_size: int, seed: int):
+        self.world, self.batch_size, self.seed = world, batch_size, seed
+        self.num_skipped = {}
+
+    def __call__(self, step: int, rows: range) -> Tensor:
+        return toy_images(self.world, self.batch_size, hashed_generator(self.seed, step))[rows.start : rows.stop]
+
+
+class ToyHeldOut:
+    """Scenes that the toy world never shows in training, the same at every step."""
+
+    def __init__(self, world: ToyWorld, num_images: int, seed: int):
+        self.world, self.num_skipped = world, {}
+        self.scenes = world.sample_scenes(num_images, hashed_generator(seed, 0), split="test")
+
+    def __call__(self, step: int, rows: range) -> Tensor:
+        return self.world.render(self.scenes[rows.start : rows.stop])
+
+
+class ToyBundles(Dataset):
+    """What `data.bundles.Bundles` is to data sets: bundle `index` of a stage of the toy world, the same for every asker.
+
+    The whole batch of the step is made, and of each task every (num_processes x accumulation)-th row is kept.
+    """
+
+    def __init__(
+        self,
+        data: ToyData,
+        processor: HydraProcessor,
+        stage: Any,
+        seed: int,
+        *,
+        process_index: int = 0,
+        num_processes: int = 1,
+        accumulation: int = 1,
+    ):
+        self.data, self.language = data, ToyLanguage(ToyWorld(data.difficulty))
+        self.processor, self.stage, self.seed = processor, stage, seed
+        self.process_index, self.num_processes, self.accumulation = process_index, num_processes, accumulation
+
+    def __len__(self) -> int:
+        return self.stage.num_steps * self.accumulation
+
+    def __getitem__(self, index: int) -> dict:
+        step, micro_step = divmod(index, self.accumulation)
+        generator = hashed_generator(self.seed, step)
+        bundle, rows = {}, {}
+        for task, count in self.stage.tasks.items():
+            samples = self.samples(task, generator)
+            first = self.process_index + micro_step * self.num_processes
+            mine = list(range(first, count, self.num_processes * self.accumulation))
+            rows[task] = mine or [count]  # a blank one, so that every process runs the same forwards
+            bundle[task] = collate([samples[row] for row in mine or [0]], self.processor)
+            bundle[task]["num_samples"] = len(mine)
+        return {**bundle, "rows": rows, "step": step, "micro_step": micro_step, "skipped": {}}
+
+    def state_dict(self, step: int) -> dict:
+        """Nothing: the step is all that a resumed run needs."""
+        return {}
+
+    def samples(self, task: str, generator: torch.Generator) -> list[Sample]:
+        data, count = self.data, self.stage.tasks[task]
+        if task == "generate":
+            return self.language.generate_samples(
+                count, generator, max_objects=data.max_objects, drop_prompt=self.stage.drop_prompt
+            )
+        if task == "understand":
+            return self.language.understand_samples(
+                count, generator, data.questions_per_image, max_objects=data.max_objects, weights=data.question_weights
+            )
+        raise ValueError(
+            f"{task=} of stage {self.stage.name!r} is not one that the toy world has: generate, understand."
+        )

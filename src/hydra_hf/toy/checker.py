@@ -1,0 +1,65 @@
+"""Judges pictures of the toy world by matching every sprite at every place. Nothing is learned."""
+
+import torch
+from torch import Tensor
+
+from .language import Prompt
+from .world import CANVAS, SPRITE, ToyWorld
+
+
+STEP = 2  # pixels between two places that are tried
+THRESHOLD = 0.25  # of the error that an empty place has; a sprite mixed half and half with the background reaches it
+
+
+class ToyChecker:
+    """Finds near objects of 32 px in a picture, and says whether they are what a prompt asked for."""
+
+    def __init__(self, world: ToyWorld):
+        self.world = world
+        self.alpha = world.sprites[:, 3:].flatten(1).repeat(1, 3)  # (V, 3 * 32 * 32), as unfold orders pixels
+        self.colors = world.sprites[:, :3].flatten(1)
+
+    def detect(self, pixel_values: Tensor) -> list[tuple[int, tuple[int, int]]]:
+        """(object, (x, y) of its top left corner) of everything in a picture (3, 64, 64) in [-1, 1], best match first."""
+        if pixel_values.shape != (3, CANVAS, CANVAS):
+            raise ValueError(
+                f"A picture of the toy world is (3, {CANVAS}, {CANVAS}), got {tuple(pixel_values.shape)}."
+            )
+        pixels = (pixel_values.float().clamp(-1, 1) + 1) / 2
+        background = _border(pixels).median(dim=1).values  # (3,)
+        empty = background.repeat_interleave(SPRITE**2)  # (3 * 32 * 32,)
+        sprites = empty * (1 - self.alpha) + self.colors  # (V, 3 * 32 * 32)
+        windows = torch.nn.functional.unfold(pixels[None], SPRITE, stride=STEP)[0].T  # (places, 3 * 32 * 32)
+        errors = torch.cdist(windows, sprites) ** 2  # (places, V)
+        errors = errors / ((sprites - empty) ** 2).sum(dim=1)  # 1 where nothing is
+        return self._pick(errors)
+
+    def _pick(self, errors: Tensor) -> list[tuple[int, tuple[int, int]]]:
+        """The best match, then the best that does not overlap it, and so on."""
+        columns = (CANVAS - SPRITE) // STEP + 1
+        places = torch.arange(len(errors))
+        x, y = places % columns * STEP, places // columns * STEP
+        found, best = [], errors.min(dim=1)
+        remaining = best.values.clone()
+        while remaining.min() < THRESHOLD:
+            place = remaining.argmin()
+            found.append((int(best.indices[place]), (int(x[place]), int(y[place]))))
+            overlaps = ((x - x[place]).abs() < 0.7 * SPRITE) & ((y - y[place]).abs() < 0.7 * SPRITE)
+            remaining[overlaps] = 1.0
+        return found
+
+    def check(self, pixel_values: Tensor, prompt: Prompt) -> bool:
+        """Exactly the prompt's objects, and where it names a place, there."""
+        found = self.detect(pixel_values)
+        if sorted(index for index, _ in found) != sorted(prompt.objects):
+            return False
+        if prompt.relation is None:
+            return True
+        first, second = (dict(found)[index] for index in prompt.objects)  # in reading order
+        axis = 0 if prompt.relation in ("left of", "right of") else 1
+        return second[axis] - first[axis] > SPRITE // 8
+
+
+def _border(pixels: Tensor) -> Tensor:
+    """The outermost pixels of (3, H, W), as (3, n)."""
+    return torch.cat([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], dim=1)

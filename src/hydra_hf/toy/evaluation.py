@@ -1,0 +1,91 @@
+"""How well a model knows the toy world: pictures of prompts, answers to questions, reconstructions, all held out.
+
+Text to image has six categories after GenEval, judged by a checker without learned weights.
+"""
+
+from collections import Counter, defaultdict
+
+import torch
+
+from hydra_hf.evaluation.metrics import psnr
+from hydra_hf.evaluation.reconstruction import photo_crops, reconstruct
+from hydra_hf.modeling import HydraForConditionalGeneration, HydraProcessor, HydraTokModel
+from hydra_hf.pipelines.answering import answer
+from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
+
+from .checker import ToyChecker
+from .language import CATEGORIES, ToyLanguage
+
+
+def evaluate_generation(
+    pipeline: HydraPipeline,
+    language: ToyLanguage,
+    prompts_per_category: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    **kwargs,
+) -> dict[str, float]:
+    """Share of held-out prompts drawn right: `t2i/<category>` and `t2i/mean`, the mean of the six.
+
+    `kwargs` go to the pipeline.
+    """
+    checker, scores = ToyChecker(language.world), {}
+    for index, category in enumerate(CATEGORIES):
+        generator = torch.Generator().manual_seed(seed + index)
+        prompts, _ = language.sample_prompts(prompts_per_category, generator, split="test", categories=(category,))
+        verdicts = []
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            texts = [prompt.text for prompt in batch]
+            images = pipeline(texts, generator=generator, output_type="pt", **kwargs).images * 2 - 1
+            verdicts += [checker.check(image, prompt) for image, prompt in zip(images, batch)]
+        scores[f"t2i/{category}"] = sum(verdicts) / len(verdicts)
+    return {**scores, "t2i/mean": sum(scores.values()) / len(scores)}
+
+
+def evaluate_understanding(
+    model: HydraForConditionalGeneration,
+    processor: HydraProcessor,
+    language: ToyLanguage,
+    num_questions: int,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """Exact answers: `vqa/<type>`, and `vqa/mean` over all questions.
+
+    `vqa_majority/<type>` and `vqa/majority` are what always giving the type's commonest answer would get. Only one
+    question is asked about an image: no earlier turn gives anything away.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scenes, questions = language.sample_questions(num_questions, generator, split="test")
+    images = processor.image_processor.postprocess(language.world.render(scenes), output_type="pil")
+    answers: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for start in range(0, num_questions, batch_size):
+        batch = questions[start : start + batch_size]
+        given = answer(model, processor, images[start : start + batch_size], [question.question for question in batch])
+        for question, text in zip(batch, given):
+            answers[question.type].append((text, question.answer))
+    names, right, majority = sorted(answers), {}, {}
+    for name in names:
+        right[name] = sum(given == expected for given, expected in answers[name])
+        majority[name] = Counter(expected for _, expected in answers[name]).most_common(1)[0][1]
+    return {
+        **{f"vqa/{name}": right[name] / len(answers[name]) for name in names},
+        **{f"vqa_majority/{name}": majority[name] / len(answers[name]) for name in names},
+        "vqa/mean": sum(right.values()) / num_questions,
+        "vqa/majority": sum(majority.values()) / num_questions,
+    }
+
+
+def evaluate_reconstruction(
+    model: HydraTokModel, language: ToyLanguage, num_scenes: int, seed: int = 0
+) -> dict[str, float]:
+    """Mean PSNR in dB: `reconstruction/psnr` on held-out scenes, `reconstruction/psnr_photos` on scikit-image's photographs."""
+    generator = torch.Generator().manual_seed(seed)
+    scenes = language.world.sample_scenes(num_scenes, generator, split="test")
+    pixel_values = language.world.render(scenes)
+    crops = photo_crops(pixel_values.shape[-1])
+    return {
+        "reconstruction/psnr": psnr(pixel_values, reconstruct(model, pixel_values, seed)).mean().item(),
+        "reconstruction/psnr_photos": psnr(crops, reconstruct(model, crops, seed)).mean().item(),
+    }

@@ -1,0 +1,360 @@
+"""What is said about the toy world: captions, prompts in six categories after GenEval, questions and answers."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from hydra_hf.data.sample import Sample
+
+from .world import CANVAS, COLORS, MAX_OBJECTS, NEAR, SHAPES, Scenes, ToyWorld, check_split, is_held_out
+
+
+CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
+RELATIONS = ("left of", "right of", "above", "below")
+TEMPLATES = ("{}", "a picture of {}", "draw {}", "{} on a plain background")  # the first, bare one is never held out
+QUESTION_TYPES = ("what", "color", "count", "exist", "horizontal", "vertical", "nearer")
+TRAINING_TYPES = (*QUESTION_TYPES, "place", "distance", "describe")  # the last three make up what the others need
+NUMBERS = ("zero", "one", "two", "three", "four")
+PLURALS = {"fish": "fish"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`objects` in reading order; `relation` of the first-named object to the second, for the category position."""
+
+    category: str
+    text: str
+    objects: tuple[int, ...]
+    relation: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a scene and its only answer."""
+
+    type: str
+    question: str
+    answer: str
+
+
+def with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def plural(name: str) -> str:
+    head, last = name.rpartition(" ")[0], name.rpartition(" ")[2]
+    if last in PLURALS:
+        last = PLURALS[last]
+    elif last.endswith(("s", "x", "ch", "sh")):
+        last += "es"
+    elif last.endswith("y") and last[-2] not in "aeiou":
+        last = last[:-1] + "ies"
+    else:
+        last += "s"
+    return f"{head} {last}".strip()
+
+
+def place_of(center: tuple[int, int]) -> str:
+    """Where an object with this center (x, y) stands, in words."""
+    third = CANVAS // 8
+    column, row = (0 if c < CANVAS // 2 - third else 2 if c > CANVAS // 2 + third else 1 for c in center)
+    if row == column == 1:
+        return "in the middle"
+    if row == 1:
+        return ("on the left", "", "on the right")[column]
+    if column == 1:
+        return ("at the top", "", "at the bottom")[row]
+    return f"{('top', '', 'bottom')[row]} {('left', '', 'right')[column]}"
+
+
+class ToyLanguage:
+    """Everything that can be said about a world. All randomness comes from the caller's generator."""
+
+    def __init__(self, world: ToyWorld):
+        self.world = world
+        self.shape_ids = {name: i + world.num_emoji for i, name in enumerate(world.shape_names)}
+
+    # Prompts
+
+    def sample_prompts(
+        self,
+        num_prompts: int,
+        generator: torch.Generator,
+        *,
+        split: str = "train",
+        categories: tuple[str, ...] = CATEGORIES,
+    ) -> tuple[list[Prompt], Scenes]:
+        """Prompts of one split, and for each a scene that fulfils it; given the prompt only the background is open."""
+        check_split(split)
+        if unknown := set(categories) - set(CATEGORIES):
+            raise ValueError(f"categories {sorted(unknown)} are not among {CATEGORIES}.")
+        rng = _random_from(generator)
+        prompts = []
+        while len(prompts) < num_prompts:
+            prompt, is_test = self._propose_prompt(rng.choice(categories), rng)
+            if is_test == (split == "test"):
+                prompts.append(prompt)
+        scenes = self.scenes_of(prompts, generator)
+        while split == "train" and (held_out := self.world.is_test(scenes)).any():  # as pictures of the other task
+            scenes = self.scenes_of(prompts, generator).where(held_out, scenes)
+        return prompts, scenes
+
+    def _propose_prompt(self, category: str, rng: random.Random) -> tuple[Prompt, bool]:
+        """A prompt, and whether it is of the test split."""
+        world = self.world
+        template = rng.choice(TEMPLATES) if rng.random() < 0.5 else TEMPLATES[0]
+        relation = None
+        if category in ("single_object", "colors"):
+            names = world.emoji_names if category == "single_object" else world.shape_names
+            objects = (world.names.index(rng.choice(names)),)
+            is_test = template != TEMPLATES[0] and is_held_out(f"{template} {world.names[objects[0]]}", share=4)
+            phrase = with_article(world.names[objects[0]])
+        elif category == "counting":
+            count, name = rng.randint(2, MAX_OBJECTS), rng.randrange(len(world.names))
+            objects, is_test = (name,) * count, bool(world.test_counts[name, count])
+            phrase = f"{NUMBERS[count]} {plural(world.names[name])}"
+        else:
+            pool = (
+                range(len(world.names))
+                if category != "color_attribution"
+                else range(world.num_emoji, len(world.names))
+            )
+            first, second = rng.sample(pool, 2)
+            while category == "color_attribution" and not self._differ_in_color_and_shape(first, second):
+                first, second = rng.sample(pool, 2)
+            is_test = bool(world.test_pairs[first, second])
+            relation = rng.choice(RELATIONS) if category == "position" else None
+            objects = (second, first) if relation in ("right of", "below") else (first, second)
+            phrase = f"{with_article(world.names[first])} {relation or 'and'} {with_article(world.names[second])}"
+        return Prompt(category, template.format(phrase), objects, relation), is_test
+
+    def _differ_in_color_and_shape(self, first: int, second: int) -> bool:
+        return all(a != b for a, b in zip(self.world.names[first].split(), self.world.names[second].split()))
+
+    def scenes_of(self, prompts: list[Prompt], generator: torch.Generator) -> Scenes:
+        """Near objects in the layout that the prompts ask for."""
+        objects = torch.tensor([[*prompt.objects, *[-1] * (MAX_OBJECTS - len(prompt.objects))] for prompt in prompts])
+        is_column = torch.tensor([prompt.relation in ("above", "below") for prompt in prompts])
+        return self.world.arrange(objects, is_column, torch.full(objects.shape, NEAR), generator)
+
+    # Questions
+
+    def questions(
+        self,
+        scenes: Scenes,
+        index: int,
+        num_questions: int,
+        rng: random.Random,
+        *,
+        weights: dict[str, int] | None = None,
+    ) -> list[Question]:
+        """Questions about scene `index`, of the types that it allows, each as often as `weights` says; None is `QUESTION_TYPES`.
+
+        Raises ValueError for types that are not among `TRAINING_TYPES`.
+        """
+        weights = dict.fromkeys(QUESTION_TYPES, 1) if weights is None else weights
+        if unknown := set(weights) - set(TRAINING_TYPES):
+            raise ValueError(f"questions of type {sorted(unknown)} are not among {TRAINING_TYPES}.")
+        scene = _SceneFacts(self.world, scenes, index)
+        makers = {name: getattr(self, f"_ask_{name}") for name in weights}
+        possible = [name for name, maker in makers.items() if maker(scene, random.Random(0)) is not None]
+        if not possible:
+            return []
+        types = rng.choices(possible, [weights[name] for name in possible], k=num_questions)
+        return [makers[name](scene, rng) for name in types]
+
+    def _ask_describe(self, scene: "_SceneFacts", rng: random.Random) -> Question:
+        """All things in any order: "a red circle far on the right and a cat near on the left".
+
+        The name comes first, so that its distance and place must be looked up by it.
+        """
+        parts = [
+            f"{with_article(name)} {'near' if distance == NEAR else 'far'} {place_of(center)}"
+            for name, distance, center in zip(scene.names, scene.distances, scene.centers)
+        ]
+        rng.shuffle(parts)
+        answer = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+        return Question("describe", "what do you see?", answer)
+
+    def _ask_what(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        if len(scene.names) == 1:
+            return Question("what", "what is in the picture?", scene.names[0])
+        if scene.axis is None:
+            return None
+        places = (("on the left", "on the right"), ("at the top", "at the bottom"))[scene.axis]
+        which = rng.randrange(2)
+        return Question("what", f"what is {places[which]}?", scene.names[which])
+
+    def _ask_color(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        shapes = [name.split() for name in scene.names if name in self.shape_ids]
+        unique = [(color, shape) for color, shape in shapes if [s for _, s in shapes].count(shape) == 1]
+        if not unique:
+            return None
+        color, shape = rng.choice(unique)
+        return Question("color", f"what color is the {shape}?", color)
+
+    def _ask_count(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        kind = rng.random()
+        if kind < 0.3:
+            return Question("count", "how many objects are there?", NUMBERS[len(scene.names)])
+        name = rng.choice(self.world.names if kind < 0.45 else scene.names)
+        return Question("count", f"how many {plural(name)} are there?", NUMBERS[scene.names.count(name)])
+
+    def _ask_exist(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        if rng.random() < 0.5:
+            name = rng.choice(scene.names)
+        else:
+            name = rng.choice([name for name in self.world.names if name not in scene.names])
+        return Question("exist", f"is there {with_article(name)}?", "yes" if name in scene.names else "no")
+
+    def _ask_place(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        return self._ask_of_one(
+            "place", "where is the {}?", [place_of(center) for center in scene.centers], scene, rng
+        )
+
+    def _ask_distance(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        answers = ["near" if distance == NEAR else "far" for distance in scene.distances]
+        return self._ask_of_one("distance", "is the {} near or far?", answers, scene, rng)
+
+    def _ask_of_one(self, kind: str, question: str, answers: list[str], scene: "_SceneFacts", rng: random.Random):
+        """A question about an object that is the only one of its name; `answers` of every object."""
+        unique = [i for i, name in enumerate(scene.names) if scene.names.count(name) == 1]
+        if not unique:
+            return None
+        which = rng.choice(unique)
+        return Question(kind, question.format(scene.names[which]), answers[which])
+
+    def _ask_horizontal(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        return self._ask_side("horizontal", 0, ("left", "right of"), scene, rng)
+
+    def _ask_vertical(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        return self._ask_side("vertical", 1, ("above", "below"), scene, rng)
+
+    def _ask_side(self, kind: str, axis: int, words: tuple[str, str], scene: "_SceneFacts", rng: random.Random):
+        pairs = scene.pairs(lambda a, b: abs(scene.centers[a][axis] - scene.centers[b][axis]) > 12)
+        if not pairs:
+            return None
+        a, b = rng.choice(pairs)
+        question = f"is the {scene.names[a]} {words[0]} or {words[1]} the {scene.names[b]}?"
+        is_first = scene.centers[a][axis] < scene.centers[b][axis]
+        return Question(kind, question, words[0 if is_first else 1].split()[0])
+
+    def _ask_nearer(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
+        pairs = scene.pairs(lambda a, b: scene.distances[a] != scene.distances[b])
+        if not pairs:
+            return None
+        a, b = rng.choice(pairs)
+        nearer = a if scene.distances[a] < scene.distances[b] else b
+        question = f"which is nearer, the {scene.names[a]} or the {scene.names[b]}?"
+        return Question("nearer", question, scene.names[nearer])
+
+    # Samples
+
+    def generate_samples(
+        self,
+        num_samples: int,
+        generator: torch.Generator,
+        *,
+        max_objects: int = MAX_OBJECTS,
+        drop_prompt: float = 0.0,
+        split: str = "train",
+    ) -> list[Sample]:
+        """Text to image; the prompt is empty with probability `drop_prompt`."""
+        categories = CATEGORIES if max_objects > 1 else ("single_object", "colors")
+        prompts, scenes = self.sample_prompts(num_samples, generator, split=split, categories=categories)
+        is_dropped = torch.rand(num_samples, generator=generator) < drop_prompt
+        return [
+            _chat("generate", [("user", "" if dropped else prompt.text), ("assistant", image)])
+            for prompt, image, dropped in zip(prompts, self.world.render(scenes), is_dropped.tolist())
+        ]
+
+    def understand_samples(
+        self,
+        num_samples: int,
+        generator: torch.Generator,
+        questions_per_image: int,
+        *,
+        max_objects: int = MAX_OBJECTS,
+        weights: dict[str, int] | None = None,
+        split: str = "train",
+    ) -> list[Sample]:
+        """Conversations about one image each, of at most `questions_per_image` turns: nothing is asked twice.
+
+        `weights` is as in `questions`, None all of `TRAINING_TYPES`; a scene that allows none of them is described. Half
+        of the scenes are scattered, else the place of a lone object would be known unseen.
+        """
+        scenes = self.world.sample_scenes(num_samples, generator, split=split, max_objects=max_objects, scattered=0.5)
+        rng, samples = _random_from(generator), []
+        weights = dict.fromkeys(TRAINING_TYPES, 1) if weights is None else weights
+        for index, image in enumerate(self.world.render(scenes)):
+            asked = self.questions(scenes, index, questions_per_image, rng, weights=weights)
+            asked = asked or self.questions(scenes, index, 1, rng, weights={"describe": 1})
+            turns = {question.question: question.answer for question in asked}
+            messages = [(role, text) for turn in turns.items() for role, text in zip(("user", "assistant"), turn)]
+            samples.append(_chat("understand", [("user", image), *messages]))
+        return samples
+
+    def sample_questions(
+        self, num_questions: int, generator: torch.Generator, *, split: str = "train"
+    ) -> tuple[Scenes, list[Question]]:
+        """Scenes of one split with one question each."""
+        scenes = self.world.sample_scenes(num_questions, generator, split=split)
+        rng = _random_from(generator)
+        return scenes, [self.questions(scenes, index, 1, rng)[0] for index in range(num_questions)]
+
+    def corpus(self) -> list[str]:
+        """Texts with every word that is ever said, for a tokenizer."""
+        names = self.world.names
+        phrases = [with_article(name) for name in names] + [f"{n} {plural(name)}" for n in NUMBERS for name in names]
+        texts = [template.format(phrase) for template in TEMPLATES for phrase in phrases]
+        texts += [f"a {relation} a" for relation in (*RELATIONS, "and")]
+        texts += [f"what color is the {shape}? {color}" for shape in SHAPES for color in COLORS]
+        texts += [
+            "what is in the picture?", "what is on the left?", "what is on the right?", "what is at the top?",
+            "what is at the bottom?", "how many objects are there?", "is there a cat? yes no",
+            "where is the cat?", "is the dog near or far?",
+            "is the cat left or right of the dog?", "is the cat above or below the dog?",
+            "which is nearer, the cat or the dog?", "what do you see?",
+            "a cat near in the middle, a dog far top left, top right, bottom left and bottom right",
+        ]  # fmt: skip
+        return texts
+
+
+class _SceneFacts:
+    """One scene in plain Python."""
+
+    def __init__(self, world: ToyWorld, scenes: Scenes, index: int):
+        objects = [i for i in scenes.objects[index].tolist() if i >= 0]
+        self.names = [world.names[i] for i in objects]
+        self.distances = scenes.distances[index].tolist()
+        half = (scenes.sizes[index, :, None] // 2).expand(-1, 2)
+        self.centers = (scenes.positions[index] + half).tolist()
+        self.axis = self._axis() if len(objects) == 2 else None
+
+    def _axis(self) -> int | None:
+        """0 for two objects in a row, 1 in a column, None askew."""
+        is_apart = [abs(a - b) > 12 for a, b in zip(*self.centers[:2])]
+        return is_apart.index(True) if sum(is_apart) == 1 else None
+
+    def pairs(self, holds) -> list[tuple[int, int]]:
+        """Ordered pairs of objects, each the only one of its name, for which `holds(a, b)`."""
+        unique = [i for i, name in enumerate(self.names) if self.names.count(name) == 1]
+        return [(a, b) for a in unique for b in unique if a != b and holds(a, b)]
+
+
+def _random_from(generator: torch.Generator) -> random.Random:
+    """Python's generator, seeded from torch's: choices among strings are its trade."""
+    return random.Random(int(torch.randint(2**62, (), generator=generator)))
+
+
+def _chat(task: str, turns: list[tuple[str, object]]) -> Sample:
+    """Turns of text or pixels as messages; neighbours of one role share a message."""
+    messages: list[dict] = []
+    for role, value in turns:
+        part = {"type": "text", "text": value} if isinstance(value, str) else {"type": "image", "image": value}
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"].append(part)
+        else:
+            messages.append({"role": role, "content": [part]})
+    return Sample(task=task, messages=messages)

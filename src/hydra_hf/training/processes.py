@@ -1,0 +1,32 @@
+"""Which process this is, and which rows of a step are its own."""
+
+import torch
+from accelerate import PartialState
+
+
+def partial_state() -> PartialState:
+    """Which process this is; on CPUs, several talk through gloo."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def split_batch(batch_size: int, num_processes: int, micro_batch_size: int | None) -> tuple[int, int]:
+    """Samples of a process at once, and how often it accumulates. ValueError if they do not make up the batch exactly."""
+    micro = batch_size // num_processes if micro_batch_size is None else micro_batch_size
+    if micro < 1 or batch_size % (num_processes * micro):
+        raise ValueError(f"{batch_size=} must be a multiple of {num_processes=} times {micro_batch_size=}.")
+    return micro, batch_size // (num_processes * micro)
+
+
+def num_accumulation_steps(tasks: dict[str, int], num_processes: int, micro_batch_size: int | None) -> int:
+    """Forwards and backwards of one process in one step, so that none has more than `micro_batch_size` samples.
+
+    Every task is in every one of them. Raises ValueError for a size smaller than the number of tasks.
+    """
+    if micro_batch_size is None:
+        return 1
+    if micro_batch_size < len(tasks):
+        raise ValueError(f"{micro_batch_size=} must be at least {len(tasks)}, one sample for each of {list(tasks)}.")
+    accumulation = 1
+    while sum(-(-count // (num_processes * accumulation)) for count in tasks.values()) > micro_batch_size:
+        accumulation += 1
+    return accumulation

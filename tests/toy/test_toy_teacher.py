@@ -1,0 +1,62 @@
+"""The toy world's stand-in for a pretrained ViT."""
+
+import pytest
+import torch
+
+from hydra_hf.toy.teacher import ToyTeacher
+from hydra_hf.toy.world import ToyWorld
+from hydra_hf.training.teachers import load_teacher
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_teacher(ToyTeacher)
+
+
+def states_of(teacher, pixel_values: torch.Tensor) -> torch.Tensor:
+    (states,) = teacher(pixel_values, (5,))
+    return states.unflatten(1, (4, 4))
+
+
+@pytest.fixture(scope="module")
+def seen(teacher):
+    """Scenes, their objects on the patch grid (B, 4, 4), -1 where there is none, and the teacher's states."""
+    world = ToyWorld(1)
+    scenes = world.sample_scenes(64, torch.Generator().manual_seed(0))
+    objects = torch.full((64, 4, 4), -1)
+    for index in range(64):
+        for slot in range(4):
+            if scenes.objects[index, slot] >= 0:
+                x, y = (scenes.positions[index, slot] // 16).tolist()
+                objects[index, y : y + 2, x : x + 2] = scenes.objects[index, slot]
+    return scenes, objects, states_of(teacher, world.render(scenes))
+
+
+def test_patches_of_the_background_have_a_place_and_no_name(seen):
+    _, objects, states = seen
+    assert states[objects < 0][:, :128].abs().sum() == 0
+    torch.testing.assert_close(states[..., 128:].norm(dim=-1), torch.ones(64, 4, 4))
+
+
+def test_two_patches_have_one_name_exactly_if_they_are_of_one_kind_of_object(seen):
+    _, objects, states = seen
+    names = states[..., :96].flatten(0, 2)
+    is_seen = (objects.flatten() >= 0) & (names.norm(dim=-1) > 0)  # a few corners of emoji are empty
+    assert is_seen.sum() > 0.95 * (objects >= 0).sum()
+    names, kinds = names[is_seen], objects.flatten()[is_seen]
+    is_same = (names[:, None] - names).norm(dim=-1) < 1e-5
+    assert torch.equal(is_same, kinds[:, None] == kinds)
+
+
+def test_near_and_far_differ_and_the_name_does_not(teacher):
+    world = ToyWorld(1)
+    scenes = world.sample_scenes(1, torch.Generator().manual_seed(1), max_objects=1)
+    near, far = (states_of(teacher, world.render(type(scenes)(**{**vars(scenes), "distances": distances})))
+                 for distances in (torch.full((1, 4), 1.0), torch.full((1, 4), 2.0)))  # fmt: skip
+    torch.testing.assert_close(near[..., :96], far[..., :96])
+    assert (near[..., 96:128] - far[..., 96:128]).norm() > 1
+
+
+def test_every_place_has_its_own_code(teacher):
+    places = states_of(teacher, torch.zeros(1, 3, 64, 64))[0, ..., 128:].flatten(0, 1)
+    assert (places @ places.T - 2 * torch.eye(16)).amax() < 0.95
