@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra_run import STAGE, recipe
+from hydra_run import recipe
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -85,4 +85,4 @@ def test_a_stream_of_another_number_of_processes_is_refused(files, tmp_path):
 def test_streams_are_not_read_ahead_by_workers(files, tmp_path):
     made = replace(recipe_of(files, tmp_path, streaming=True), num_workers=2)
     with pytest.raises(ValueError, match="num_workers=2"):
-        create_bundles(made, replace(STAGE, tasks=TASKS), seed=0)
+        create_bundles(made, made.stages[0], seed=0)
