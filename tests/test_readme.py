@@ -14,7 +14,7 @@ import pytest
 
 import hydra_hf
 from hydra_hf.cli import create_parser
-from hydra_hf.data.readers import parse_source
+from hydra_hf.data.sources import parse_source
 
 
 ROOT = Path(__file__).parents[1]
