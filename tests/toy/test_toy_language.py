@@ -7,7 +7,8 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 
-from hydra_hf.data.sample import TASKS, Sample
+from hydra_hf.data.sample import Sample
+from hydra_hf.data.tasks import TASKS
 from hydra_hf.toy.language import (
     CATEGORIES,
     NUMBERS,

@@ -7,8 +7,8 @@ from hydra_hf.modeling import HydraProcessor
 
 from .collate import collate
 from .readers import TaskReader
-from .records import DESCRIBE
 from .sample import Sample
+from .tasks import TASKS
 
 
 class Bundles(Dataset):
@@ -87,16 +87,8 @@ class Bundles(Dataset):
 
     def _blank_sample(self, task: str) -> Sample:
         size = self.processor.image_processor.size
-        image = {"type": "image", "image": torch.zeros(3, size["height"], size["width"])}
-        text = {"type": "text", "text": DESCRIBE}
-        question, answer = {
-            "text": ([text], [text]),
-            "understand": ([image, text], [text]),
-            "generate": ([text], [image]),
-        }[task]
-        return Sample(
-            task=task, messages=[{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        )
+        image = torch.zeros(3, size["height"], size["width"])
+        return Sample(task=task, messages=TASKS[task].blank_messages(image))
 
     def _follow_streams(self, index: int) -> None:
         """Keeps where the streams stand at the start of a step. ValueError for an item out of order."""

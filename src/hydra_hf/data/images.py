@@ -10,6 +10,7 @@ from torch import Tensor
 from hydra_hf.modeling import HydraImageProcessor
 
 from .readers import Source, SourceMix
+from .tasks import TASKS
 
 
 class Batches(Protocol):
@@ -60,7 +61,7 @@ class ImageBatches:
     """
 
     def __init__(self, sources: tuple[Source, ...], image_size: int, seed: int, *, batch_size: int):
-        with_images = tuple(source for source in sources if source.task != "text")
+        with_images = tuple(source for source in sources if TASKS[source.task].num_images)
         if not with_images:
             raise ValueError(f"Got {len(sources)} sources and none of a task with images, expected at least one.")
         if streams := [source.path for source in with_images if source.streaming]:

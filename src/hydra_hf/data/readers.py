@@ -13,10 +13,12 @@ import torch
 
 from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
 
-from .records import Columns, RecordReader, UnreadableRecordError, find_columns, fits_task
+from .records import Columns, RecordReader, find_columns
 from .sample import Sample
 from .sources import HUB, Source
+from .sources import parse_source as parse_source  # callers read sources and readers from here
 from .tables import Stream, Table, find_files, open_dataset, permutation, read_record, reading
+from .tasks import TASKS, UnreadableRecordError
 
 
 logger = logging.getLogger(__name__)
@@ -129,8 +131,8 @@ class TaskReader(SourceMix):
     """Sample `n` of one task; a function of the seed and n, but in order where a source is streamed.
 
     Args:
-        max_length: positions of the language model; a sample of more tokens, images included, is passed over whole.
-        drop_prompt: share of samples of task "generate" whose prompt is empty, for guidance.
+        max_length: positions of the language model; a sample of more tokens, images included, is skipped whole.
+        drop_prompt: share of empty prompts, for guidance, of a task that drops them.
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class TaskReader(SourceMix):
         """None if this process's share of a stream is empty."""
         sample = self.read(number, self._sample)
         is_dropped = random.Random(repr((self.seed, "prompt", number))).random() < self.drop_prompt
-        if sample is None or self.task != "generate" or not is_dropped:
+        if sample is None or not is_dropped or not TASKS[self.task].drops_prompt:
             return sample
         empty = {"role": "user", "content": [{"type": "text", "text": ""}]}
         return replace(sample, messages=[empty, *sample.messages[1:]])
@@ -179,7 +181,7 @@ def create_readers(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> dict[str, TaskReader]:
-    """A reader for every task that has samples. ValueError for one without a source; sources of other tasks stay shut."""
+    """A reader for every task that has samples. ValueError for one without a source; sources of other tasks are not opened."""
     readers = {}
     for task in (task for task, count in tasks.items() if count):
         own = tuple(source for source in sources if source.task == task)
@@ -193,7 +195,7 @@ def create_readers(
 
 
 def _fits(source: Source, columns: Columns) -> bool:
-    return fits_task(columns, source.task)
+    return TASKS[source.task].fits(columns)
 
 
 def _counts_in_block(sources: tuple[Source, ...]) -> list[int]:

@@ -13,6 +13,7 @@ from hydra_hf.modeling import HydraImageProcessor
 from hydra_hf.modeling.image_processing_hydra import check_image_size
 
 from .sample import Sample
+from .tasks import TASKS, UnreadableRecordError, images_of
 
 
 IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "images")  # the first that a record has counts
@@ -20,13 +21,8 @@ CAPTION_COLUMNS = ("txt", "caption", "text")
 CHAT_COLUMNS = ("messages", "conversations")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE_PLACEHOLDER = "<image>"
-DESCRIBE = "Describe the image."  # our choice: the question whose answer is a caption
 MAX_CHARACTERS = 32_768  # of one record (our choice): a longer one would not fit a step's memory, today and on resume
 MAX_IMAGES = 16  # of one record (our choice)
-
-
-class UnreadableRecordError(Exception):
-    """A record that is passed over; the text is the reason, the same for all records with the same fault."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,11 @@ class Columns:
     has_text_files: bool = False
     class_names: tuple[str, ...] = ()
 
+    @property
+    def has_caption(self) -> bool:
+        """Whether an image may come with a caption."""
+        return bool(self.images) and bool(self.caption or self.has_text_files)
+
 
 def find_columns(names: set[str], has_text_files: bool, class_names: tuple[str, ...]) -> Columns:
     """What is recognised among the columns; class names are a caption only if nothing else is."""
@@ -66,12 +67,6 @@ def find_columns(names: set[str], has_text_files: bool, class_names: tuple[str, 
     )
 
 
-def fits_task(columns: Columns, task: str) -> bool:
-    """Whether records with these columns can be samples of `task`."""
-    has_caption = bool(columns.images) and bool(columns.caption or columns.has_text_files)
-    return {"text": bool(columns.chat), "understand": bool(columns.chat) or has_caption, "generate": has_caption}[task]
-
-
 class RecordReader:
     """Records of one data set to samples, and to images alone. Whatever is wrong is an `UnreadableRecordError`.
 
@@ -83,18 +78,11 @@ class RecordReader:
         self.columns, self.image_root, self.image_processor = columns, image_root, image_processor
 
     def sample(self, record: dict, task: str) -> Sample:
-        if task == "generate":
-            return Sample(task=task, messages=self._generation(record))
-        messages = self._conversation(record) if self.columns.chat else self._description(record)
+        messages = TASKS[task].read(self, record)
         parts = [part for message in messages for part in message["content"]]
         if sum(len(part["text"]) for part in parts if part["type"] == "text") > MAX_CHARACTERS:
             raise UnreadableRecordError(f"more than {MAX_CHARACTERS} characters")
-        images = [part for part in parts if part["type"] == "image"]
-        if task == "understand" and not images:
-            raise UnreadableRecordError("no image")
-        if task == "text" and images:
-            raise UnreadableRecordError("images in a sample of text")
-        for part in images:
+        for part in images_of(messages):
             part["image"] = self.pixel_values(part["image"])
         return Sample(task=task, messages=messages)
 
@@ -107,17 +95,17 @@ class RecordReader:
 
     # Captions
 
-    def _generation(self, record: dict) -> list[dict]:
+    def generation(self, record: dict) -> list[dict]:
+        """The caption as the user's turn, the image as the assistant's."""
         caption = self._caption(record)
-        if len(caption) > MAX_CHARACTERS:
-            raise UnreadableRecordError(f"more than {MAX_CHARACTERS} characters")
-        image = {"type": "image", "image": self.pixel_values(self._one_image(record))}
+        image = {"type": "image", "image": self._one_image(record)}
         return [{"role": "user", "content": [_text(caption)]}, {"role": "assistant", "content": [image]}]
 
-    def _description(self, record: dict) -> list[dict]:
+    def description(self, record: dict, question: str) -> list[dict]:
+        """A question about the image, with the caption as its answer."""
         image = {"type": "image", "image": self._one_image(record)}
         answer = {"role": "assistant", "content": [_text(self._caption(record))]}
-        return [{"role": "user", "content": [image, _text(DESCRIBE)]}, answer]
+        return [{"role": "user", "content": [image, _text(question)]}, answer]
 
     def _caption(self, record: dict) -> str:
         if self.columns.has_text_files:
@@ -139,7 +127,8 @@ class RecordReader:
 
     # Conversations
 
-    def _conversation(self, record: dict) -> list[dict]:
+    def conversation(self, record: dict) -> list[dict]:
+        """The turns of a chat, with its images in their places."""
         turns = record.get(self.columns.chat)
         if not isinstance(turns, list) or not turns:
             raise UnreadableRecordError("no turns")

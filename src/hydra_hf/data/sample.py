@@ -2,10 +2,7 @@
 
 from dataclasses import dataclass
 
-
-TASKS = (
-    "text", "understand", "generate", "reconstruct", "depth", "segment", "edit", "video_understand", "video_generate",
-)  # fmt: skip
+from .tasks import check_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,5 +13,4 @@ class Sample:
     messages: list[dict]
 
     def __post_init__(self):
-        if self.task not in TASKS:
-            raise ValueError(f"task={self.task!r} must be one of {TASKS}.")
+        check_task(self.task, "A sample")

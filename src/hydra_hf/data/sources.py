@@ -4,10 +4,9 @@ import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from .sample import TASKS
+from .tasks import TASKS, check_task
 
 
-READABLE_TASKS = ("text", "understand", "generate")
 HUB = "hub:"
 
 
@@ -31,9 +30,10 @@ class Source:
     streaming: bool = False
 
     def __post_init__(self):
-        if self.task not in READABLE_TASKS:
-            reason = "comes later" if self.task in TASKS else "is not a task"
-            raise ValueError(f"task={self.task!r} {reason}: data sets are read for {READABLE_TASKS}.")
+        check_task(self.task, f"The source {self.path!r}")
+        if TASKS[self.task].read is None:
+            readable = [name for name, task in TASKS.items() if task.read is not None]
+            raise ValueError(f"task={self.task!r} comes later: data sets are read for {readable}.")
         if not self.path.removeprefix(HUB):
             raise ValueError(f"The source of task {self.task!r} has an empty path.")
         if not (self.weight > 0 and math.isfinite(self.weight)):

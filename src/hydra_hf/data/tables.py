@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .records import UnreadableRecordError
 from .sources import HUB
+from .tasks import UnreadableRecordError
 
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hydra_hf.data.tasks import TASKS
 from hydra_hf.modeling import HydraConfig, HydraForConditionalGeneration
 
 from .hydra_trainer import create_bundles
@@ -173,14 +174,15 @@ def look_at_tasks(recipe: HydraRecipe, stage: HydraStage) -> dict[str, TaskRepor
 
 
 def nominal_task(task: str, count: int, config: HydraConfig) -> TaskReport:
-    """77 tokens of text, labels if they are not drawn from; but for the task "text" one image of the ViT's own size."""
-    draws, num_images = task == "generate", int(task != "text")
+    """77 tokens of text, labels where text is scored; images of the ViT's own size, as many as the task's form has."""
+    row = TASKS[task]
+    draws, num_images = row.generates, row.num_images
     vision = config.vision_config
     image_tokens = num_images * (config.num_time_tokens + (vision.image_size // vision.patch_size) ** 2)
     length = NOMINAL_TEXT_TOKENS + image_tokens
     return TaskReport(
         num_samples=count, num_seen=0, length=(length, length, length), image_tokens=image_tokens, num_images=num_images,
-        label_tokens=0 if draws else NOMINAL_TEXT_TOKENS, draws=draws,
+        label_tokens=NOMINAL_TEXT_TOKENS if row.scores_text else 0, draws=draws,
     )  # fmt: skip
 
 

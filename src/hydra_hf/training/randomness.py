@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hydra_hf.data.sample import TASKS
 from hydra_hf.data.seeds import hashed_generator
+from hydra_hf.data.tasks import TASKS, task_number
 
 
 SampleNoise = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # number of images -> sigma, noise
@@ -38,7 +38,7 @@ def row_noise(
     """Noise levels and noise of a batch's images: every row has a generator of its own."""
     assert len(rows) == len(images_per_row), (rows, images_per_row)
     sampled = [
-        sample(num_images, row_generator(seed, step, row * len(TASKS) + TASKS.index(task)))
+        sample(num_images, row_generator(seed, step, row * len(TASKS) + task_number(task)))
         for row, num_images in zip(rows, images_per_row)
     ]
     return tuple(torch.cat(parts) for parts in zip(*sampled))

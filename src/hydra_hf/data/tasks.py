@@ -1,0 +1,115 @@
+"""The table of tasks: everything that follows from a task's name. A new task is a row here, and what reads its records.
+
+Images of the user are given, images of the assistant are generated; text of the assistant is scored.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+
+if TYPE_CHECKING:
+    from .records import Columns, RecordReader
+
+DESCRIBE = "Describe the image."  # our choice: the question whose answer is a caption
+
+
+class UnreadableRecordError(Exception):
+    """A record that is skipped; the text is the reason, the same for all records with the same fault."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One row of the table.
+
+    Args:
+        user, assistant: the parts of a sample of one turn, each "text", "image" or "video".
+        fits: whether records with these columns can become samples; None where data sets are not read yet.
+        read: the messages of a record, images undecoded. Raises `UnreadableRecordError`.
+        drops_prompt: whether a share of the prompts is replaced by the empty one, for guidance.
+    """
+
+    user: tuple[str, ...]
+    assistant: tuple[str, ...]
+    fits: "Callable[[Columns], bool] | None" = None
+    read: "Callable[[RecordReader, dict], list[dict]] | None" = None
+    drops_prompt: bool = False
+
+    @property
+    def generates(self) -> bool:
+        """Whether the assistant's turn holds an image, scored by the flow loss."""
+        return bool({"image", "video"} & set(self.assistant))
+
+    @property
+    def scores_text(self) -> bool:
+        """Whether the assistant's turn holds text, scored by the language loss."""
+        return "text" in self.assistant
+
+    @property
+    def num_images(self) -> int:
+        """Of a sample of one turn."""
+        return (self.user + self.assistant).count("image")
+
+    def blank_messages(self, image: Tensor) -> list[dict]:
+        """A sample of the task's form that says nothing, with `image` (3, H, W) wherever it has one."""
+        parts = {"text": {"type": "text", "text": DESCRIBE}, "image": {"type": "image", "image": image}}
+        return [
+            {"role": role, "content": [parts[kind] for kind in getattr(self, role)]} for role in ("user", "assistant")
+        ]
+
+
+def images_of(messages: list[dict]) -> list[dict]:
+    return [part for message in messages for part in message["content"] if part["type"] == "image"]
+
+
+def read_text(reader: "RecordReader", record: dict) -> list[dict]:
+    """A chat without images."""
+    messages = reader.conversation(record)
+    if images_of(messages):
+        raise UnreadableRecordError("images in a sample of text")
+    return messages
+
+
+def read_understanding(reader: "RecordReader", record: dict) -> list[dict]:
+    """A chat about images, or a caption as the answer to `DESCRIBE`."""
+    messages = reader.conversation(record) if reader.columns.chat else reader.description(record, DESCRIBE)
+    if not images_of(messages):
+        raise UnreadableRecordError("no image")
+    return messages
+
+
+def read_generation(reader: "RecordReader", record: dict) -> list[dict]:
+    """An image after its caption."""
+    return reader.generation(record)
+
+
+TASKS = {  # the order numbers the tasks where their noise is drawn: new rows go to the end
+    "text": Task(user=("text",), assistant=("text",), fits=lambda columns: bool(columns.chat), read=read_text),
+    "understand": Task(
+        user=("image", "text"), assistant=("text",),
+        fits=lambda columns: bool(columns.chat) or columns.has_caption, read=read_understanding,
+    ),
+    "generate": Task(
+        user=("text",), assistant=("image",), drops_prompt=True,
+        fits=lambda columns: columns.has_caption, read=read_generation,
+    ),
+    "reconstruct": Task(user=("image", "text"), assistant=("image",)),
+    "depth": Task(user=("image", "text"), assistant=("image",)),
+    "segment": Task(user=("image", "text"), assistant=("image",)),
+    "edit": Task(user=("image", "text"), assistant=("image",)),
+    "video_understand": Task(user=("video", "text"), assistant=("text",)),
+    "video_generate": Task(user=("text",), assistant=("video",)),
+}  # fmt: skip
+
+
+def task_number(name: str) -> int:
+    """The row of a task in the table."""
+    return list(TASKS).index(name)
+
+
+def check_task(name: str, where: str) -> None:
+    """Raises ValueError for a name that is no task."""
+    if name not in TASKS:
+        raise ValueError(f"{where} has task={name!r}, expected one of {list(TASKS)}.")

@@ -1,0 +1,43 @@
+"""The table of tasks: one row says how a task is read, what it generates and what it scores."""
+
+import pytest
+import torch
+
+from hydra_hf.data.collate import collate
+from hydra_hf.data.sample import Sample
+from hydra_hf.data.sources import Source
+from hydra_hf.data.tasks import TASKS, check_task, task_number
+
+
+IMAGE_TASKS = [name for name, task in TASKS.items() if not {"video"} & {*task.user, *task.assistant}]
+
+
+@pytest.mark.parametrize("name", IMAGE_TASKS)
+def test_a_blank_sample_has_the_targets_that_the_row_says(name, tiny_processor):
+    size = tiny_processor.image_processor.size
+    messages = TASKS[name].blank_messages(torch.zeros(3, size["height"], size["width"]))
+    batch = collate([Sample(task=name, messages=messages)], tiny_processor)
+    assert bool((batch["labels"] != -100).any()) == TASKS[name].scores_text
+    is_generated = batch.get("is_generated", torch.tensor([]))
+    assert len(is_generated) == TASKS[name].num_images
+    assert bool(is_generated.any()) == TASKS[name].generates
+
+
+def test_rows_keep_their_numbers_since_noise_depends_on_them():
+    names = ["text", "understand", "generate", "reconstruct", "depth", "segment", "edit", "video_understand",
+             "video_generate"]  # fmt: skip
+    assert [task_number(name) for name in names] == list(range(9))
+
+
+def test_a_name_that_is_no_task_is_refused():
+    with pytest.raises(ValueError, match=r"A stage has task='paint', expected one of \['text', 'understand'"):
+        check_task("paint", "A stage")
+
+
+def test_a_source_is_for_a_task_that_records_can_be_read_for():
+    for name, task in TASKS.items():
+        if task.read is None:
+            with pytest.raises(ValueError, match=f"task='{name}' comes later"):
+                Source(task=name, path="a.jsonl")
+        else:
+            assert Source(task=name, path="a.jsonl").task == name
