@@ -30,6 +30,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from hydra_hf import HydraConfig, HydraForConditionalGeneration, HydraModel, HydraTokConfig, PixelViTDecoderConfig
+from hydra_hf.modeling.compat import enable_checkpointing
 from hydra_hf.modeling.flow import add_noise, velocity_target
 from hydra_hf.modeling.image_generation import ImagePrefix
 from hydra_hf.modeling.layers import ZeroLinear
@@ -412,7 +413,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     for checkpointing in (False, True):
         model = hydra_model().train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            enable_checkpointing(model)
         model(**training_batch(), use_cache=False).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

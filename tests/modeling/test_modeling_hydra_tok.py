@@ -13,6 +13,7 @@ from hydra_hf import (
     PixelFlowDecoderConfig,
     PixelViTDecoderConfig,
 )
+from hydra_hf.modeling.compat import enable_checkpointing
 from hydra_hf.modeling.flow import add_noise, predict_clean
 from hydra_hf.modeling.layers import ZeroLinear, latents_to_tokens, patchify, unpatchify
 
@@ -196,7 +197,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         randomized(model).load_state_dict({f"model.{key}": value for key, value in tok_model().state_dict().items()})
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            enable_checkpointing(model)
         output = model(pictures(2), gaussian(2, 4, 6), gaussian(2, 4, 48), torch.tensor([0.3, 0.9]))
         (output.clean_pixel_values.square().mean() + output.bottleneck_states.square().mean()).backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 from vision_tower_run import BACKBONE, make_stage, make_trainer, write_judges
 
+from hydra_hf.modeling.compat import CHECKPOINTING
 from hydra_hf.training.recipe import TokenizerLossWeights
 
 
@@ -77,7 +78,7 @@ def test_accumulation_does_not_change_a_step(finished, judges, tmp_path):
 
 def test_gradient_checkpointing_does_not_change_a_step(finished, judges, tmp_path):
     trainer = make_trainer(tmp_path, make_stage(judges), gradient_checkpointing=True)
-    assert trainer.model.is_gradient_checkpointing
+    assert getattr(trainer.model, f"is_{CHECKPOINTING}")
     trainer.train()
     torch.testing.assert_close(weights_of(tmp_path), weights_of(finished), rtol=0, atol=1e-6)
 

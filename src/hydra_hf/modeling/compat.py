@@ -4,16 +4,29 @@ Inside this package a cache of keys and values is `cache`, as in transformers 5.
 arguments of forwards and in the fields of outputs. `CACHE` is the installed library's word, for calls to the library.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import wraps
 
+import torch
 from torch import Tensor
-from transformers import AutoConfig, configuration_utils, modeling_utils
+from transformers import AutoConfig, configuration_utils, generation, modeling_utils
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.utils import output_capturing
 
 
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
+"""The library's word for computing activations twice: an argument of TrainingArguments."""
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
@@ -21,6 +34,12 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
     if cache is not None and past_key_values is not None:
         raise ValueError("Got both cache and past_key_values, expected one: they are two names of one argument.")
     return past_key_values if cache is None else cache
+
+
+def enable_checkpointing(model: PreTrainedModel, use_reentrant: bool | None = None) -> None:
+    """Has `model` compute its activations twice rather than keep them; None is the library's own choice."""
+    options = {} if use_reentrant is None else {f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}}
+    getattr(model, f"{CHECKPOINTING}_enable")(**options)
 
 
 if hasattr(modeling_utils, "slice_logits_to_keep"):  # since 5.21
@@ -75,3 +94,87 @@ else:
             for name, spec in self.sub_configs_defaults.items():
                 setattr(self, name, spec.create(getattr(self, name)))
             super().__post_init__(**kwargs)
+
+
+if hasattr(output_capturing, "selected_hidden_states"):  # since 5.23
+    capture_outputs = output_capturing.capture_outputs
+else:
+
+    def capture_outputs(**options) -> Callable:
+        """The library's decorator, with `output_hidden_states` as the indices to keep, from either end."""
+
+        def decorate(forward: Callable) -> Callable:
+            captured = output_capturing.capture_outputs(**options)(forward)
+
+            @wraps(forward)
+            def wrapper(self, *args, output_hidden_states=None, return_dict=None, **kwargs):
+                if output_hidden_states is None or isinstance(output_hidden_states, bool):
+                    flags = {"output_hidden_states": output_hidden_states, "return_dict": return_dict}
+                    flags = {name: flag for name, flag in flags.items() if flag is not None}
+                    return captured(self, *args, **flags, **kwargs)
+                outputs = captured(self, *args, output_hidden_states=True, return_dict=True, **kwargs)
+                outputs["hidden_states"] = _selected(outputs.hidden_states, output_hidden_states)
+                as_dict = self.config.return_dict if return_dict is None else return_dict
+                return outputs if as_dict else outputs.to_tuple()
+
+            return wrapper
+
+        return decorate
+
+    def _selected(states: tuple[Tensor, ...], selection: int | list[int]) -> tuple[Tensor | None, ...]:
+        indices = [selection] if isinstance(selection, int) else selection
+        kept = {range(len(states))[index] for index in indices if -len(states) <= index < len(states)}
+        return tuple(state if index in kept else None for index, state in enumerate(states))
+
+
+if hasattr(ProcessorMixin, "return_mm_token_type_ids"):  # since 5.23, an attribute of the processor
+    TypedProcessingKwargs = ProcessingKwargs
+else:
+
+    class TypedProcessingKwargs(ProcessingKwargs, total=False):
+        """What a processor takes; it gives `mm_token_type_ids` unless it is told not to."""
+
+        _defaults = {"text_kwargs": {"return_mm_token_type_ids": True}}
+
+
+if CHECKPOINTING == "activation_checkpointing":  # since 5.23
+    GenerationMixin = generation.GenerationMixin
+else:
+
+    class GenerationMixin(generation.GenerationMixin):
+        """The library's, for images: their blocks in the masks of static caches, and their order in several answers."""
+
+        def prepare_inputs_for_generation(self, input_ids, mm_token_type_ids=None, attention_mask=None, **kwargs):
+            inputs = super().prepare_inputs_for_generation(
+                input_ids, mm_token_type_ids=mm_token_type_ids, attention_mask=attention_mask, **kwargs
+            )
+            made_here = inputs.get("attention_mask")
+            if mm_token_type_ids is not None and made_here is not attention_mask:  # made without the images
+                ids, embeds = inputs["input_ids"], inputs.get("inputs_embeds")
+                batch_size, length = (ids if ids is not None else embeds).shape[:2]
+                inputs["attention_mask"] = self.create_masks_for_generate(
+                    self.config, torch.empty(batch_size, length, 0, dtype=self.dtype, device=self.device),
+                    attention_mask, inputs.get("past_key_values"), inputs.get("position_ids"), mm_token_type_ids,
+                )  # fmt: skip
+            return inputs
+
+        def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
+            """Every answer has all images of its row: [A, B] is [A, B, A, B], where 5.18 gives [A, A, B, B]."""
+            images = mm_encoder_output.get("image")
+            if images is not None:
+                embeds = images.pooler_output
+                placeholders = self.model.get_placeholder_mask(input_ids, inputs_embeds).sum(-1)
+                rows = _rows_of_images([len(embed) for embed in embeds], placeholders.tolist())
+                expanded = [embeds[index] for row in rows for index in row * expand_size]
+                images.pooler_output = torch.stack(expanded) if isinstance(embeds, Tensor) else expanded
+            return mm_encoder_output
+
+    def _rows_of_images(lengths: list[int], placeholders: list[int]) -> list[list[int]]:
+        """Which images stand in each row, given the tokens of every image and the placeholders of every row."""
+        rows, index = [], 0
+        for num_tokens in placeholders:
+            start = index
+            while num_tokens > 0 and index < len(lengths):
+                num_tokens, index = num_tokens - lengths[index], index + 1
+            rows.append([*range(start, index)])
+        return rows

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .compat import CACHE, one_cache, slice_logits_to_keep
+from .compat import CACHE, GenerationMixin, one_cache, slice_logits_to_keep
 from .configuration_hydra import HydraConfig
 from .image_generation import ImageGenerationMixin
 from .layers import TimestepEmbedding, init_layer, latents_to_tokens, sinusoidal_positions_2d, tokens_to_latents

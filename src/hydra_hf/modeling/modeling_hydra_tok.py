@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder
 
 from .bottleneck import Bottleneck, sample_posterior
+from .compat import capture_outputs
 from .configuration_hydra import HydraTokConfig, PixelFlowDecoderConfig
 from .flow import add_noise, predict_clean, velocity_target
 from .layers import (

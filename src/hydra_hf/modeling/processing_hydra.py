@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .compat import TypedProcessingKwargs
 from .image_processing_hydra import HydraImageProcessor, HydraImageProcessorPil
 
 
@@ -42,6 +44,7 @@ class HydraProcessor(ProcessorMixin):
     """
 
     return_mm_token_type_ids = True
+    valid_processor_kwargs = TypedProcessingKwargs
 
     def __init__(
         self,
@@ -100,7 +103,19 @@ class HydraProcessor(ProcessorMixin):
     def validate_inputs(self, images=None, text=None, **kwargs) -> None:
         if isinstance(text, list) and not text:
             raise ValueError("Got an empty list of texts, expected at least one.")
+        if text is not None:
+            self._check_placeholders(text, images)
         super().validate_inputs(images=images, text=text, **kwargs)
+
+    def _check_placeholders(self, texts: list[str], images: ImageInput | None) -> None:
+        """As many placeholders as images, which transformers checks itself since 5.23."""
+        num_placeholders = sum(text.count(self.image_token) for text in texts)
+        if images is None and num_placeholders:
+            raise ValueError(f"Got {num_placeholders} {self.image_token} tokens, but no images were passed.")
+        if images is not None and (num_images := len(make_flat_list_of_images(images))) != num_placeholders:
+            raise ValueError(
+                f"Got {num_placeholders} {self.image_token} tokens and {num_images} images, expected as many."
+            )
 
     # Chats
 
@@ -220,7 +235,7 @@ class HydraProcessor(ProcessorMixin):
             images = [part.get("image") for part in _image_parts(conversations)]
         texts, generated_spans = render_jinja_template(
             conversations,
-            chat_template=self._resolve_chat_template(None),
+            chat_template=self._default_chat_template(),
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
@@ -240,6 +255,13 @@ class HydraProcessor(ProcessorMixin):
         }
         batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_token_id).long()
         return batch
+
+    def _default_chat_template(self) -> str:
+        if isinstance(self.chat_template, str):
+            return self.chat_template
+        if "default" not in self.chat_template:
+            raise ValueError(f"Got the chat templates {[*self.chat_template]}, expected one named 'default'.")
+        return self.chat_template["default"]
 
     def _num_tokens_of(self, image: Tensor) -> int:
         if not isinstance(image, Tensor) or image.ndim != 3:

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hydra_hf.data.tasks import TASKS
 from hydra_hf.modeling import HydraConfig, HydraForConditionalGeneration
+from hydra_hf.modeling.compat import enable_checkpointing
 
 from .hydra_trainer import create_bundles
 from .lora import add_adapters
@@ -136,7 +137,7 @@ def meta_model(recipe: HydraRecipe, stage: HydraStage) -> HydraForConditionalGen
         if stage.lora_rank:
             add_adapters(model, stage, seed=0)
     if recipe.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     return model
 
 

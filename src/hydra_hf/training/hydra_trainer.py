@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 
 from hydra_hf.files import has_folder, write_folder, write_text
 from hydra_hf.modeling import HydraForConditionalGeneration, HydraTokConfig, HydraTokModel
+from hydra_hf.modeling.compat import CHECKPOINTING
 from hydra_hf.modeling.flow import add_noise, sample_sigma, velocity_target
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
@@ -72,7 +73,6 @@ class HydraTrainer(Trainer):
             max_steps=stage.num_steps,
             per_device_train_batch_size=1,  # one bundle
             gradient_accumulation_steps=accumulation,
-            activation_checkpointing=recipe.gradient_checkpointing,
             dataloader_num_workers=recipe.num_workers,
             bf16=stage.mixed_precision == "bf16",
             use_cpu=not torch.accelerator.is_available(),
@@ -85,6 +85,7 @@ class HydraTrainer(Trainer):
             ddp_broadcast_buffers=False,  # they never change, and a task's forward must not write what another's reads
             report_to=[],
             seed=seed,
+            **{CHECKPOINTING: recipe.gradient_checkpointing},
         )
         if arguments.n_gpu > 1:
             raise ValueError(

@@ -18,6 +18,7 @@ from hydra_hf.evaluation.backbones import PooledFeatures
 from hydra_hf.evaluation.reconstruction import score_reconstructions
 from hydra_hf.files import has_folder, write_folder, write_image_grid
 from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, HydraTokModel, PixelFlowDecoderConfig
+from hydra_hf.modeling.compat import enable_checkpointing
 from hydra_hf.modeling.flow import sample_sigma
 from hydra_hf.modeling.layers import latents_to_tokens
 
@@ -364,7 +365,7 @@ def create_stage_model(
     config = HydraTokConfig.from_dict({**recipe.config.to_dict(), "decoder_config": stage.decoder_config.to_dict()})
     model = HydraTokForPreTraining._from_config(config, attn_implementation=recipe.attn_implementation)
     if recipe.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model, use_reentrant=False)
     if previous is None:
         return model
     weights, new = previous.state_dict(), model.model.state_dict()
