@@ -1,18 +1,28 @@
 # `make try` and `make test` work on a fresh machine with Python 3.11: each makes .venv and installs what it needs.
 PYTHON ?= python3
 BIN = .venv/bin
+PIP = $(BIN)/pip --disable-pip-version-check
+TESTS ?= tests
+OLDEST = sed -nE 's/^ *(transformers|diffusers)>=([^,]+),.*/\1==\2/p' setup.cfg
 
-.PHONY: try test test-slow check style
+.PHONY: try test test-slow test-oldest test-latest check style
 
 try: .venv/try.done  ## draw a picture and ask about it, with the embedded checkpoint
 	$(BIN)/hydra generate "a cat" --out cat.png
 	$(BIN)/hydra ask cat.png "what is in the picture?" | tee answer.txt
+	@echo "Left here: cat.png (the picture), answer.txt (the answer), .venv (the installed package; delete it to start anew)"
 
 test: .venv/test.done
-	$(BIN)/pytest
+	$(BIN)/pytest $(TESTS)
 
 test-slow: .venv/test.done
 	$(BIN)/pytest -m slow
+
+test-oldest: .venv-oldest/done  ## with the oldest transformers and diffusers that setup.cfg admits
+	.venv-oldest/bin/python -m pytest $(TESTS)
+
+test-latest: .venv-latest/done  ## with the newest of everything that setup.cfg admits
+	.venv-latest/bin/python -m pytest $(TESTS)
 
 check: .venv/test.done  ## lint and format
 	$(BIN)/ruff check src tests examples benchmarks
@@ -22,8 +32,26 @@ style: .venv/test.done
 	$(BIN)/ruff check --fix src tests examples benchmarks
 	$(BIN)/ruff format src tests examples benchmarks
 
-.venv/try.done: setup.cfg
-	$(PYTHON) -m venv .venv && $(BIN)/pip install -q -e . && touch $@
+.venv/try.done: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv && $(PIP) install -q -c constraints.txt -e . && touch $@
 
-.venv/test.done: setup.cfg
-	$(PYTHON) -m venv .venv && $(BIN)/pip install -q -e ".[test,quality]" && touch $@ .venv/try.done
+.venv/test.done: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv && $(PIP) install -q -c constraints.txt -e ".[test,quality]" && touch $@ .venv/try.done
+
+.venv-oldest/done: .venv/test.done
+	$(call venv_on_top,.venv-oldest)
+	$(PIP) --python .venv-oldest/bin/python install -qq -e ".[test]" $$($(OLDEST))
+	touch $@
+
+.venv-latest/done: .venv/test.done
+	$(call venv_on_top,.venv-latest)
+	$(BIN)/pip freeze | grep -E "^torch(vision)?==" > .venv-latest/torch.txt
+	$(PIP) --python .venv-latest/bin/python install -qq -U --upgrade-strategy eager -c .venv-latest/torch.txt -e ".[test]"
+	touch $@
+
+# A venv that reads what it has not installed itself from .venv, so that torch is on the disk once.
+define venv_on_top
+$(PYTHON) -m venv --clear --without-pip $(1)
+$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+	$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+endef

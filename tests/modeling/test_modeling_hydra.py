@@ -482,10 +482,11 @@ def test_generate_takes_the_most_likely_token_of_forward(qwen):
     assert torch.equal(logits.argmax(-1), output.sequences[0, -6:])
 
 
-def test_a_static_cache_gives_the_answer_of_a_dynamic_one(model):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_static_cache_gives_the_answer_of_a_dynamic_one(model, name):
     dynamic = answer(model, prompt())
     cache = StaticCache(config=model.config.text_config, max_cache_len=64)
-    static = answer(model, prompt(), past_key_values=cache, disable_compile=True)
+    static = answer(model, prompt(), **{name: cache}, disable_compile=True)
     assert torch.equal(dynamic.sequences, static.sequences)
     torch.testing.assert_close(torch.stack(dynamic.logits), torch.stack(static.logits), **CLOSE)
 
@@ -494,7 +495,7 @@ def test_a_static_cache_gives_the_answer_of_a_dynamic_one(model):
 def test_a_second_turn_with_an_image_goes_on_from_the_cache(model, kind):
     config = model.config.text_config
     cache = StaticCache(config=config, max_cache_len=64) if kind == "static" else DynamicCache(config=config)
-    first = answer(model, prompt(), past_key_values=cache, disable_compile=True).sequences
+    first = answer(model, prompt(), cache=cache, disable_compile=True).sequences
     turn = torch.tensor([sequence(8, "image", 9)])
     ids = torch.cat([first, turn], dim=1)
     inputs = {
@@ -503,7 +504,7 @@ def test_a_second_turn_with_an_image_goes_on_from_the_cache(model, kind):
         "mm_token_type_ids": (ids == IMAGE).long() * (torch.arange(ids.shape[1]) >= 0),
     }
     image = pictures(1, seed=5)
-    continued = answer(model, {**inputs, "pixel_values": image}, past_key_values=cache, disable_compile=True)
+    continued = answer(model, {**inputs, "pixel_values": image}, cache=cache, disable_compile=True)
     at_once = answer(model, {**inputs, "pixel_values": torch.cat([pictures(2), image])})
     assert torch.equal(continued.sequences, at_once.sequences)
     torch.testing.assert_close(torch.stack(continued.logits), torch.stack(at_once.logits), **CLOSE)

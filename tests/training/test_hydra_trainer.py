@@ -105,6 +105,7 @@ def moved(before: nn.Module, after: nn.Module) -> set[str]:
 # Runs
 
 
+@pytest.mark.smoke
 def test_a_killed_and_resumed_run_ends_as_an_unbroken_one(make_trainer, tmp_path):
     unbroken = make_trainer(tmp_path / "unbroken")
     unbroken.train()

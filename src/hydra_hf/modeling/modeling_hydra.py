@@ -356,6 +356,9 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
             raise ValueError(
                 "prefill_chunk_size would cut an image block in two and change the answer; leave it None."
             )
+        cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        if cache is not None:
+            kwargs[CACHE] = cache
         return super().generate(inputs=inputs, **kwargs)
 
     # Text: what GenerationMixin needs to know about images.
