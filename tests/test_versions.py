@@ -1,20 +1,26 @@
-"""The embedded checkpoint answers and draws the same with every supported version of transformers and diffusers.
+"""The supported versions of other libraries: what is pinned, and that the embedded checkpoint does the same with all of them.
 
 `python tests/test_versions.py` writes the reference anew, for new weights.
 """
 
 import hashlib
 import json
+import re
+import warnings
+from configparser import ConfigParser
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import hydra_hf
 from hydra_hf import HydraPipeline
 
 
+ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).with_name("hydra-tiny-reference.json")
 PROMPT, QUESTION = "two apples", "what is in the picture?"
 GRID = 8  # the picture is compared as the means of 8 x 8 squares
@@ -48,6 +54,38 @@ def test_every_version_draws_and_answers_the_same():
     drawn = picture_and_answer()
     assert drawn["answer"] == reference["answer"]
     np.testing.assert_allclose(drawn["picture"], reference["picture"], rtol=0, atol=1e-4)
+
+
+def requirements() -> dict[str, Requirement]:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = "\n".join([setup["options"]["install_requires"], *setup["options.extras_require"].values()]).splitlines()
+    return {each.name: each for each in map(Requirement, filter(None, lines)) if each.name != "hydra_hf"}
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_every_requirement_is_pinned_inside_its_range_and_torch_is_not():
+    free = {"torch", "torchvision", "gradio"}  # torch fits the machine; no command of the README installs gradio
+    assert {name for name in requirements() if name not in pins()} == free
+    for name, pin in pins().items():
+        assert not re.match("torch|triton|nvidia|cuda", name)
+        assert name not in requirements() or pin in requirements()[name].specifier
+
+
+@pytest.mark.parametrize("name", ["transformers", "diffusers"])
+def test_the_installed_version_is_one_that_setup_cfg_admits(name):
+    assert version(name) in requirements()[name].specifier
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+@pytest.mark.parametrize("module", ["hydra_hf.cli", "test_versions"])
+def test_a_deprecated_call_of_ours_is_an_error(category, module):
+    with pytest.raises(category):
+        warnings.warn_explicit("use another name", category, "file.py", 1, module=module)
 
 
 if __name__ == "__main__":
