@@ -33,10 +33,12 @@ style: .venv/test.done
 	$(BIN)/ruff format src tests examples benchmarks
 
 .venv/try.done: setup.cfg constraints.txt
-	$(PYTHON) -m venv .venv && $(PIP) install -q -c constraints.txt -e . && touch $@
+	@echo "Installing into .venv; PyTorch alone is some gigabytes, so this takes minutes."
+	$(PYTHON) -m venv .venv && $(PIP) install -qq -c constraints.txt -e . && touch $@
 
 .venv/test.done: setup.cfg constraints.txt
-	$(PYTHON) -m venv .venv && $(PIP) install -q -c constraints.txt -e ".[test,quality]" && touch $@ .venv/try.done
+	@echo "Installing into .venv; PyTorch alone is some gigabytes, so this takes minutes."
+	$(PYTHON) -m venv .venv && $(PIP) install -qq -c constraints.txt -e ".[test,quality]" && touch $@ .venv/try.done
 
 .venv-oldest/done: .venv/test.done
 	$(call venv_on_top,.venv-oldest)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import hydra_hf
 from hydra_hf import HydraPipeline
@@ -79,6 +80,13 @@ def test_every_requirement_is_pinned_inside_its_range_and_torch_is_not():
 @pytest.mark.parametrize("name", ["transformers", "diffusers"])
 def test_the_installed_version_is_one_that_setup_cfg_admits(name):
     assert version(name) in requirements()[name].specifier
+
+
+@pytest.mark.parametrize("name", ["transformers", "diffusers"])
+def test_the_readme_tells_the_tested_range(name):
+    low, high = re.search(rf"{name} ([\d.]+) to ([\d.]+)", (ROOT / "README.md").read_text(encoding="utf-8")).groups()
+    major, minor = high.split(".")
+    assert requirements()[name].specifier == SpecifierSet(f">={low},<{major}.{int(minor) + 1}")
 
 
 @pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])

@@ -543,6 +543,13 @@ def test_every_one_of_several_answers_sees_its_own_images(qwen):
     assert torch.equal(several, greedy.expand(3, -1))
 
 
+def test_several_answers_to_embeddings_see_their_own_images(qwen):
+    inputs = prompt()
+    embeds = qwen.get_input_embeddings()(inputs.pop("input_ids"))
+    several = answer(qwen, {**inputs, "inputs_embeds": embeds}, do_sample=True, top_k=1, num_return_sequences=3)
+    assert torch.equal(several.sequences, answer(qwen, prompt()).sequences[:, -6:].expand(3, -1))
+
+
 def test_sampling_is_decided_by_the_seed(qwen):
     def draw(seed: int) -> Tensor:
         torch.manual_seed(seed)

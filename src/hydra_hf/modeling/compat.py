@@ -137,7 +137,7 @@ else:
         _defaults = {"text_kwargs": {"return_mm_token_type_ids": True}}
 
 
-if CHECKPOINTING == "activation_checkpointing":  # since 5.23
+if hasattr(ProcessorMixin, "return_mm_token_type_ids"):  # since 5.23, when generate too learnt of these
     GenerationMixin = generation.GenerationMixin
 else:
 
@@ -163,7 +163,8 @@ else:
             images = mm_encoder_output.get("image")
             if images is not None:
                 embeds = images.pooler_output
-                placeholders = self.model.get_placeholder_mask(input_ids, inputs_embeds).sum(-1)
+                ids = input_ids if input_ids is not None and input_ids.numel() else None  # empty next to embeddings
+                placeholders = self.model.get_placeholder_mask(ids, inputs_embeds).sum(-1)
                 rows = _rows_of_images([len(embed) for embed in embeds], placeholders.tolist())
                 expanded = [embeds[index] for row in rows for index in row * expand_size]
                 images.pooler_output = torch.stack(expanded) if isinstance(embeds, Tensor) else expanded
