@@ -84,10 +84,6 @@ else:
 
         def __init_subclass__(cls, *args, **kwargs):
             super().__init_subclass__(*args, **kwargs)
-            specs = cls.sub_configs_defaults.items()
-            cls.sub_configs_defaults = {
-                name: spec if isinstance(spec, SubConfigSpec) else SubConfigSpec(spec) for name, spec in specs
-            }
             cls.sub_configs = {name: spec.config_class for name, spec in cls.sub_configs_defaults.items()}
 
         def __post_init__(self, **kwargs):

@@ -241,8 +241,8 @@ class HydraConfig(HydraPreTrainedConfig):
     model_type = "hydra"
     sub_configs_defaults = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
-        "vision_config": HydraTokConfig,
-        "vision_head_config": VisionHeadConfig,
+        "vision_config": SubConfigSpec(config_class=HydraTokConfig),
+        "vision_head_config": SubConfigSpec(config_class=VisionHeadConfig),
     }
 
     text_config: dict | PreTrainedConfig | None = None
