@@ -22,6 +22,7 @@ from .configuration_hydra import HydraConfig
 from .image_generation import ImageGenerationMixin
 from .layers import TimestepEmbedding, init_layer, latents_to_tokens, sinusoidal_positions_2d, tokens_to_latents
 from .modeling_hydra_tok import HydraTokModel
+from .pretrained import HydraPreTrainedMixin
 from .vision_head import VisionHead
 
 
@@ -68,7 +69,7 @@ class MultiModalProjector(nn.Module):
         return self.linear(states)
 
 
-class HydraPreTrainedModel(PreTrainedModel):
+class HydraPreTrainedModel(HydraPreTrainedMixin, PreTrainedModel):
     config: HydraConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -86,10 +87,6 @@ class HydraPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         init_layer(module, self.config.initializer_range)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class="AutoModel"):
-        """Off: loading through a shim would mark the installed class and rewrite `auto_map` on the next save."""
 
 
 class HydraModel(HydraPreTrainedModel):

@@ -31,6 +31,7 @@ from .layers import (
     unpatchify,
 )
 from .pixel_decoders import PIXEL_DECODERS
+from .pretrained import HydraPreTrainedMixin
 
 
 @dataclass
@@ -161,7 +162,7 @@ class SemViT(nn.Module):
         return self.post_layernorm(hidden_states)
 
 
-class HydraTokPreTrainedModel(PreTrainedModel):
+class HydraTokPreTrainedModel(HydraPreTrainedMixin, PreTrainedModel):
     config: HydraTokConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
@@ -193,22 +194,10 @@ class HydraTokPreTrainedModel(PreTrainedModel):
             module.init_statistics()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
-        """As in transformers; a HYDRA checkpoint gives its vision tower. Raises ValueError if no weight fits."""
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers; a HYDRA checkpoint gives its vision tower. Raises ValueError for weights that do not fit."""
         kwargs.setdefault("key_mapping", {r"^model\.vision_tower\.": ""})
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        if len(info["missing_keys"]) >= len(model.state_dict()):
-            raise ValueError(
-                f"No weight of {pretrained_model_name_or_path!r} belongs to {cls.__name__}: expected keys such as"
-                f" {sorted(info['missing_keys'])[:3]}, found {sorted(info['unexpected_keys'])[:3]}."
-            )
-        return (model, info) if output_loading_info else model
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class="AutoModel"):
-        """Off: loading through a shim would mark the installed class and rewrite `auto_map` on the next save."""
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
 
 class HydraTokModel(HydraTokPreTrainedModel):
@@ -228,6 +217,9 @@ class HydraTokModel(HydraTokPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.gen_vit.embeddings.projection
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.gen_vit.embeddings.projection = value
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor, **kwargs) -> HydraTokOutput:

@@ -1,0 +1,87 @@
+"""What HYDRA and HYDRA-TOK share as models of transformers: how weights are loaded and attention is chosen."""
+
+import logging
+
+import torch
+from torch import nn
+from transformers.integrations.fsdp import is_fsdp_enabled
+from transformers.modeling_utils import is_local_dist_rank_0
+
+
+class HydraPreTrainedMixin:
+    """In front of `PreTrainedModel`: weights that do not fit the config are an error."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
+        """As in transformers, except that no weight stays random in silence.
+
+        `output_loading_info`, `ignore_mismatched_sizes` or no folder at all (None) say that missing weights are wanted.
+
+        Raises:
+            ValueError: for weights that are missing, belong to layers that the config does not have, or are not finite.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            **kwargs,
+        )
+        if output_loading_info:
+            return model, info
+        if pretrained_model_name_or_path is not None and not ignore_mismatched_sizes:
+            _check_keys(model, pretrained_model_name_or_path, info)
+            _check_values(model, pretrained_model_name_or_path)
+        return model
+
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
+        """As in transformers; the parts with a config that are plain modules, such as decoders, follow without its warning."""
+        transformers_logger = logging.getLogger("transformers.modeling_utils")
+        transformers_logger.addFilter(_is_not_about_plain_modules)
+        try:
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        finally:
+            transformers_logger.removeFilter(_is_not_about_plain_modules)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Off: loading through a shim would mark the installed class and rewrite `auto_map` on the next save."""
+
+
+def _is_not_about_plain_modules(record: logging.LogRecord) -> bool:
+    return "without finding the associated sub-model" not in record.getMessage()
+
+
+def _check_keys(model: nn.Module, name: str, info: dict) -> None:
+    missing, others = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    base = model.base_model
+    parts = [key.removeprefix("model.").split(".")[0] for key in others]
+    surplus = [key for key, part in zip(others, parts) if hasattr(base, part) or hasattr(model, part)]
+    if getattr(base, "pixel_decoder", True) is None:
+        surplus = [key for key in surplus if "pixel_decoder" not in key]  # an encoder may leave the decoder behind
+    if missing or surplus:
+        raise ValueError(
+            f"The weights in {str(name)!r} do not fit the config of {type(model).__name__}: {_list(missing)} missing,"
+            f" {_list(others)} not expected. Load with output_loading_info=True to have the model all the same, with random"
+            " values where weights are missing."
+        )
+
+
+def _list(keys: list[str]) -> str:
+    return f"{len(keys)} ({', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})" if keys else "none"
+
+
+def _check_values(model: nn.Module, name: str) -> None:
+    if is_fsdp_enabled() and not is_local_dist_rank_0():
+        return  # the first process has read the weights and sends them
+    for key, tensor in model.state_dict().items():
+        if type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+            if not torch.stack(tensor.aminmax()).isfinite().all():
+                raise ValueError(f"The weights in {str(name)!r} are damaged: {key} has values that are not finite.")
