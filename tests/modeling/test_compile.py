@@ -150,3 +150,71 @@ def test_a_pipeline_draws_prompts_of_several_lengths_with_one_graph(tiny_pipelin
     for call, expected in zip(calls, eager):
         torch.testing.assert_close(draw(*call, pad_to_multiple_of=64), expected, **CLOSE)
     assert backend.num_graphs == 1
+
+
+class TrainingStep(torch.nn.Module):
+    """A call with a given and a generated image, as the trainer makes it."""
+
+    def __init__(self, model: HydraForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, labels, latents, sigma, is_generated, target):
+        outputs = self.model(
+            input_ids=input_ids, labels=labels, latents=latents, sigma=sigma, is_generated=is_generated,
+            velocity_target=target, use_cache=False,
+        )  # fmt: skip
+        return outputs.language_loss, outputs.flow_loss
+
+
+def training_inputs() -> dict[str, Tensor]:
+    ids = torch.tensor([[1, START, *[IMAGE] * 5, 2, 3], [4, 5, START, *[IMAGE] * 5, 6]])
+    return {
+        "input_ids": ids, "labels": ids.masked_fill(ids == IMAGE, -100), "latents": gaussian(2, 6, 2, 2),
+        "sigma": torch.tensor([0.0, 0.7]), "is_generated": torch.tensor([False, True]), "target": gaussian(1, 6, 2, 2),
+    }  # fmt: skip
+
+
+def understanding_inputs() -> dict[str, Tensor]:
+    ids = torch.tensor([[1, START, *[IMAGE] * 5, 2], [3, START, *[IMAGE] * 5, 4]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pictures(2)}
+
+
+def test_a_training_step_is_one_graph_that_gives_what_eager_gives(backend):
+    step, inputs = TrainingStep(one_layer_model()), training_inputs()
+    expected = step(**inputs)
+    torch.testing.assert_close(torch.compile(step, backend=backend, fullgraph=True)(**inputs), expected, **CLOSE)
+    swapped = {**inputs, "is_generated": torch.tensor([True, False])}
+    torch.testing.assert_close(torch.compile(step, backend=backend, fullgraph=True)(**swapped), step(**swapped), **CLOSE)
+    assert backend.num_graphs == 1
+
+
+@torch.no_grad()
+def test_questions_about_pictures_are_one_graph_that_gives_what_eager_gives(backend):
+    model, inputs = one_layer_model(), understanding_inputs()
+    expected = model(**inputs, use_cache=False).logits
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, expected, **CLOSE)
+    text = {**inputs, "input_ids": torch.ones_like(inputs["input_ids"]), "pixel_values": None}
+    torch.testing.assert_close(compiled(**text, use_cache=False).logits, model(**text, use_cache=False).logits, **CLOSE)
+
+
+@torch.no_grad()
+def test_the_tokenizer_encodes_in_one_graph(backend):
+    model = one_layer_model().model.vision_tower
+    compiled = torch.compile(lambda pixels: model.encode(pixels).latent_dist.mean, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(pictures(1)), model.encode(pictures(1)).latent_dist.mean, **CLOSE)
+
+
+@torch.no_grad()
+def test_the_exported_model_answers_as_the_model():
+    model, inputs = one_layer_model(), understanding_inputs()
+    program = torch.export.export(model, (), {**inputs, "use_cache": False})
+    logits = program.module()(**inputs, use_cache=False).logits
+    torch.testing.assert_close(logits, model(**inputs, use_cache=False).logits, **CLOSE)
+
+
+def test_the_exported_training_step_gives_its_losses():
+    step, inputs = TrainingStep(one_layer_model()), training_inputs()
+    program = torch.export.export(step, (), inputs)
+    torch.testing.assert_close(program.module()(**inputs), step(**inputs), **CLOSE)

@@ -4,6 +4,7 @@ Inside this package a cache of keys and values is `cache`, as in transformers 5.
 arguments of forwards and in the fields of outputs. `CACHE` is the installed library's word, for calls to the library.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -30,9 +31,11 @@ CHECKPOINTING = (
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache, under whichever of its two names it came. Raises ValueError for both at once."""
+    """The cache, under whichever of its two names it came. Raises ValueError for both at once; warns of the library's old one."""
     if cache is not None and past_key_values is not None:
         raise ValueError("Got both cache and past_key_values, expected one: they are two names of one argument.")
+    if past_key_values is not None and CACHE == "cache":
+        warnings.warn("`past_key_values` is deprecated, use `cache`.", FutureWarning, stacklevel=3)
     return past_key_values if cache is None else cache
 
 

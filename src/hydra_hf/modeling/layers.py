@@ -225,6 +225,11 @@ def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def first_set(mask: Tensor, number: int) -> Tensor:
+    """Where the first `number` True of `mask` (L,) are, in order: (number,). Indexing by the mask has no shape to compile."""
+    return mask.int().argsort(descending=True, stable=True)[:number]
+
+
 def latents_to_tokens(latents: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, N, C)."""
     return latents.flatten(2).transpose(1, 2)

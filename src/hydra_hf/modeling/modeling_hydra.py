@@ -15,12 +15,20 @@ from transformers.generation import GenerationConfig
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils.generic import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .compat import CACHE, GenerationMixin, one_cache, slice_logits_to_keep
 from .configuration_hydra import HydraConfig
 from .image_generation import ImageGenerationMixin
-from .layers import TimestepEmbedding, init_layer, latents_to_tokens, sinusoidal_positions_2d, tokens_to_latents
+from .layers import (
+    TimestepEmbedding,
+    first_set,
+    init_layer,
+    latents_to_tokens,
+    sinusoidal_positions_2d,
+    tokens_to_latents,
+)
 from .modeling_hydra_tok import HydraTokModel
 from .pretrained import HydraPreTrainedMixin
 from .vision_head import VisionHead
@@ -28,9 +36,11 @@ from .vision_head import VisionHead
 
 @dataclass
 class HydraModelOutput(BaseModelOutputWithPast):
-    """`last_hidden_state` (B, L, D); `image_hidden_states` (num_images, N, D): the part of it where pictures stand."""
+    """`last_hidden_state` (B, L, D); `image_hidden_states` (num_images, N, D): the part of it where pictures stand;
+    `image_outputs`: what `get_image_features` gave for images that came as pixels."""
 
     image_hidden_states: Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
@@ -40,6 +50,7 @@ class HydraOutput(CausalLMOutputWithPast):
     velocity: Tensor | None = None
     language_loss: Tensor | None = None
     flow_loss: Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 def get_image_block_ids(mm_token_type_ids: Tensor, past_length: int = 0) -> Tensor:
@@ -50,6 +61,13 @@ def get_image_block_ids(mm_token_type_ids: Tensor, past_length: int = 0) -> Tens
     is_image = nn.functional.pad(mm_token_type_ids == 1, (past_length, 0), value=False)
     before = nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
     return torch.where(is_image, (is_image & ~before).int().cumsum(1) - 1, -1)
+
+
+def check_token_types(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> None:
+    """ValueError for token types of other rows than the inputs (B, L, D), or of fewer positions."""
+    batch_size, length = inputs_embeds.shape[:2]
+    if mm_token_type_ids.ndim != 2 or len(mm_token_type_ids) != batch_size or mm_token_type_ids.shape[1] < length:
+        raise ValueError(f"mm_token_type_ids {tuple(mm_token_type_ids.shape)} must be {(batch_size, length)}, as input_ids.")
 
 
 class MultiModalProjector(nn.Module):
@@ -118,17 +136,30 @@ class HydraModel(HydraPreTrainedModel):
             visual_states = self.vision_tower.get_semantic_states(latents)  # (num_images, N, D)
         else:
             visual_states = self.vision_tower.get_bottleneck_states(latents)
-        image_embeds = self.multi_modal_projector(visual_states, tuple(latents.shape[-2:]))  # (num_images, N, D_llm)
+        return self._project(visual_states, tuple(latents.shape[-2:]), sigma)
+
+    def _project(self, visual_states: Tensor, grid: tuple[int, int], sigma: Tensor) -> Tensor:
+        image_embeds = self.multi_modal_projector(visual_states, grid)  # (num_images, N, D_llm)
         if self.time_embedding is None:
             return image_embeds
         return torch.cat([self.time_embedding(sigma)[:, None], image_embeds], dim=1)
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        """`pooler_output`: the embeddings of given images (num_images, 3, H, W), time token included."""
-        latents = self.get_latents(pixel_values)
-        embeds = self.get_image_embeds(latents, latents.new_zeros(len(latents)))
-        return BaseModelOutputWithPooling(last_hidden_state=embeds, pooler_output=embeds)
+    def get_image_features(
+        self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        """What the vision tower says of given images (num_images, 3, H, W); `pooler_output` are their embeddings, time token
+        included. `kwargs` are the tower's, such as `output_hidden_states`."""
+        outputs = self.vision_tower(pixel_values, **{**kwargs, "return_dict": True})
+        latents, visual_states = outputs.latents, outputs.last_hidden_state  # (num_images, N, D)
+        if self.config.llm_visual_input == "latent":
+            visual_states = self.vision_tower.get_bottleneck_states(latents)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self._project(visual_states, tuple(latents.shape[-2:]), latents.new_zeros(len(latents))),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """Where images stand, (B, L) bool; found by embedding when there are no ids."""
@@ -152,7 +183,7 @@ class HydraModel(HydraPreTrainedModel):
         mm_encoder_outputs: dict | None = None,
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> HydraModelOutput:
         """Causal over text, bidirectional inside each image. A given image is a generated one at sigma 0.
 
@@ -172,7 +203,14 @@ class HydraModel(HydraPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_mask = self.get_placeholder_mask(input_ids, inputs_embeds)  # (B, L)
-        image_embeds = self._select_image_embeds(pixel_values, latents, sigma, mm_encoder_outputs)
+        if mm_token_type_ids is not None:
+            check_token_types(mm_token_type_ids, inputs_embeds)
+        image_outputs = self._encode_images(pixel_values, latents, mm_encoder_outputs, kwargs)
+        image_embeds = None
+        if image_outputs is not None:
+            image_embeds = image_outputs.pooler_output  # (num_images, [1 +] N, D)
+        elif latents is not None:
+            image_embeds = self._embed_latents(latents, sigma)
         if image_embeds is not None:
             inputs_embeds = self._place_images(inputs_embeds, image_mask, image_embeds)
         if not isinstance(attention_mask, dict):
@@ -189,26 +227,29 @@ class HydraModel(HydraPreTrainedModel):
         states = outputs.last_hidden_state  # (B, L, D)
         image_hidden_states = None
         if image_embeds is not None:
-            states_of_images = states[image_mask].view(*image_embeds.shape[:2], -1)
+            num_images, tokens_per_image = image_embeds.shape[:2]
+            places = first_set(image_mask.flatten(), num_images * tokens_per_image)
+            states_of_images = states.flatten(0, 1)[places].unflatten(0, (num_images, tokens_per_image))
             image_hidden_states = states_of_images[:, self.config.num_time_tokens :]  # (num_images, N, D)
         return HydraModelOutput(
             last_hidden_state=states,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_hidden_states,
+            image_outputs=image_outputs,
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def _select_image_embeds(self, pixel_values, latents, sigma, mm_encoder_outputs) -> Tensor | None:
+    def _encode_images(self, pixel_values, latents, mm_encoder_outputs, kwargs) -> BaseModelOutputWithPooling | None:
         encoded = (mm_encoder_outputs or {}).get("image")
         if sum(source is not None for source in (pixel_values, latents, encoded)) > 1:
             raise ValueError("Give images once: as pixel_values, latents or mm_encoder_outputs.")
-        if encoded is not None:
-            return encoded.pooler_output
-        if pixel_values is not None:
-            return self.get_image_features(pixel_values).pooler_output
-        if latents is None:
-            return None
+        if pixel_values is None:
+            return encoded
+        recorded = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
+        return self.get_image_features(pixel_values, **{**recorded, "return_dict": True})
+
+    def _embed_latents(self, latents: Tensor, sigma: Tensor | None) -> Tensor:
         if sigma is None or sigma.shape != (len(latents),):
             shape = None if sigma is None else tuple(sigma.shape)
             raise ValueError(f"latents of {len(latents)} images need sigma of shape ({len(latents)},), got {shape}.")
@@ -251,7 +292,9 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         self.vision_head = VisionHead(config)
         self.post_init()
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
@@ -273,7 +316,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> HydraOutput:
         """L = L_NTP + L_FM, each where its target is given. See `HydraModel.forward` for the inputs.
 
@@ -299,7 +342,8 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, L, V)
         velocity = language_loss = flow_loss = None
         if is_generated is not None:
-            velocity = self._velocity_of(outputs.image_hidden_states, latents, sigma, is_generated)
+            num_generated = None if velocity_target is None else len(velocity_target)
+            velocity = self._velocity_of(outputs.image_hidden_states, latents, sigma, is_generated, num_generated)
         if labels is not None:
             language_loss = self.loss_function(logits, labels, self.config.text_config.vocab_size, **kwargs)
         if velocity_target is not None:
@@ -318,20 +362,24 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
             flow_loss=flow_loss,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            image_outputs=outputs.image_outputs,
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def _velocity_of(self, image_hidden_states, latents, sigma, is_generated) -> Tensor:
+    def _velocity_of(self, image_hidden_states, latents, sigma, is_generated, num_generated: int | None) -> Tensor:
         if latents is None or is_generated.shape != (len(latents),):
             raise ValueError(
                 f"is_generated {tuple(is_generated.shape)} needs latents of as many images,"
                 f" got {None if latents is None else tuple(latents.shape)}."
             )
-        if not is_generated.any():
+        if num_generated is None or not torch.compiler.is_compiling():
+            num_generated = int(is_generated.sum())
+        if num_generated == 0:
             raise ValueError(
                 f"is_generated marks none of {len(latents)} images; leave it out where nothing is generated."
             )
-        return self._draw(image_hidden_states[is_generated], latents[is_generated], sigma[is_generated])
+        images = first_set(is_generated, num_generated)
+        return self._draw(image_hidden_states[images], latents[images], sigma[images])
 
     def _draw(self, states: Tensor, noisy_latents: Tensor, sigma: Tensor) -> Tensor:
         """The vision head on states (B, N, D_llm) of image tokens: velocity (B, C, h, w)."""
@@ -381,7 +429,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         """transformers' masks with image blocks; `mm_token_type_ids` are of the current chunk only."""
         cache = one_cache(cache, past_key_values)
         block_ids = None
-        if mm_token_type_ids is not None and (mm_token_type_ids == 1).any():
+        if mm_token_type_ids is not None and (torch.compiler.is_compiling() or (mm_token_type_ids == 1).any()):
             past_length = 0 if cache is None else int(cache.get_seq_length())
             block_ids = get_image_block_ids(mm_token_type_ids[:, -inputs_embeds.shape[1] :], past_length)
         return create_masks_for_generate(

@@ -11,7 +11,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput
+from transformers.utils.generic import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder
 
 from .bottleneck import Bottleneck, sample_posterior
@@ -222,9 +224,13 @@ class HydraTokModel(HydraTokPreTrainedModel):
         self.gen_vit.embeddings.projection = value
 
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: Tensor, **kwargs) -> HydraTokOutput:
-        """Understanding path on `pixel_values` (B, 3, H, W) in [-1, 1]. Raises ValueError for a size the patch does not divide."""
+    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> HydraTokOutput:
+        """Understanding path on `pixel_values` (B, 3, H, W) in [-1, 1].
+
+        Raises ValueError for another rank, type, range or a size the patch does not divide.
+        """
         grid = self.get_grid(pixel_values)
+        self.check_range(pixel_values)
         hidden_states = self.gen_vit(self.normalize_pixels(pixel_values), **kwargs)  # (B, N, D)
         bottleneck = self.bottleneck(hidden_states)  # mean, logvar: (B, N, C)
         semantic_states = self.sem_vit(bottleneck.hidden_states, grid, **kwargs)  # (B, N, D)
@@ -244,11 +250,7 @@ class HydraTokModel(HydraTokPreTrainedModel):
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         grid = self.get_grid(pixel_values)
-        if pixel_values.numel() and pixel_values.detach().abs().amax() > 1.5:
-            raise ValueError(
-                f"pixel_values reach from {pixel_values.min().item():.3g} to {pixel_values.max().item():.3g};"
-                " expected pixels in [-1, 1]."
-            )
+        self.check_range(pixel_values)
         bottleneck = self.bottleneck(self.gen_vit(self.normalize_pixels(pixel_values)))
         mean = self.bottleneck.normalize(bottleneck.mean)
         logvar = bottleneck.logvar - 2 * self.bottleneck.latents_std.log()
@@ -331,6 +333,14 @@ class HydraTokModel(HydraTokPreTrainedModel):
         if not len(pixel_values):
             raise ValueError(f"pixel_values {tuple(pixel_values.shape)} hold no picture, expected at least one.")
         return height // patch, width // patch
+
+    def check_range(self, pixel_values: Tensor) -> None:
+        """ValueError for pixels that are clearly not in [-1, 1]; not in a compiled graph, which cannot branch on data."""
+        if not torch.compiler.is_compiling() and pixel_values.detach().abs().amax() > 1.5:
+            raise ValueError(
+                f"pixel_values reach from {pixel_values.min().item():.3g} to {pixel_values.max().item():.3g};"
+                " expected pixels in [-1, 1]."
+            )
 
     def _pixel_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = like.new_tensor(self.config.image_mean), like.new_tensor(self.config.image_std)
