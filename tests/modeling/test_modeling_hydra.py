@@ -262,6 +262,32 @@ def test_encoded_images_can_be_given_instead_of_pixels(qwen):
     assert torch.equal(by_features, qwen(input_ids=input_ids, pixel_values=pictures(1)).logits)
 
 
+def test_image_features_carry_the_states_of_the_tower(qwen):
+    features = qwen.get_image_features(pictures(2), output_hidden_states=True)
+    tower = qwen.model.vision_tower(pictures(2), output_hidden_states=True)
+    assert torch.equal(features.last_hidden_state, tower.last_hidden_state)
+    assert len(features.hidden_states) == len(tower.hidden_states) == 5
+    latents = qwen.encode_images(pictures(2))
+    torch.testing.assert_close(features.pooler_output, qwen.model.get_image_embeds(latents, torch.zeros(2)), **CLOSE)
+    input_ids = torch.tensor([sequence(1, "image", "image", 2)])
+    outputs = qwen(input_ids=input_ids, pixel_values=pictures(2), output_hidden_states=True)
+    assert torch.equal(outputs.image_outputs.hidden_states[-1], tower.hidden_states[-1])
+
+
+@pytest.mark.parametrize("shape", [(1, 10), (3, 10), (2, 9), (10,)])
+def test_token_types_of_another_shape_are_refused(qwen, shape):
+    ids = torch.tensor([sequence(1, "image", 2, 3)] * 2)
+    with pytest.raises(ValueError, match=r"mm_token_type_ids \(.*\) must be \(2, 10\)"):
+        qwen(input_ids=ids, pixel_values=pictures(2), mm_token_type_ids=torch.zeros(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("scale", [255.0, 2.0])
+def test_questions_about_pixels_outside_their_range_are_refused(qwen, scale):
+    ids = torch.tensor([sequence(1, "image", 2)])
+    with pytest.raises(ValueError, match=r"reach from .* expected pixels in \[-1, 1\]"):
+        qwen(input_ids=ids, pixel_values=scale * torch.ones(1, 3, 8, 8))
+
+
 @pytest.mark.parametrize(("height", "width"), [(4, 12), (16, 8)])
 def test_images_of_any_size_are_read(qwen, height, width):
     num_tokens = 1 + height * width // PATCH**2

@@ -1,29 +1,73 @@
 """Configurations of HYDRA-TOK and HYDRA, with the papers' sizes as named presets."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import field
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .compat import ConfigOfParts, SubConfigSpec
 
 
 def _check_layers(name: str, config: PreTrainedConfig, multiple: int = 1) -> None:
     """What every transformer here needs: heads that divide the width, and an activation that exists."""
-    if config.num_attention_heads < 1:
-        raise ValueError(f"{name}: num_attention_heads={config.num_attention_heads} must be at least 1.")
+    _check_positive(name, config)
     if config.hidden_size % (config.num_attention_heads * multiple):
         raise ValueError(
             f"{name}: hidden_size={config.hidden_size} must be a multiple of {multiple} x {config.num_attention_heads} heads."
         )
-    if config.hidden_act not in ACT2FN:
-        raise ValueError(f"{name}: hidden_act={config.hidden_act!r} must be one of {sorted(ACT2FN)}.")
+    _check_choice(f"{name}: hidden_act", config.hidden_act, ACT2FN)
+
+
+def _check_positive(name: str, config: PreTrainedConfig) -> None:
+    sizes = {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "latent_channels"}
+    for field_name, value in config.to_dict().items():
+        is_layers = field_name.startswith("num_") and field_name.endswith("_layers")
+        if (field_name in sizes and value < 1) or (is_layers and value < 0):
+            raise ValueError(f"{name}: {field_name}={value} must be at least {0 if is_layers else 1}.")
+
+
+def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {sorted(choices)}.")
+
+
+def _check_language_model(config: PreTrainedConfig) -> None:
+    """What transformers leaves to the moment when the model is built."""
+    _check_positive("text_config", config)
+    values = config.to_dict()
+    if values["num_attention_heads"] % values.get("num_key_value_heads", 1):
+        raise ValueError(
+            f"text_config: num_attention_heads={values['num_attention_heads']} must be a multiple of"
+            f" num_key_value_heads={values['num_key_value_heads']}."
+        )
+    if "hidden_act" in values:
+        _check_choice("text_config: hidden_act", values["hidden_act"], ACT2FN)
+    rope = values.get("rope_parameters") or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # one for each kind of layer
+        if "rope_type" in parameters:
+            _check_choice("text_config: rope_type", parameters["rope_type"], {"default", *ROPE_INIT_FUNCTIONS})
+
+
+def _check_dtype(name: str, dtype: object) -> None:
+    if isinstance(dtype, str) and not isinstance(vars(torch).get(dtype), torch.dtype):
+        raise ValueError(f"{name}: dtype={dtype!r} must be a type of torch, such as 'float32' or 'bfloat16'.")
 
 
 class HydraPreTrainedConfig(ConfigOfParts):
     """Never marked for code upload: a checkpoint opened through a shim would rewrite its `auto_map` on saving."""
+
+    def __post_init__(self, **kwargs):
+        _check_dtype(type(self).__name__, self.dtype)
+        for name in self.sub_configs:
+            if isinstance(part := getattr(self, name), dict):
+                _check_dtype(name, part.get("dtype"))
+        super().__post_init__(**kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
@@ -157,6 +201,8 @@ class HydraTokConfig(HydraPreTrainedConfig):
             raise ValueError(f"vision_config: patch_size={self.patch_size} must be at least 1.")
         if self.image_size % self.patch_size:
             raise ValueError(f"{self.image_size=} must be a multiple of {self.patch_size=}.")
+        if not all(0 < std < math.inf for std in self.image_std):
+            raise ValueError(f"{self.image_std=} must be positive numbers.")
         if not len(self.image_mean) == len(self.image_std) == self.num_channels:
             raise ValueError(f"{self.image_mean=} and {self.image_std=} must have {self.num_channels=} numbers.")
         if self.position_interpolation not in ("bicubic", "bilinear"):
@@ -277,6 +323,11 @@ class HydraConfig(HydraPreTrainedConfig):
         period, width = self.projector_position_period, self.vision_config.hidden_size
         if period is not None and (period < 2 or width % 4):
             raise ValueError(f"projector_position_period={period} must be at least 2, and {width=} a multiple of 4.")
+        _check_language_model(self.text_config)
+        if self.sigma_shift is not None and not 0 < self.sigma_shift < math.inf:
+            raise ValueError(f"{self.sigma_shift=} must be a positive number, or None.")
+        if not 0 < self.sigma_logit_std < math.inf:
+            raise ValueError(f"{self.sigma_logit_std=} must be a positive number.")
         if self.llm_visual_input not in ("semantic", "latent"):
             raise ValueError(f"{self.llm_visual_input=} must be 'semantic' or 'latent'.")
         for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
