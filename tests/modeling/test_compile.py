@@ -185,7 +185,9 @@ def test_a_training_step_is_one_graph_that_gives_what_eager_gives(backend):
     expected = step(**inputs)
     torch.testing.assert_close(torch.compile(step, backend=backend, fullgraph=True)(**inputs), expected, **CLOSE)
     swapped = {**inputs, "is_generated": torch.tensor([True, False])}
-    torch.testing.assert_close(torch.compile(step, backend=backend, fullgraph=True)(**swapped), step(**swapped), **CLOSE)
+    torch.testing.assert_close(
+        torch.compile(step, backend=backend, fullgraph=True)(**swapped), step(**swapped), **CLOSE
+    )
     assert backend.num_graphs == 1
 
 
@@ -196,7 +198,9 @@ def test_questions_about_pictures_are_one_graph_that_gives_what_eager_gives(back
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, expected, **CLOSE)
     text = {**inputs, "input_ids": torch.ones_like(inputs["input_ids"]), "pixel_values": None}
-    torch.testing.assert_close(compiled(**text, use_cache=False).logits, model(**text, use_cache=False).logits, **CLOSE)
+    torch.testing.assert_close(
+        compiled(**text, use_cache=False).logits, model(**text, use_cache=False).logits, **CLOSE
+    )
 
 
 @torch.no_grad()

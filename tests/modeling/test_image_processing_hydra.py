@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import close_session
 from PIL import Image
 
 from hydra_hf.modeling.image_processing_hydra import HydraImageProcessor, HydraImageProcessorPil
@@ -246,3 +247,18 @@ def test_saving_and_loading_keeps_every_setting(image_processor, tmp_path):
 def test_registering_for_an_auto_class_leaves_no_mark(image_processor):
     type(image_processor).register_for_auto_class()
     assert type(image_processor)._auto_class is None
+
+
+def test_a_picture_of_the_network_says_when_the_library_is_offline(image_processor):
+    with pytest.raises(
+        ConnectionError, match=r"https://example\.com/cat\.png.* cannot be fetched: .*offline mode is enabled"
+    ):
+        image_processor.fetch_images("https://example.com/cat.png")
+
+
+def test_a_server_that_does_not_answer_is_named(image_processor, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    close_session()
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9/cat\.png' cannot be fetched"):
+        image_processor.fetch_images("http://127.0.0.1:9/cat.png")
+    close_session()

@@ -49,7 +49,10 @@ def test_a_missing_weight_is_an_error_that_names_it(folder):
         cls.from_pretrained(path)
 
 
-DEPTHS = {3: r"\d+ \(.*sem_vit\.layers\.2\..*\) missing", 1: r"none missing, \d+ \(.*sem_vit\.layers\.1\..*\) not expected"}
+DEPTHS = {
+    3: r"\d+ \(.*sem_vit\.layers\.2\..*\) missing",
+    1: r"none missing, \d+ \(.*sem_vit\.layers\.1\..*\) not expected",
+}
 
 
 @pytest.mark.parametrize("num_layers, fault", DEPTHS.items())
@@ -64,7 +67,9 @@ def test_a_config_of_another_depth_is_an_error(folder, num_layers, fault):
 def test_a_weight_that_is_not_finite_is_an_error(folder, value):
     cls, path = folder
     edit_weights(path, lambda weights: weights[key_of(cls)].view(-1)[3:4].fill_(value))
-    with pytest.raises(ValueError, match=r"damaged: .*sem_vit\.layers\.1\.mlp\.fc1\.weight has values that are not finite"):
+    with pytest.raises(
+        ValueError, match=r"damaged: .*sem_vit\.layers\.1\.mlp\.fc1\.weight has values that are not finite"
+    ):
         cls.from_pretrained(path)
 
 

@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import dataclass
 
 import jinja2
 import numpy as np
@@ -375,3 +376,21 @@ def test_transformers_and_pipelines_find_what_they_look_for_by_name():
     assert processing_hydra.ProcessorMixin is ProcessorMixin
     HydraProcessor.register_for_auto_class()
     assert HydraProcessor._auto_class is None
+
+
+@dataclass
+class Message:
+    """As an API's client holds it."""
+
+    role: str
+    content: list
+    tool_calls: list | None = None
+
+
+def test_messages_that_are_objects_are_read_as_the_equal_dicts(processor):
+    parts = [image(), text("What is this <|im_end|>")]
+    objects = processor.apply_chat_template([Message("user", parts)], tokenize=True, return_dict=True)
+    dicts = processor.apply_chat_template([user(*parts)], tokenize=True, return_dict=True)
+    assert objects["input_ids"] == dicts["input_ids"]
+    batch = processor.apply_chat_template([[Message("user", parts)]] * 2, tokenize=True, return_dict=True)
+    assert len(batch["input_ids"]) == 2

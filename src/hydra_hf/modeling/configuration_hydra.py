@@ -49,7 +49,10 @@ def _check_language_model(config: PreTrainedConfig) -> None:
     if "hidden_act" in values:
         _check_choice("text_config: hidden_act", values["hidden_act"], ACT2FN)
     rope = values.get("rope_parameters") or {}
-    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # one for each kind of layer
+    for parameters in (
+        rope,
+        *(value for value in rope.values() if isinstance(value, dict)),
+    ):  # one for each kind of layer
         if "rope_type" in parameters:
             _check_choice("text_config: rope_type", parameters["rope_type"], {"default", *ROPE_INIT_FUNCTIONS})
 

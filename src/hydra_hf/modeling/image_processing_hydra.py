@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import get_session
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
@@ -24,7 +25,7 @@ logger = logging.get_logger(__name__)
 WHITE = 255
 
 
-class HydraImagesKwargs(ImagesKwargs, total=False):
+class HydraImageProcessorKwargs(ImagesKwargs, total=False):
     """
     Args:
         patch_size: side of the tokenizer's patch; heights and widths have to be multiples of it.
@@ -36,12 +37,17 @@ class HydraImagesKwargs(ImagesKwargs, total=False):
 
 
 def read_image(source: str | os.PathLike, max_pixels: int) -> Image.Image:
-    """The upright image behind a path, a URL or a base64 string, in its own mode."""
+    """The upright image behind a path, a URL or a base64 string, in its own mode.
+
+    Raises ValueError for what is no image, ConnectionError for a URL that cannot be fetched.
+    """
     name = str(source) if len(str(source)) <= 80 else f"{str(source)[:80]}..."
     try:
         image = Image.open(_image_file(source))
         check_image_size(image.height, image.width, max_pixels)
         return ImageOps.exif_transpose(image)
+    except ConnectionError:
+        raise
     except (OSError, SyntaxError, Image.DecompressionBombError, binascii.Error) as error:  # SyntaxError: a broken PNG
         if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError) and error.errno is not None:
             raise  # the file system or the network, not the picture
@@ -55,8 +61,11 @@ def _image_file(source: str | os.PathLike) -> BytesIO | Path:
         return Path(source)
     source = str(source)
     if source.startswith(("http://", "https://")):
-        response = get_session().get(source, follow_redirects=True)
-        response.raise_for_status()
+        try:
+            response = get_session().get(source, follow_redirects=True)
+            response.raise_for_status()
+        except (HTTPError, OfflineModeIsEnabled) as error:
+            raise ConnectionError(f"{source!r} cannot be fetched: {error}") from error
         return BytesIO(response.content)
     return BytesIO(base64.decodebytes(source.removeprefix("data:").split(",")[-1].encode()))
 
@@ -138,7 +147,7 @@ class HydraImages:
     do_convert_rgb = True
     patch_size = 14
     max_pixels = 178_956_970  # where PIL itself speaks of a decompression bomb
-    valid_kwargs = HydraImagesKwargs
+    valid_kwargs = HydraImageProcessorKwargs
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoImageProcessor") -> None:

@@ -67,7 +67,9 @@ def check_token_types(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> None:
     """ValueError for token types of other rows than the inputs (B, L, D), or of fewer positions."""
     batch_size, length = inputs_embeds.shape[:2]
     if mm_token_type_ids.ndim != 2 or len(mm_token_type_ids) != batch_size or mm_token_type_ids.shape[1] < length:
-        raise ValueError(f"mm_token_type_ids {tuple(mm_token_type_ids.shape)} must be {(batch_size, length)}, as input_ids.")
+        raise ValueError(
+            f"mm_token_type_ids {tuple(mm_token_type_ids.shape)} must be {(batch_size, length)}, as input_ids."
+        )
 
 
 class MultiModalProjector(nn.Module):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ class HydraProcessor(ProcessorMixin):
         """A copy whose texts cannot be mistaken for special tokens, as a batch, and whether it came as one."""
         if not conversation:
             raise ValueError("Got no messages, expected at least one.")
+        conversation = _as_dicts(conversation)
         if not isinstance(conversation, (list, tuple)):
             raise ValueError(f"Got a {type(conversation).__name__}, expected a list of messages or of such lists.")
         is_batched = not isinstance(conversation[0], dict)
@@ -310,6 +312,19 @@ class HydraProcessor(ProcessorMixin):
         if generation_mode == "image":
             return self.image_processor.postprocess(generated_outputs, output_type="pil")
         raise ValueError(f"Got {generation_mode=}, expected 'text' or 'image'.")
+
+
+def _as_dicts(value: Any) -> Any:
+    """Messages and their parts that are objects of an API's client, dataclasses or pydantic's, as dicts."""
+    if isinstance(value, (list, tuple)):
+        return [_as_dicts(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif callable(getattr(value, "model_dump", None)):
+        value = value.model_dump()
+    if isinstance(value, dict) and isinstance(value.get("content"), (list, tuple)):
+        return {**value, "content": _as_dicts(value["content"])}
+    return value
 
 
 def _image_parts(conversations: list[list[dict]]) -> Iterator[dict]:
