@@ -5,7 +5,7 @@ PIP = $(BIN)/pip --disable-pip-version-check
 TESTS ?= tests
 OLDEST = sed -nE 's/^ *(transformers|diffusers)>=([^,]+),.*/\1==\2/p' setup.cfg
 
-.PHONY: try test test-slow test-oldest test-latest check style
+.PHONY: try test test-slow test-upstream test-oldest test-latest check style
 
 try: .venv/try.done  ## draw a picture and ask about it, with the embedded checkpoint
 	$(BIN)/hydra generate "a cat" --out cat.png
@@ -23,6 +23,10 @@ test-oldest: .venv-oldest/done  ## with the oldest transformers and diffusers th
 
 test-latest: .venv-latest/done  ## with the newest of everything that setup.cfg admits
 	.venv-latest/bin/python -m pytest $(TESTS)
+
+test-upstream: .venv/test.done  ## transformers' and diffusers' own tests on our classes, from their source archives
+	$(BIN)/python tests/upstream/fetch.py
+	$(BIN)/pytest tests/upstream -rs
 
 check: .venv/test.done  ## lint and format
 	$(BIN)/ruff check src tests examples benchmarks

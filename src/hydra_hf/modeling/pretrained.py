@@ -82,6 +82,8 @@ def _check_values(model: nn.Module, name: str) -> None:
     if is_fsdp_enabled() and not is_local_dist_rank_0():
         return  # the first process has read the weights and sends them
     for key, tensor in model.state_dict().items():
-        if type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
-            if not torch.stack(tensor.aminmax()).isfinite().all():
-                raise ValueError(f"The weights in {str(name)!r} are damaged: {key} has values that are not finite.")
+        is_plain = type(tensor) is torch.Tensor and not tensor.is_meta  # neither quantised nor left on the disk
+        if not is_plain or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"The weights in {str(name)!r} are damaged: {key} has values that are not finite.")
