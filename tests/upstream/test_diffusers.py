@@ -6,7 +6,7 @@ from suites import suite
 from tiny import PATCH, hydra_config, pictures, randomized, tok_config
 
 from hydra_hf import HydraForConditionalGeneration, HydraImageProcessor, HydraPipeline, HydraProcessor, HydraTokModel
-from hydra_hf.training.toy_tokenizer import train_toy_tokenizer
+from hydra_hf.toy.text_tokenizer import train_toy_tokenizer
 
 
 pipelines = suite("diffusers_tests.pipelines.testing_utils")

@@ -5,7 +5,7 @@ import unittest
 from suites import skips, suite
 
 from hydra_hf import HydraImageProcessor, HydraImageProcessorPil, HydraProcessor
-from hydra_hf.training.toy_tokenizer import train_toy_tokenizer
+from hydra_hf.toy.text_tokenizer import train_toy_tokenizer
 
 
 processing = suite("transformers_tests.test_processing_common")
