@@ -2,7 +2,7 @@
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from suites import suite
+from suites import skips, suite
 from tiny import PATCH, hydra_config, pictures, randomized, tok_config
 
 from hydra_hf import HydraForConditionalGeneration, HydraImageProcessor, HydraPipeline, HydraProcessor, HydraTokModel
@@ -71,10 +71,20 @@ class TokConfig(models.BaseModelTesterConfig):
         return {"pixel_values": pictures(2, SIZE, SIZE)}
 
 
+@skips({
+    "test_from_save_pretrained_variant": "file names of diffusers' ModelMixin; HydraTokModel saves as a model of transformers",
+    "test_getattr_is_correct": "asks for diffusers' ConfigMixin",
+    "test_sharded_checkpoints_with_parallel_loading": "the index file of diffusers' ModelMixin",
+})  # fmt: skip
 class TestHydraTokModel(TokConfig, models.ModelTesterMixin):
     pass
 
 
+@skips(
+    {
+        "test_gradient_checkpointing*": "asks for an attribute of diffusers' ModelMixin; transformers' suite tests checkpointing"
+    }
+)
 class TestHydraTokTraining(TokConfig, models.TrainingTesterMixin):
     pass
 
