@@ -4,9 +4,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
-from tiny import gaussian, pictures, randomized
+from tiny import gaussian, randomized
 from torch import nn
 
+from hydra_hf.modeling.grid import rotary_positions_2d
 from hydra_hf.modeling.layers import (
     AdaLNZeroLayer,
     LayerScale,
@@ -17,12 +18,6 @@ from hydra_hf.modeling.layers import (
     ZeroLinear,
     apply_rotary,
     init_layer,
-    latents_to_tokens,
-    patchify,
-    rotary_positions_2d,
-    sinusoidal_positions_2d,
-    tokens_to_latents,
-    unpatchify,
 )
 
 
@@ -45,45 +40,8 @@ def initialized(module: nn.Module) -> nn.Module:
     return module
 
 
-def test_unpatchify_undoes_patchify_on_any_grid():
-    images = pictures(2, height=8, width=12)
-    patches = patchify(images, 4)
-    assert patches.shape == (2, 2 * 3, 3 * 4 * 4)
-    assert torch.equal(unpatchify(patches, 4, (2, 3)), images)
-
-
-def test_a_patch_lists_the_channels_first_and_the_grid_goes_by_rows():
-    images = pictures(1, height=8, width=12)
-    patches = patchify(images, 4)
-    for row in range(2):
-        for column in range(3):
-            patch = images[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-            assert torch.equal(patches[0, 3 * row + column], patch.flatten())
-
-
-def test_latents_and_tokens_have_the_same_order_as_patches():
-    latents = gaussian(2, 5, 2, 3)
-    tokens = latents_to_tokens(latents)
-    assert torch.equal(tokens[:, 3 * 1 + 2], latents[:, :, 1, 2])
-    assert torch.equal(tokens_to_latents(tokens, (2, 3)), latents)
-
-
-def test_sinusoids_tell_the_row_in_one_half_and_the_column_in_the_other():
-    positions = sinusoidal_positions_2d((2, 3), 16, like=torch.zeros(1)).unflatten(0, (2, 3))
-    assert positions.shape == (2, 3, 16)
-    assert torch.equal(positions[:, 0, :8], positions[:, 2, :8])
-    assert torch.equal(positions[0, :, 8:], positions[1, :, 8:])
-    assert len(positions.flatten(0, 1).unique(dim=0)) == 6
-
-
-def test_sinusoids_do_not_depend_on_the_size_of_the_grid():
-    small = sinusoidal_positions_2d((2, 3), 16, like=torch.zeros(1)).unflatten(0, (2, 3))
-    large = sinusoidal_positions_2d((5, 7), 16, like=torch.zeros(1)).unflatten(0, (5, 7))
-    assert torch.equal(large[:2, :3], small)
-
-
 def test_rotary_scores_depend_on_relative_positions_only():
-    cos, sin = rotary_positions_2d((4, 5), 8, like=torch.zeros(1))
+    cos, sin = rotary_positions_2d([(1, 4, 5)], 8, like=torch.zeros(1))
     assert cos.shape == sin.shape == (20, 8)
     query, key = (gaussian(8, seed=seed).expand(1, 1, 20, 8) for seed in (0, 1))
     scores = apply_rotary(query, cos, sin) @ apply_rotary(key, cos, sin).transpose(2, 3)
@@ -94,7 +52,7 @@ def test_rotary_scores_depend_on_relative_positions_only():
 
 def test_rotary_keeps_the_length_of_a_head():
     states = gaussian(1, 2, 6, 8)
-    turned = apply_rotary(states, *rotary_positions_2d((2, 3), 8, like=states))
+    turned = apply_rotary(states, *rotary_positions_2d([(1, 2, 3)], 8, like=states))
     torch.testing.assert_close(turned.norm(dim=-1), states.norm(dim=-1))
     assert torch.equal(turned[:, :, 0], states[:, :, 0])  # the origin does not turn
 
@@ -118,7 +76,7 @@ def test_timestep_embedding_is_computed_in_fp32_under_bf16_weights():
 def test_adaln_zero_layer_is_the_identity_at_first_and_only_at_first():
     layer = initialized(AdaLNZeroLayer(layer_config())).eval()
     states, condition = gaussian(2, 6, 32, seed=0), gaussian(2, 1, 32, seed=1)
-    rotary = rotary_positions_2d((2, 3), 16, like=states)
+    rotary = rotary_positions_2d([(1, 2, 3)], 16, like=states)
     assert torch.equal(layer(states, condition, rotary), states)
     assert not torch.allclose(randomized(layer)(states, condition, rotary), states)
 
@@ -126,7 +84,7 @@ def test_adaln_zero_layer_is_the_identity_at_first_and_only_at_first():
 def test_adaln_zero_layer_learns_from_its_first_step():
     layer = initialized(AdaLNZeroLayer(layer_config()))
     states, condition = gaussian(2, 6, 32, seed=0), gaussian(2, 1, 32, seed=1)
-    layer(states, condition, rotary_positions_2d((2, 3), 16, like=states)).square().sum().backward()
+    layer(states, condition, rotary_positions_2d([(1, 2, 3)], 16, like=states)).square().sum().backward()
     assert layer.modulation.weight.grad.abs().sum() > 0
 
 
@@ -189,7 +147,7 @@ def test_every_attention_implementation_gives_the_eager_result(implementation, q
     other = ViTAttention(layer_config(implementation), qk_norm).eval()
     other.load_state_dict(eager.state_dict())
     states = gaussian(2, 6, 32)
-    rotary = rotary_positions_2d((2, 3), 16, like=states)
+    rotary = rotary_positions_2d([(1, 2, 3)], 16, like=states)
     torch.testing.assert_close(other(states, rotary)[0], eager(states, rotary)[0], atol=1e-5, rtol=1e-5)
 
 

@@ -15,7 +15,8 @@ from hydra_hf import (
 )
 from hydra_hf.modeling.compat import enable_checkpointing
 from hydra_hf.modeling.flow import add_noise, predict_clean
-from hydra_hf.modeling.layers import ZeroLinear, latents_to_tokens, patchify, unpatchify
+from hydra_hf.modeling.grid import latents_to_tokens, patchify, unpatchify
+from hydra_hf.modeling.layers import ZeroLinear
 
 
 def vit_decoder_config() -> PixelViTDecoderConfig:
@@ -118,7 +119,7 @@ def test_the_two_halves_are_internvit_layer_by_layer(size):
         for layer in model.sem_vit.layers:
             states = layer(states)
         torch.testing.assert_close(
-            model.sem_vit(patches, model.get_grid(pixel_values)), states
+            model.sem_vit(patches, [model.get_grid(pixel_values)]), states
         )  # positions start at zero
 
 
@@ -140,7 +141,7 @@ def test_interpolated_positions_keep_the_direction_of_the_axes():
     with torch.no_grad():
         ramp = torch.arange(3.0).view(3, 1, 1).expand(3, 3, 24)  # grows with the row only
         embeddings.position_embeddings[:, 1:] = ramp.flatten(0, 1)
-    table = embeddings.interpolate_positions((2, 5))[0, 1:, 0].view(2, 5)
+    table = embeddings.interpolate_positions((1, 2, 5))[0, 1:, 0].view(2, 5)
     assert (table[1] > table[0]).all()
     torch.testing.assert_close(table, table[:, :1].expand(2, 5))
 
@@ -464,7 +465,7 @@ def test_the_training_forward_reconstructs_through_the_flow():
     torch.testing.assert_close(output.velocity_target, noise - patches)
     clean = predict_clean(add_noise(patches, noise, sigma), output.velocity, sigma)
     torch.testing.assert_close(
-        output.clean_pixel_values, model.model.denormalize_pixels(unpatchify(clean, PATCH, (2, 3)))
+        output.clean_pixel_values, model.model.denormalize_pixels(unpatchify(clean, PATCH, (1, 2, 3)))
     )
     assert output.mean.shape == output.logvar.shape == (2, 6, 6)
     assert output.gen_states.shape == output.bottleneck_states.shape == (2, 6, 24)

@@ -11,7 +11,7 @@ from hydra_hf.modeling.layers import init_layer
 from hydra_hf.modeling.pixel_decoders import PixelFlowDecoder, PixelViTDecoder
 
 
-GRID, PATCH_VALUES = (2, 3), 3 * 4 * 4
+GRIDS, PATCH_VALUES = [(1, 2, 3)], 3 * 4 * 4
 STATES = gaussian(2, 6, 16, seed=0)
 NOISE = gaussian(2, 6, PATCH_VALUES, seed=1)
 
@@ -61,30 +61,30 @@ def test_the_flow_decoder_has_the_parameters_of_the_paper(size, expected):
 def test_a_fresh_flow_decoder_predicts_zero():
     decoder = flow_decoder()
     sigma = torch.tensor([0.3, 1.0])
-    assert not decoder(NOISE, sigma, decoder.get_conditions(STATES, GRID)).any()
-    assert torch.equal(decoder.decode(STATES, GRID, noise=NOISE), NOISE)
+    assert not decoder(NOISE, sigma, decoder.get_conditions(STATES, GRIDS)).any()
+    assert torch.equal(decoder.decode(STATES, GRIDS, noise=NOISE), NOISE)
 
 
 @pytest.mark.parametrize("num_steps", [1, 5])
 def test_a_perfect_velocity_decodes_to_the_data(num_steps):
     decoder = initialized(PerfectDecoder(flow_decoder_config()))
     decoder.clean = gaussian(2, 6, PATCH_VALUES, seed=2)
-    patches = decoder.decode(STATES, GRID, noise=NOISE, num_inference_steps=num_steps)
+    patches = decoder.decode(STATES, GRIDS, noise=NOISE, num_inference_steps=num_steps)
     torch.testing.assert_close(patches, decoder.clean, atol=1e-5, rtol=0)
 
 
 def test_the_number_of_steps_comes_from_the_config_when_none_is_named():
     decoder = randomized(flow_decoder(num_inference_steps=3))
-    default = decoder.decode(STATES, GRID, noise=NOISE)
-    assert torch.equal(default, decoder.decode(STATES, GRID, noise=NOISE, num_inference_steps=3))
-    assert not torch.allclose(default, decoder.decode(STATES, GRID, noise=NOISE, num_inference_steps=1))
+    default = decoder.decode(STATES, GRIDS, noise=NOISE)
+    assert torch.equal(default, decoder.decode(STATES, GRIDS, noise=NOISE, num_inference_steps=3))
+    assert not torch.allclose(default, decoder.decode(STATES, GRIDS, noise=NOISE, num_inference_steps=1))
 
 
 def test_noise_of_one_patch_does_not_reach_another_patch():
     decoder = randomized(flow_decoder())
     noise = NOISE.clone()
     noise[:, 2] += 1
-    before, after = (decoder.decode(STATES, GRID, noise=x, num_inference_steps=2) for x in (NOISE, noise))
+    before, after = (decoder.decode(STATES, GRIDS, noise=x, num_inference_steps=2) for x in (NOISE, noise))
     changed = (before - after).abs().amax(dim=(0, 2)) > 0
     assert changed.tolist() == [False, False, True, False, False, False]
 
@@ -93,7 +93,7 @@ def test_the_condition_of_one_patch_reaches_every_patch():
     decoder = randomized(flow_decoder())
     states = STATES.clone()
     states[:, 2] += gaussian(16, seed=3)  # not a constant, which the norms would take away
-    before, after = (decoder.decode(x, GRID, noise=NOISE) for x in (STATES, states))
+    before, after = (decoder.decode(x, GRIDS, noise=NOISE) for x in (STATES, states))
     assert ((before - after).abs().amax(dim=(0, 2)) > 1e-4).all()
 
 
@@ -104,7 +104,7 @@ def test_a_sample_prediction_is_read_as_the_clean_pixels():
     velocity.load_state_dict(sample.state_dict())
     sigma = torch.tensor([0.4, 1.0])
     noisy = add_noise(torch.zeros_like(NOISE), NOISE, sigma)
-    conditions = sample.get_conditions(STATES, GRID)
+    conditions = sample.get_conditions(STATES, GRIDS)
     estimate = predict_clean(noisy, sample(noisy, sigma, conditions), sigma)
     torch.testing.assert_close(estimate, velocity(noisy, sigma, conditions), atol=1e-5, rtol=1e-5)
 
@@ -112,21 +112,21 @@ def test_a_sample_prediction_is_read_as_the_clean_pixels():
 @pytest.mark.parametrize("prediction_type", ["velocity", "sample"])
 def test_the_velocity_is_fp32_under_bf16_weights(prediction_type):
     decoder = randomized(flow_decoder(prediction_type=prediction_type)).bfloat16()
-    patches = decoder.decode(STATES.bfloat16(), GRID, noise=NOISE, num_inference_steps=2)
+    patches = decoder.decode(STATES.bfloat16(), GRIDS, noise=NOISE, num_inference_steps=2)
     assert patches.dtype == torch.float32
     assert torch.isfinite(patches).all()
 
 
 def test_the_vit_decoder_ignores_noise():
     decoder = vit_decoder()
-    patches = decoder.decode(STATES, GRID, noise=None)
+    patches = decoder.decode(STATES, GRIDS, noise=None)
     assert patches.shape == NOISE.shape
-    assert torch.equal(decoder.decode(STATES, GRID, noise=NOISE, num_inference_steps=1), patches)
+    assert torch.equal(decoder.decode(STATES, GRIDS, noise=NOISE, num_inference_steps=1), patches)
 
 
 def test_the_vit_decoder_refuses_steps_it_cannot_take():
     with pytest.raises(ValueError, match="num_inference_steps=4.*one step"):
-        vit_decoder().decode(STATES, GRID, num_inference_steps=4)
+        vit_decoder().decode(STATES, GRIDS, num_inference_steps=4)
 
 
 def test_both_decoders_answer_the_same_call():
@@ -140,6 +140,6 @@ def test_both_decoders_answer_the_same_call():
 
 def test_no_steps_are_refused():
     with pytest.raises(ValueError, match="num_inference_steps=-1"):
-        flow_decoder().decode(STATES, GRID, noise=NOISE, num_inference_steps=-1)
+        flow_decoder().decode(STATES, GRIDS, noise=NOISE, num_inference_steps=-1)
     with pytest.raises(ValueError, match="num_inference_steps=0"):
-        flow_decoder().decode(STATES, GRID, noise=NOISE, num_inference_steps=0)
+        flow_decoder().decode(STATES, GRIDS, noise=NOISE, num_inference_steps=0)

@@ -1,21 +1,36 @@
 """Drawing with HYDRA: the prompt once, then only image tokens, step by step. HYDRA, section 2.2."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
 
 from .compat import CACHE
 from .flow import euler_step, expand_sigma, inference_sigmas, resolution_shift
+from .grid import (
+    Grid,
+    image_grid,
+    latents_to_tokens,
+    num_tokens,
+    pack_latents,
+    per_token,
+    run_by_grid,
+    split_images,
+    tokens_to_latents,
+    unpatchify,
+)
 from .prefix_cache import FrozenPrefixCache
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor, rescale: Tensor) -> Tensor:
-    """Classifier-free guidance of velocities (B, C, h, w), each sample by itself; `scale` and `rescale` (B,).
+    """Classifier-free guidance of velocities (B, ...), each sample by itself; `scale` and `rescale` (B,).
 
     `rescale` in [0, 1] draws the spread of a guided sample back to that of its condition (Lin et al. 2023, section 3.4).
     """
@@ -29,14 +44,14 @@ def _spread(samples: Tensor) -> Tensor:
     return expand_sigma(samples.flatten(1).std(dim=1), samples)
 
 
-def _per_sample(value: float | Tensor, samples: Tensor) -> Tensor:
+def _per_sample(value: float | Tensor, num_images: int, device: torch.device) -> Tensor:
     """(B,) of a number or of as many; never a number, for each of which a compiled step would be compiled again."""
-    value = torch.as_tensor(value, dtype=torch.float32, device=samples.device)
-    if value.numel() not in (1, len(samples)):
+    value = torch.as_tensor(value, dtype=torch.float32, device=device)
+    if value.numel() not in (1, num_images):
         raise ValueError(
-            f"Guidance of {value.numel()} values does not fit {len(samples)} images, expected one for each."
+            f"Guidance of {value.numel()} values does not fit {num_images} images, expected one for each."
         )
-    return value.reshape(-1).expand(len(samples)).contiguous()
+    return value.reshape(-1).expand(num_images).contiguous()
 
 
 @dataclass
@@ -45,7 +60,9 @@ class ImagePrefix:
 
     cache: FrozenPrefixCache
     attention_mask: Tensor  # (B, P)
-    masks: dict[int, Tensor] = field(default_factory=dict)  # number of image tokens N -> mask (B, 1, 1, P + N)
+    masks: dict[tuple[int, ...], Tensor] = field(
+        default_factory=dict
+    )  # image tokens of each row -> mask (B, 1, 1, P + N)
 
     def __len__(self) -> int:
         return len(self.attention_mask)
@@ -61,8 +78,14 @@ class ImageGenerationMixin:
         return resolution_shift(num_tokens * self.config.vision_config.latent_channels)
 
     @apply_forward_hook
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None) -> ImagePrefix:
-        """Reads prompts (B, P), left-padded, that end with <|vision_start|>; their cache is read-only from then on."""
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+    ) -> ImagePrefix:  # fmt: skip
+        """Reads prompts (B, P), left-padded, that end with <|vision_start|>; their cache is read-only from then on.
+
+        `pixel_values` of given images, dense or packed: see `HydraModel.forward`.
+        """
         if (input_ids[:, -1] != self.config.vision_start_token_id).any():
             raise ValueError(
                 f"A prompt to draw from ends with vision_start_token_id={self.config.vision_start_token_id};"
@@ -72,7 +95,7 @@ class ImageGenerationMixin:
         cache = DynamicCache(config=self.config.text_config)
         self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
-            pixel_values=pixel_values, use_cache=True,
+            pixel_values=pixel_values, image_grid_thw=image_grid_thw, use_cache=True,
         )  # fmt: skip
         return ImagePrefix(FrozenPrefixCache.from_cache(cache), attention_mask)
 
@@ -85,26 +108,34 @@ class ImageGenerationMixin:
         negative_prefix: ImagePrefix | None = None,
         guidance_scale: float | Tensor = 1.0,
         guidance_rescale: float | Tensor = 0.0,
+        image_grid_thw: Tensor | None = None,
     ) -> Tensor:
-        """Velocity (B, C, h, w) of latents at `sigma` (B,), guided when there are negative prompts.
+        """Velocity of latents (B, C, h, w), or packed (total_tokens, C) of any sizes, at `sigma` (B,), in the latents' form.
 
-        Only image tokens run; Sem-ViT runs once for both branches and the language head not at all. A branch is as long as
-        its own prompts: an empty negative prompt reads no padding of a long prompt.
+        Guided when there are negative prompts. Only image tokens run; Sem-ViT runs once for both branches and the language
+        head not at all. A branch is as long as its own prompts: an empty negative prompt reads no padding of a long prompt.
 
         Args:
             guidance_scale, guidance_rescale: one for all, or (B,); see `guide`.
+            image_grid_thw: (B, 3), the grids of packed latents.
 
         Raises:
             ValueError: for a prefix or guidance that is not of as many rows as there are latents.
         """
+        tokens, grids = pack_latents(latents, image_grid_thw)
         prefixes = [prefix] if negative_prefix is None else [prefix, negative_prefix]
         for branch in prefixes:
-            if len(branch) != len(latents):
-                raise ValueError(f"A prefix of {len(branch)} rows does not fit latents of {len(latents)} images.")
-        num_tokens = self.config.num_time_tokens + latents[0, 0].numel()
-        masks = [self._get_step_mask(branch, num_tokens) for branch in prefixes]
-        scale, rescale = _per_sample(guidance_scale, latents), _per_sample(guidance_rescale, latents)
-        return self._guided_velocity(latents, sigma, prefixes, masks, scale, rescale)
+            if len(branch) != len(grids):
+                raise ValueError(f"A prefix of {len(branch)} rows does not fit latents of {len(grids)} images.")
+        lengths = tuple(self.config.num_time_tokens + num_tokens(grid) for grid in grids)
+        masks = [self._get_step_mask(branch, lengths) for branch in prefixes]
+        scale, rescale = (
+            _per_sample(value, len(grids), latents.device) for value in (guidance_scale, guidance_rescale)
+        )
+        velocity = self._guided_velocity(tokens, grids, sigma, prefixes, masks, scale, rescale)
+        if image_grid_thw is not None:
+            return velocity
+        return tokens_to_latents(velocity.unflatten(0, (len(grids), -1)), grids[0])
 
     def compile_denoise_step(self, **kwargs) -> None:
         """Compiles what `denoise_step` computes, for drawing many pictures; `kwargs` are those of `torch.compile`.
@@ -114,51 +145,78 @@ class ImageGenerationMixin:
         step = torch.compile(type(self)._guided_velocity, **{"fullgraph": True, **kwargs})
         self._guided_velocity = MethodType(step, self)  # a method, so that a deep copy compiles its own weights
 
-    def _guided_velocity(self, latents, sigma, prefixes, masks, scale, rescale) -> Tensor:
-        embeds = self.model.get_image_embeds(latents, sigma)  # (B, [1 +] N, D_llm)
+    def _guided_velocity(self, tokens, grids, sigma, prefixes, masks, scale, rescale) -> Tensor:
+        embeds = self.model.get_image_embeds(tokens, sigma, grids)  # packed ([B +] total_tokens, D_llm)
         velocities = []
         for prefix, mask in zip(prefixes, masks):
-            states = self._image_states(embeds, prefix, mask)  # (B, N, D_llm)
-            velocities.append(self._draw(states, latents, sigma))
-        return velocities[0] if len(velocities) == 1 else guide(*velocities, scale, rescale)
+            states = self._image_states(embeds, grids, prefix, mask)  # (total_tokens, D_llm)
+            velocities.append(self._draw(states, tokens, sigma, grids))
+        if len(velocities) == 1:
+            return velocities[0]
+        return run_by_grid(lambda *rows, grids: guide(*rows), grids, velocities, [scale, rescale])
 
-    def _image_states(self, embeds: Tensor, prefix: ImagePrefix, mask: Tensor) -> Tensor:
-        positions = torch.arange(embeds.shape[1], device=embeds.device)
+    def _image_states(self, embeds: Tensor, grids: Sequence[Grid], prefix: ImagePrefix, mask: Tensor) -> Tensor:
+        """States of the images' patches, each image in a row of its own behind its prompt; shorter ones are padded."""
+        num_leading, is_even = self.config.num_time_tokens, len(set(grids)) == 1
+        if is_even:
+            rows = embeds.unflatten(0, (len(grids), -1))
+        else:
+            rows = nn.utils.rnn.pad_sequence(split_images(embeds, grids, num_leading), batch_first=True)
         outputs = self.model.language_model(
-            inputs_embeds=embeds.to(self.get_input_embeddings().weight.dtype), attention_mask=mask,
-            position_ids=prefix.attention_mask.sum(-1, keepdim=True) + positions,
+            inputs_embeds=rows.to(self.get_input_embeddings().weight.dtype), attention_mask=mask,
+            position_ids=prefix.attention_mask.sum(-1, keepdim=True) + torch.arange(rows.shape[1], device=rows.device),
             use_cache=True, **{CACHE: prefix.cache},
         )  # fmt: skip
-        return outputs.last_hidden_state[:, self.config.num_time_tokens :]
+        states = outputs.last_hidden_state[:, num_leading:]
+        if is_even:
+            return states.flatten(0, 1)
+        return torch.cat([row[: num_tokens(grid)] for row, grid in zip(states, grids)])
 
-    def _get_step_mask(self, prefix: ImagePrefix, num_tokens: int):
-        """Every image token sees the prompt and the image.
+    def _get_step_mask(self, prefix: ImagePrefix, lengths: tuple[int, ...]):
+        """Every token of an image, `lengths` of them in each row, sees the prompt and the image.
 
         A mask even where nothing is padded: without one, language models would mask causally.
         """
-        if num_tokens not in prefix.masks:
-            prefix.masks[num_tokens] = self._create_step_mask(prefix, num_tokens)
-        return prefix.masks[num_tokens]
+        if lengths not in prefix.masks:
+            prefix.masks[lengths] = self._create_step_mask(prefix, lengths)
+        return prefix.masks[lengths]
 
-    def _create_step_mask(self, prefix: ImagePrefix, num_tokens: int):
-        weight = self.get_input_embeddings().weight
-        ones = prefix.attention_mask.new_ones(len(prefix), num_tokens)
+    def _create_step_mask(self, prefix: ImagePrefix, lengths: tuple[int, ...]):
+        weight, attention_mask = self.get_input_embeddings().weight, prefix.attention_mask
+        places = torch.arange(max(lengths), device=attention_mask.device)
+        is_image = places < torch.tensor(lengths, device=attention_mask.device)[:, None]
         mask = create_bidirectional_mask(
-            self.config.text_config, weight.new_empty(len(prefix), num_tokens, 0),
-            torch.cat([prefix.attention_mask, ones], dim=1),
+            self.config.text_config, weight.new_empty(len(prefix), max(lengths), 0),
+            torch.cat([attention_mask, is_image.to(attention_mask.dtype)], dim=1),
             allow_is_bidirectional_skip=False, **{CACHE: prefix.cache},
         )  # fmt: skip
         return mask[:, :, :1] if isinstance(mask, Tensor) else mask  # the same row for all of them, faster to read
 
     @apply_forward_hook
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Clean latents (B, C, h, w) of pixels (B, 3, H, W) in [-1, 1]."""
-        return self.model.get_latents(pixel_values)
+    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Tensor:
+        """Clean latents of pixels in [-1, 1], dense or packed: see `HydraModel.get_latents`."""
+        return self.model.get_latents(pixel_values, image_grid_thw)
 
     @apply_forward_hook
-    def decode_latents(self, latents: Tensor, **kwargs) -> Tensor:
-        """Pixels (B, 3, H, W) of clean latents; see `HydraTokModel.decode`."""
-        return self.model.vision_tower.decode(latents, **kwargs).sample
+    def decode_latents(
+        self, latents: Tensor, image_grid_thw: Tensor | None = None, *, num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None, **kwargs,
+    ) -> Tensor | list[Tensor]:  # fmt: skip
+        """Pixels (B, 3, H, W) of clean latents, see `HydraTokModel.decode`; of packed ones a list of (3, H, W)."""
+        tower, options = self.model.vision_tower, {"num_inference_steps": num_inference_steps}
+        if image_grid_thw is None:
+            return tower.decode(latents, generator=generator, **options, **kwargs).sample
+        tokens, grids = pack_latents(latents, image_grid_thw)
+        packed = [tokens]
+        if tower.decodes_from_noise:
+            generators = generator if isinstance(generator, list) else [generator] * len(grids)
+            noise = [tower.get_decoder_noise([grid], tokens.device, one) for grid, one in zip(grids, generators)]
+            packed.append(torch.cat(noise, dim=1)[0])
+        decode = partial(tower.decode_rows, **options)
+        patches = run_by_grid(decode, grids, packed, config=tower.config.decoder_config).to(latents.dtype)
+        patch_size = tower.config.patch_size
+        images = zip(split_images(patches, grids), grids)
+        return [unpatchify(image[None], patch_size, grid)[0] for image, grid in images]
 
     @torch.no_grad()
     def generate_images(
@@ -166,18 +224,22 @@ class ImageGenerationMixin:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         *,
-        height: int | None = None,
-        width: int | None = None,
+        height: int | Sequence[int] | None = None,
+        width: int | Sequence[int] | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 4.5,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor | list[Tensor]:
         """Draws one image (3, H, W) in [-1, 1] for each prompt (B, P), left-padded; `HydraPipeline` has more options.
 
         Args:
-            generator: draws the latents; None is torch's global generator, as in `generate`.
+            pixel_values, image_grid_thw: of images in the prompts, see `HydraModel.forward`.
+            height, width: in pixels, of all images, or of each; images of several sizes come as a list.
+            generator: one, or one for each image; it draws the latents, then the decoder's noise. None is torch's global
+                generator, as in `generate`.
         """
         config, device = self.config, input_ids.device
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -187,25 +249,51 @@ class ImageGenerationMixin:
             attention_mask = torch.cat([attention_mask, torch.ones_like(start)], dim=1)
         if guidance_scale != 1 and pixel_values is not None:
             raise ValueError("Guidance for prompts with images is not supported yet; use guidance_scale=1.")
-        prefix = self.prefill(input_ids, attention_mask, pixel_values)
+        grids = self._get_latent_grids(height, width, len(input_ids))
+        prefix = self.prefill(input_ids, attention_mask, pixel_values, image_grid_thw)
         negative_prefix = None if guidance_scale == 1 else self._prefill_null_prompts(input_ids)
-        grid = self.get_latent_grid(height, width)
-        sigmas = inference_sigmas(num_inference_steps, self.get_sigma_shift(grid[0] * grid[1])).to(device)
-        sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
-        shape = (len(input_ids), config.vision_config.latent_channels, *grid)
-        latents = torch.randn(shape, generator=generator, device=device)
+        sigmas = [inference_sigmas(num_inference_steps, self.get_sigma_shift(num_tokens(grid))) for grid in grids]
+        sigmas = nn.functional.pad(torch.stack(sigmas, dim=1), (0, 0, 0, 1)).to(device)  # (steps + 1, B)
+        tokens, grid_thw = (
+            self._initial_tokens(grids, generator, device),
+            torch.tensor(grids),
+        )  # on the CPU: read each step
         for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
-            velocity = self.denoise_step(latents, sigma.expand(len(latents)), prefix, negative_prefix, guidance_scale)
-            latents = euler_step(latents, velocity, sigma, next_sigma)
+            velocity = self.denoise_step(
+                tokens, sigma, prefix, negative_prefix, guidance_scale, image_grid_thw=grid_thw
+            )
+            tokens = euler_step(tokens, velocity, *(per_token(each, grids)[:, None] for each in (sigma, next_sigma)))
+        if len(set(grids)) > 1:
+            return self.decode_latents(tokens, grid_thw, generator=generator)
+        latents = tokens_to_latents(tokens.unflatten(0, (len(grids), -1)), grids[0])
         return self.decode_latents(latents, generator=generator)
 
-    def get_latent_grid(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """(h, w) of the latents of an image; None is the tokenizer's own size. ValueError off the patch grid."""
-        patch, default = self.config.vision_config.patch_size, self.config.vision_config.image_size
+    def _initial_tokens(self, grids: Sequence[Grid], generator, device: torch.device) -> Tensor:
+        """Packed noise (total_tokens, C); every image is drawn as if it were alone, those of one size at once."""
+        channels = self.config.vision_config.latent_channels
+        if len(set(grids)) == 1:
+            latents = randn_tensor((len(grids), channels, *grids[0][1:]), generator=generator, device=device)
+            return latents_to_tokens(latents).flatten(0, 1)
+        generators = generator if isinstance(generator, list) else [generator] * len(grids)
+        latents = [
+            randn_tensor((1, channels, *grid[1:]), generator=one, device=device)
+            for grid, one in zip(grids, generators)
+        ]
+        return torch.cat([latents_to_tokens(image)[0] for image in latents])
+
+    def get_latent_grid(self, height: int | None, width: int | None) -> Grid:
+        """Of the latents of an image; None is the tokenizer's own size. ValueError off the patch grid."""
+        default = self.config.vision_config.image_size
         height, width = default if height is None else height, default if width is None else width
-        if height % patch or width % patch or min(height, width) < patch:
-            raise ValueError(f"{height=} and {width=} must be positive multiples of the patch size {patch}.")
-        return height // patch, width // patch
+        return image_grid(height, width, self.config.vision_config.patch_size)
+
+    def _get_latent_grids(self, height, width, num_images: int) -> list[Grid]:
+        sizes = [
+            [size] * num_images if size is None or isinstance(size, int) else list(size) for size in (height, width)
+        ]
+        if any(len(size) != num_images for size in sizes):
+            raise ValueError(f"Got {height=} and {width=} for {num_images} prompts, expected one, or one for each.")
+        return [self.get_latent_grid(*size) for size in zip(*sizes)]
 
     def _prefill_null_prompts(self, input_ids: Tensor) -> ImagePrefix:
         null = input_ids.new_tensor(self.config.null_prompt_ids).expand(len(input_ids), -1)

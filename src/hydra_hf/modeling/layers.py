@@ -150,7 +150,7 @@ class AdaLNZeroLayer(GradientCheckpointingLayer):
         self.modulation = ZeroLinear(config.hidden_size, 6 * config.hidden_size)
 
     def forward(self, hidden_states: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor], **kwargs) -> Tensor:
-        """`hidden_states` (B, N, D), `condition` (B, 1, D)."""
+        """`hidden_states` (B, N, D), `condition` (B, 1, D), or (1, N, D) where a row holds several images."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition).chunk(6, dim=-1)
         attended, _ = self.attention(modulate(self.norm_1(hidden_states), shift_1, scale_1), rotary=rotary, **kwargs)
         hidden_states = hidden_states + gate_1 * attended
@@ -176,49 +176,6 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(nn.functional.silu(self.linear_1(embedding.to(self.linear_1.weight.dtype))))
 
 
-def grid_positions(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column of each token of a (h, w) grid, (N,) each."""
-    rows, columns = torch.meshgrid(
-        torch.arange(grid[0], device=device), torch.arange(grid[1], device=device), indexing="ij"
-    )
-    return rows.flatten(), columns.flatten()
-
-
-def sinusoidal_positions_2d(grid: tuple[int, int], hidden_size: int, like: Tensor, max_period: int = 10_000) -> Tensor:
-    """Fixed sine and cosine positions (N, D) of a (h, w) grid: half the channels for the row, half for the column."""
-    quarter = hidden_size // 4
-    frequencies = max_period ** -(torch.arange(quarter, dtype=torch.float32, device=like.device) / quarter)
-    angles = [position[:, None] * frequencies for position in grid_positions(grid, like.device)]
-    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=-1).to(like.dtype)
-
-
-NUM_POSITION_FEATURES = 128
-
-
-def position_features(grid: tuple[int, int], like: Tensor) -> Tensor:
-    """Sines and cosines (N, 128) of where each token of a (h, w) grid is: in tokens from the top left, and as a share of the picture.
-
-    The share is measured in sixteenths, so that both kinds have wavelengths from a few tokens up.
-    """
-    count = NUM_POSITION_FEATURES // 8
-    frequencies = 1000 ** -(torch.arange(count, dtype=torch.float32, device=like.device) / count)
-    features = []
-    for position, size in zip(grid_positions(grid, like.device), grid):
-        for coordinate in (position, 16 * (position + 0.5) / size):
-            angles = coordinate[:, None] * frequencies
-            features += [angles.sin(), angles.cos()]
-    return torch.cat(features, dim=-1).to(like.dtype)
-
-
-def rotary_positions_2d(grid: tuple[int, int], head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (N, head_dim) that turn half of each head with the row and half with the column."""
-    quarter = head_dim // 4
-    frequencies = 10_000 ** -(torch.arange(quarter, dtype=torch.float32, device=like.device) / quarter)
-    angles = torch.cat([position[:, None] * frequencies for position in grid_positions(grid, like.device)], dim=-1)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-
-
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries or keys (B, heads, N, head_dim) turned by their positions."""
     first, second = states.chunk(2, dim=-1)
@@ -228,24 +185,3 @@ def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def first_set(mask: Tensor, number: int) -> Tensor:
     """Where the first `number` True of `mask` (L,) are, in order: (number,). Indexing by the mask has no shape to compile."""
     return mask.int().argsort(descending=True, stable=True)[:number]
-
-
-def latents_to_tokens(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, N, C)."""
-    return latents.flatten(2).transpose(1, 2)
-
-
-def tokens_to_latents(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, N, C) -> (B, C, h, w)."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
-
-
-def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
-    """(B, 3, H, W) -> (B, N, 3 p p), the channel first inside a patch."""
-    return nn.functional.unfold(pixel_values, patch_size, stride=patch_size).transpose(1, 2)
-
-
-def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """(B, N, 3 p p) -> (B, 3, H, W)."""
-    size = (grid[0] * patch_size, grid[1] * patch_size)
-    return nn.functional.fold(patches.transpose(1, 2), size, patch_size, stride=patch_size)

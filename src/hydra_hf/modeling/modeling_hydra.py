@@ -5,6 +5,7 @@ noisy latents -> Sem-ViT -> projector -.                .-> lm_head     -> next 
                  text -> embeddings ---'                `-> vision_head -> latent velocity
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +21,21 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .compat import CACHE, GenerationMixin, one_cache, slice_logits_to_keep
 from .configuration_hydra import HydraConfig
-from .image_generation import ImageGenerationMixin
-from .layers import (
-    TimestepEmbedding,
-    first_set,
-    init_layer,
+from .grid import (
+    Grid,
+    check_packed,
+    image_grids,
     latents_to_tokens,
+    pack_latents,
+    prepend,
+    run_by_grid,
+    select_images,
     sinusoidal_positions_2d,
+    split_images,
     tokens_to_latents,
 )
+from .image_generation import ImageGenerationMixin
+from .layers import TimestepEmbedding, first_set, init_layer
 from .modeling_hydra_tok import HydraTokModel
 from .pretrained import HydraPreTrainedMixin
 from .vision_head import VisionHead
@@ -36,7 +43,7 @@ from .vision_head import VisionHead
 
 @dataclass
 class HydraModelOutput(BaseModelOutputWithPast):
-    """`last_hidden_state` (B, L, D); `image_hidden_states` (num_images, N, D): the part of it where pictures stand;
+    """`last_hidden_state` (B, L, D); `image_hidden_states` (total_tokens, D): the part of it at the images' patches, packed;
     `image_outputs`: what `get_image_features` gave for images that came as pixels."""
 
     image_hidden_states: Tensor | None = None
@@ -45,7 +52,12 @@ class HydraModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class HydraOutput(CausalLMOutputWithPast):
-    """`loss` is the sum of the losses that the call's targets allow; `velocity` (num_generated, C, h, w)."""
+    """`loss` is the sum of the losses that the call's targets allow.
+
+    `logits` are (B, L, V), and with labels (num_labelled, V): of the positions whose next token is a label, row by row; but
+    (B, L, V) in a compiled graph.
+    `velocity` is (num_generated, C, h, w), or packed as the latents are, (total_tokens of the generated images, C).
+    """
 
     velocity: Tensor | None = None
     language_loss: Tensor | None = None
@@ -72,6 +84,12 @@ def check_token_types(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> None:
         )
 
 
+def run_lengths(is_image: Tensor) -> list[int]:
+    """How many positions each run of image tokens of a batch (B, L) has, row by row."""
+    steps = nn.functional.pad(is_image, (1, 1), value=False).int().flatten().diff()
+    return ((steps == -1).nonzero() - (steps == 1).nonzero()).flatten().tolist()
+
+
 class MultiModalProjector(nn.Module):
     """Semantic states to the width of the LLM: a norm, fixed positions if the config has them, the paper's linear layer."""
 
@@ -81,11 +99,11 @@ class MultiModalProjector(nn.Module):
         self.norm = nn.LayerNorm(config.vision_config.hidden_size, eps=config.vision_config.layer_norm_eps)
         self.linear = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
 
-    def forward(self, semantic_states: Tensor, grid: tuple[int, int]) -> Tensor:
-        """States (num_images, N, D) of a (h, w) grid -> (num_images, N, D_llm)."""
+    def forward(self, semantic_states: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """States (B, N, D), rows of images of `grids`, see `grid.py` -> (B, N, D_llm)."""
         states = self.norm(semantic_states)
         if self.position_period is not None:
-            states = states + sinusoidal_positions_2d(grid, states.shape[-1], states, self.position_period)
+            states = states + sinusoidal_positions_2d(grids, states.shape[-1], states, self.position_period)
         return self.linear(states)
 
 
@@ -128,40 +146,69 @@ class HydraModel(HydraPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def get_latents(self, pixel_values: Tensor) -> Tensor:
-        """Clean latents (num_images, C, h, w): the posterior's mean, normalised."""
-        return self.vision_tower.encode(pixel_values).latent_dist.mode()
+    def get_latents(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Tensor:
+        """Clean latents: the posterior's mean, normalised. (num_images, C, h, w) of pixels (num_images, 3, H, W); of packed
+        ones, see `forward`, (total_tokens, C)."""
+        if image_grid_thw is None:
+            return self.vision_tower.encode(pixel_values).latent_dist.mode()
+        grids = image_grids(image_grid_thw)
+        check_packed("pixel_values", pixel_values, grids)
+        self.vision_tower.check_range(pixel_values)
+        return run_by_grid(self.vision_tower.encode_rows, grids, [pixel_values], config=self.vision_tower.config)
 
-    def get_image_embeds(self, latents: Tensor, sigma: Tensor) -> Tensor:
-        """What the LLM reads of images at noise level `sigma` (num_images,): (num_images, [1 +] N, D_llm)."""
+    def get_image_embeds(self, tokens: Tensor, sigma: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """What the LLM reads of packed latents (total_tokens, C) at noise levels `sigma` (num_images,): packed, D_llm wide,
+        each image's time token in front of it."""
+        return run_by_grid(self._embed_rows, grids, [tokens], [sigma], config=self.vision_tower.config)
+
+    def _embed_rows(self, tokens: Tensor, sigma: Tensor, *, grids: Sequence[Grid]) -> Tensor:
+        return self._project_rows(self._visual_rows(tokens, grids=grids), sigma, grids=grids)
+
+    def _visual_rows(self, tokens: Tensor, *, grids: Sequence[Grid]) -> Tensor:
+        visual_states = self.vision_tower.get_bottleneck_states(tokens)  # (B, N, D)
         if self.config.llm_visual_input == "semantic":
-            visual_states = self.vision_tower.get_semantic_states(latents)  # (num_images, N, D)
-        else:
-            visual_states = self.vision_tower.get_bottleneck_states(latents)
-        return self._project(visual_states, tuple(latents.shape[-2:]), sigma)
+            visual_states = self.vision_tower.sem_vit(visual_states, grids)  # (B, N, D)
+        return visual_states
 
-    def _project(self, visual_states: Tensor, grid: tuple[int, int], sigma: Tensor) -> Tensor:
-        image_embeds = self.multi_modal_projector(visual_states, grid)  # (num_images, N, D_llm)
+    def _project_rows(self, visual_states: Tensor, sigma: Tensor, *, grids: Sequence[Grid]) -> Tensor:
+        image_embeds = self.multi_modal_projector(visual_states, grids)  # (B, N, D_llm)
         if self.time_embedding is None:
             return image_embeds
-        return torch.cat([self.time_embedding(sigma)[:, None], image_embeds], dim=1)
+        return prepend(image_embeds, self.time_embedding(sigma), grids)
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
-        """What the vision tower says of given images (num_images, 3, H, W); `pooler_output` are their embeddings, time token
-        included. `kwargs` are the tower's, such as `output_hidden_states`."""
+        """What the vision tower says of given images; `pooler_output` are their embeddings, time token included.
+
+        Of dense pixels: states (num_images, N, D), embeddings (num_images, [1 +] N, D_llm); `kwargs` are the tower's, such as
+        `output_hidden_states`. Of packed pixels: states that the projector reads (total_tokens, D), and a tuple of embeddings
+        ([1 +] N, D_llm), one for each image.
+        """
+        if image_grid_thw is not None:
+            return self._packed_features(pixel_values, image_grid_thw)
         outputs = self.vision_tower(pixel_values, **{**kwargs, "return_dict": True})
         latents, visual_states = outputs.latents, outputs.last_hidden_state  # (num_images, N, D)
         if self.config.llm_visual_input == "latent":
-            visual_states = self.vision_tower.get_bottleneck_states(latents)
+            visual_states = self.vision_tower.get_bottleneck_states(latents_to_tokens(latents))
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self._project(visual_states, tuple(latents.shape[-2:]), latents.new_zeros(len(latents))),
+            pooler_output=self._project_rows(
+                visual_states, latents.new_zeros(len(latents)), grids=[(1, *latents.shape[-2:])]
+            ),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _packed_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> BaseModelOutputWithPooling:
+        grids, config = image_grids(image_grid_thw), self.vision_tower.config
+        tokens = self.get_latents(pixel_values, image_grid_thw)  # (total_tokens, C)
+        visual_states = run_by_grid(self._visual_rows, grids, [tokens], config=config)  # (total_tokens, D)
+        sigma = tokens.new_zeros(len(grids))
+        embeds = run_by_grid(self._project_rows, grids, [visual_states], [sigma], config=config)
+        images = split_images(embeds, grids, self.config.num_time_tokens)
+        return BaseModelOutputWithPooling(last_hidden_state=visual_states, pooler_output=images)
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """Where images stand, (B, L) bool; found by embedding when there are no ids."""
@@ -179,6 +226,7 @@ class HydraModel(HydraPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
         latents: Tensor | None = None,
         sigma: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
@@ -191,8 +239,12 @@ class HydraModel(HydraPreTrainedModel):
 
         Args:
             input_ids: (B, L) with one placeholder for each image token, the time token included.
-            pixel_values: (num_images, 3, H, W) in [-1, 1], in the order of their placeholders; read at sigma 0.
-            latents, sigma: instead of pixels, latents (num_images, C, h, w) already at noise levels (num_images,).
+            pixel_values: in [-1, 1], in the order of their placeholders; read at sigma 0. (num_images, 3, H, W), or packed
+                (total_patches, 3 p p), see `image_grid_thw`: patches row by row, in each the channel first, then its row,
+                then its column. That is Qwen2-VL's order with one frame a patch and no merging.
+            image_grid_thw: (num_images, 3), the grids (1, h, w) of packed pixels or latents, which then have any sizes.
+            latents, sigma: instead of pixels, latents already at noise levels (num_images,): (num_images, C, h, w), or
+                packed (total_tokens, C).
             mm_token_type_ids: (B, L), 1 where images stand; found from `input_ids` when missing.
             past_key_values: the older name of `cache`.
 
@@ -207,12 +259,12 @@ class HydraModel(HydraPreTrainedModel):
         image_mask = self.get_placeholder_mask(input_ids, inputs_embeds)  # (B, L)
         if mm_token_type_ids is not None:
             check_token_types(mm_token_type_ids, inputs_embeds)
-        image_outputs = self._encode_images(pixel_values, latents, mm_encoder_outputs, kwargs)
+        image_outputs = self._encode_images(pixel_values, image_grid_thw, latents, mm_encoder_outputs, kwargs)
         image_embeds = None
         if image_outputs is not None:
-            image_embeds = image_outputs.pooler_output  # (num_images, [1 +] N, D)
+            image_embeds = tuple(image_outputs.pooler_output)  # ([1 +] N, D_llm) of each image
         elif latents is not None:
-            image_embeds = self._embed_latents(latents, sigma)
+            image_embeds = self._embed_latents(latents, image_grid_thw, sigma)
         if image_embeds is not None:
             inputs_embeds = self._place_images(inputs_embeds, image_mask, image_embeds)
         if not isinstance(attention_mask, dict):
@@ -229,10 +281,9 @@ class HydraModel(HydraPreTrainedModel):
         states = outputs.last_hidden_state  # (B, L, D)
         image_hidden_states = None
         if image_embeds is not None:
-            num_images, tokens_per_image = image_embeds.shape[:2]
-            places = first_set(image_mask.flatten(), num_images * tokens_per_image)
-            states_of_images = states.flatten(0, 1)[places].unflatten(0, (num_images, tokens_per_image))
-            image_hidden_states = states_of_images[:, self.config.num_time_tokens :]  # (num_images, N, D)
+            lengths = [len(image) for image in image_embeds]
+            places = first_set(image_mask.flatten(), sum(lengths))
+            image_hidden_states = self._states_of_images(states.flatten(0, 1)[places], lengths)
         return HydraModelOutput(
             last_hidden_state=states,
             hidden_states=outputs.hidden_states,
@@ -242,30 +293,39 @@ class HydraModel(HydraPreTrainedModel):
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def _encode_images(self, pixel_values, latents, mm_encoder_outputs, kwargs) -> BaseModelOutputWithPooling | None:
+    def _encode_images(
+        self, pixel_values, image_grid_thw, latents, mm_encoder_outputs, kwargs
+    ) -> BaseModelOutputWithPooling | None:
         encoded = (mm_encoder_outputs or {}).get("image")
         if sum(source is not None for source in (pixel_values, latents, encoded)) > 1:
             raise ValueError("Give images once: as pixel_values, latents or mm_encoder_outputs.")
         if pixel_values is None:
             return encoded
         recorded = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
-        return self.get_image_features(pixel_values, **{**recorded, "return_dict": True})
+        return self.get_image_features(pixel_values, image_grid_thw, **{**recorded, "return_dict": True})
 
-    def _embed_latents(self, latents: Tensor, sigma: Tensor | None) -> Tensor:
-        if sigma is None or sigma.shape != (len(latents),):
+    def _embed_latents(self, latents: Tensor, image_grid_thw: Tensor | None, sigma: Tensor | None) -> Sequence[Tensor]:
+        tokens, grids = pack_latents(latents, image_grid_thw)
+        if sigma is None or sigma.shape != (len(grids),):
             shape = None if sigma is None else tuple(sigma.shape)
-            raise ValueError(f"latents of {len(latents)} images need sigma of shape ({len(latents)},), got {shape}.")
-        return self.get_image_embeds(latents, sigma)
+            raise ValueError(f"latents of {len(grids)} images need sigma of shape ({len(grids)},), got {shape}.")
+        return split_images(self.get_image_embeds(tokens, sigma, grids), grids, self.config.num_time_tokens)
 
-    def _place_images(self, inputs_embeds: Tensor, image_mask: Tensor, image_embeds: Tensor) -> Tensor:
-        num_images, tokens_per_image = image_embeds.shape[:2]
-        if not torch.compiler.is_compiling() and image_mask.sum() != num_images * tokens_per_image:
+    def _place_images(self, inputs_embeds: Tensor, image_mask: Tensor, image_embeds: Sequence[Tensor]) -> Tensor:
+        needed = [len(image) for image in image_embeds]
+        if not torch.compiler.is_compiling() and (runs := run_lengths(image_mask)) != needed:
             raise ValueError(
-                f"{int(image_mask.sum())} image placeholders in input_ids, but {num_images} images of"
-                f" {tokens_per_image} tokens (time token included) need {num_images * tokens_per_image}."
+                f"input_ids have runs of {runs} image placeholders, but the images need runs of {needed}, time tokens"
+                " included, with another token between two of them."
             )
-        image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
+        image_embeds = torch.cat(image_embeds).to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(image_mask[..., None].expand_as(inputs_embeds), image_embeds)
+
+    def _states_of_images(self, states: Tensor, lengths: list[int]) -> Tensor:
+        """Packed states (total_tokens, D) without those of the time tokens."""
+        if len(set(lengths)) == 1:
+            return states.unflatten(0, (len(lengths), -1))[:, self.config.num_time_tokens :].flatten(0, 1)
+        return torch.cat([image[self.config.num_time_tokens :] for image in states.split(lengths)])
 
     def _create_masks(self, inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids):
         if attention_mask is None:
@@ -295,9 +355,9 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         self.post_init()
 
     def get_image_features(
-        self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -308,6 +368,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
         latents: Tensor | None = None,
         sigma: Tensor | None = None,
         is_generated: Tensor | None = None,
@@ -324,8 +385,9 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
 
         Args:
             is_generated: (num_images,) bool, the images whose velocity the vision head gives; needs `latents`.
-            labels: (B, L), -100 where nothing is to be learnt.
-            velocity_target: (num_generated, C, h, w), noise - latents of the generated images.
+            labels: (B, L), -100 where nothing is to be learnt. The language head then runs at labelled positions alone.
+            velocity_target: noise - latents of the generated images, dense or packed as the latents are. The flow loss is
+                its mean squared error over the tokens and channels of all of them.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -334,6 +396,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
             cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
             latents=latents,
             sigma=sigma,
             mm_token_type_ids=mm_token_type_ids,
@@ -341,13 +404,23 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, L, V)
         velocity = language_loss = flow_loss = None
+        if labels is None:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, L, V)
+        elif torch.compiler.is_compiling():  # a graph has no shape for the labelled positions
+            logits = self.lm_head(outputs.last_hidden_state)
+            language_loss = self.loss_function(logits, labels, self.config.text_config.vocab_size, **kwargs)
+        else:
+            is_labelled = labels[:, 1:] != -100
+            logits = self.lm_head(outputs.last_hidden_state[:, :-1][is_labelled])  # (num_labelled, V)
+            language_loss = self.loss_function(
+                logits, None, self.config.text_config.vocab_size, shift_labels=labels[:, 1:][is_labelled], **kwargs
+            )
         if is_generated is not None:
             num_generated = None if velocity_target is None else len(velocity_target)
-            velocity = self._velocity_of(outputs.image_hidden_states, latents, sigma, is_generated, num_generated)
-        if labels is not None:
-            language_loss = self.loss_function(logits, labels, self.config.text_config.vocab_size, **kwargs)
+            velocity = self._velocity_of(
+                outputs.image_hidden_states, latents, image_grid_thw, sigma, is_generated, num_generated
+            )
         if velocity_target is not None:
             if velocity is None or velocity.shape != velocity_target.shape:
                 shape = None if velocity is None else tuple(velocity.shape)
@@ -368,25 +441,37 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def _velocity_of(self, image_hidden_states, latents, sigma, is_generated, num_generated: int | None) -> Tensor:
-        if latents is None or is_generated.shape != (len(latents),):
+    def _velocity_of(
+        self, image_hidden_states, latents, image_grid_thw, sigma, is_generated, num_generated: int | None
+    ) -> Tensor:
+        if latents is None:
+            raise ValueError(f"is_generated {tuple(is_generated.shape)} needs latents of as many images, got None.")
+        tokens, grids = pack_latents(latents, image_grid_thw)
+        if is_generated.shape != (len(grids),):
             raise ValueError(
-                f"is_generated {tuple(is_generated.shape)} needs latents of as many images,"
-                f" got {None if latents is None else tuple(latents.shape)}."
+                f"is_generated {tuple(is_generated.shape)} needs latents of as many images, got {len(grids)}."
             )
         if num_generated is None or not torch.compiler.is_compiling():
             num_generated = int(is_generated.sum())
         if num_generated == 0:
             raise ValueError(
-                f"is_generated marks none of {len(latents)} images; leave it out where nothing is generated."
+                f"is_generated marks none of {len(grids)} images; leave it out where nothing is generated."
             )
         images = first_set(is_generated, num_generated)
-        return self._draw(image_hidden_states[images], latents[images], sigma[images])
+        packed = [select_images(tensor, grids, images) for tensor in (image_hidden_states, tokens)]
+        if len(set(grids)) == 1:
+            grids = grids[:num_generated]
+        else:
+            grids = [grids[index] for index in images.tolist()]
+        velocity = self._draw(*packed, sigma[images], grids)
+        if image_grid_thw is not None:
+            return velocity
+        return tokens_to_latents(velocity.unflatten(0, (num_generated, -1)), grids[0])
 
-    def _draw(self, states: Tensor, noisy_latents: Tensor, sigma: Tensor) -> Tensor:
-        """The vision head on states (B, N, D_llm) of image tokens: velocity (B, C, h, w)."""
-        grid = tuple(noisy_latents.shape[-2:])
-        return tokens_to_latents(self.vision_head(states, latents_to_tokens(noisy_latents), sigma, grid), grid)
+    def _draw(self, states: Tensor, noisy_tokens: Tensor, sigma: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """The vision head on packed states (total_tokens, D_llm) and noisy latents: packed velocity (total_tokens, C)."""
+        config = self.config.vision_head_config
+        return run_by_grid(self.vision_head, grids, [states, noisy_tokens], [sigma], config=config)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_mode: str = "text", **kwargs):

@@ -4,6 +4,7 @@ pixels -> Gen-ViT -> bottleneck (64 channels a token) -> Sem-ViT -> semantic sta
                          `-> pixel decoder -> pixels
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,18 +21,19 @@ from .bottleneck import Bottleneck, sample_posterior
 from .compat import capture_outputs
 from .configuration_hydra import HydraTokConfig, PixelFlowDecoderConfig
 from .flow import add_noise, predict_clean, velocity_target
-from .layers import (
+from .grid import (
     NUM_POSITION_FEATURES,
-    ViTAttention,
-    ViTLayer,
-    ZeroLinear,
-    init_layer,
+    Grid,
+    image_grid,
     latents_to_tokens,
+    num_tokens,
     patchify,
     position_features,
     tokens_to_latents,
     unpatchify,
+    varlen_arguments,
 )
+from .layers import ViTAttention, ViTLayer, ZeroLinear, init_layer
 from .pixel_decoders import PIXEL_DECODERS
 from .pretrained import HydraPreTrainedMixin
 
@@ -97,15 +99,16 @@ class Embeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, num_cls, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_cls + self.grid_size**2, config.hidden_size))
 
-    def interpolate_positions(self, grid: tuple[int, int]) -> Tensor:
-        """The table (1, cls + N, D) at a (h, w) grid; computed in fp32 as the original code does."""
-        if grid == (self.grid_size, self.grid_size):
+    def interpolate_positions(self, grid: Grid) -> Tensor:
+        """The table (1, cls + N, D) at a grid of one frame; computed in fp32 as the original code does."""
+        own_grid = (1, self.grid_size, self.grid_size)
+        if grid == own_grid:
             return self.position_embeddings
         num_cls = self.cls_token.shape[1]
-        table = tokens_to_latents(self.position_embeddings[:, num_cls:].float(), (self.grid_size, self.grid_size))
+        table = tokens_to_latents(self.position_embeddings[:, num_cls:].float(), own_grid)
         antialias = self.position_interpolation == "bilinear"
         table = nn.functional.interpolate(
-            table, size=grid, mode=self.position_interpolation, align_corners=False, antialias=antialias
+            table, size=grid[1:], mode=self.position_interpolation, align_corners=False, antialias=antialias
         )
         table = latents_to_tokens(table).to(self.position_embeddings.dtype)
         return torch.cat([self.position_embeddings[:, :num_cls], table], dim=1)
@@ -114,7 +117,7 @@ class Embeddings(nn.Module):
         """Normalised pixels (B, 3, H, W) -> (B, cls + N, D)."""
         patches = self.projection(pixel_values.to(self.projection.weight.dtype))  # (B, D, h, w)
         hidden_states = torch.cat([self.cls_token.expand(len(patches), -1, -1), latents_to_tokens(patches)], dim=1)
-        return hidden_states + self.interpolate_positions(tuple(patches.shape[-2:]))
+        return hidden_states + self.interpolate_positions((1, *patches.shape[-2:]))
 
 
 class GenViT(nn.Module):
@@ -125,17 +128,27 @@ class GenViT(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList([ViTLayer(config) for _ in range(config.num_gen_layers)])
 
-    def forward(self, pixel_values: Tensor, layer_outputs: list[Tensor] | None = None, **kwargs) -> Tensor:
+    def forward(
+        self, pixel_values: Tensor | Sequence[Tensor], layer_outputs: list[Tensor] | None = None, **kwargs
+    ) -> Tensor:
         """Normalised pixels (B, 3, H, W) -> (B, N, D); the class token stays behind, or it would leak past the bottleneck.
 
-        A list gets the outputs (B, cls + N, D) of all layers: recording by hooks ends where FSDP replaces the class.
+        Several such tensors, of one B, give rows of several images, for flash attention alone. The list `layer_outputs` gets
+        the outputs (B, cls + N, D) of all layers: recording by hooks ends where FSDP replaces the class.
         """
-        hidden_states = self.embeddings(pixel_values)
+        images = [pixel_values] if isinstance(pixel_values, Tensor) else pixel_values
+        embeddings = [self.embeddings(image) for image in images]
+        lengths = [embedding.shape[1] for embedding in embeddings]
+        hidden_states = torch.cat(embeddings, dim=1) if len(images) > 1 else embeddings[0]
+        kwargs |= varlen_arguments(lengths, hidden_states.device)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
             if layer_outputs is not None:
                 layer_outputs.append(hidden_states)
-        return hidden_states[:, self.embeddings.cls_token.shape[1] :]
+        num_cls = self.embeddings.cls_token.shape[1]
+        if len(images) == 1:
+            return hidden_states[:, num_cls:]
+        return torch.cat([states[:, num_cls:] for states in hidden_states.split(lengths, dim=1)], dim=1)
 
 
 class SemViT(nn.Module):
@@ -152,11 +165,12 @@ class SemViT(nn.Module):
         )
 
     def forward(
-        self, hidden_states: Tensor, grid: tuple[int, int], layer_outputs: list[Tensor] | None = None, **kwargs
+        self, hidden_states: Tensor, grids: Sequence[Grid], layer_outputs: list[Tensor] | None = None, **kwargs
     ) -> Tensor:
-        """Unprojected latents (B, N, D) of a (h, w) grid -> (B, N, D)."""
+        """Unprojected latents (B, N, D), rows of images of `grids`, see `grid.py` -> (B, N, D)."""
         if self.position_proj is not None:
-            hidden_states = hidden_states + self.position_proj(position_features(grid, hidden_states))
+            hidden_states = hidden_states + self.position_proj(position_features(grids, hidden_states))
+        kwargs |= varlen_arguments([num_tokens(grid) for grid in grids], hidden_states.device)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
             if layer_outputs is not None:
@@ -233,7 +247,7 @@ class HydraTokModel(HydraTokPreTrainedModel):
         self.check_range(pixel_values)
         hidden_states = self.gen_vit(self.normalize_pixels(pixel_values), **kwargs)  # (B, N, D)
         bottleneck = self.bottleneck(hidden_states)  # mean, logvar: (B, N, C)
-        semantic_states = self.sem_vit(bottleneck.hidden_states, grid, **kwargs)  # (B, N, D)
+        semantic_states = self.sem_vit(bottleneck.hidden_states, [grid], **kwargs)  # (B, N, D)
         return HydraTokOutput(
             last_hidden_state=semantic_states,
             latents=tokens_to_latents(self.bottleneck.normalize(bottleneck.mean), grid),
@@ -260,11 +274,18 @@ class HydraTokModel(HydraTokPreTrainedModel):
     @apply_forward_hook
     def get_semantic_states(self, latents: Tensor) -> Tensor:
         """Semantic states (B, N, D) of normalised latents (B, C, h, w), clean or noised."""
-        return self.sem_vit(self.get_bottleneck_states(latents), tuple(latents.shape[-2:]))
+        self._check_latents(latents)
+        return self.sem_vit(self.get_bottleneck_states(latents_to_tokens(latents)), [(1, *latents.shape[-2:])])
 
-    def get_bottleneck_states(self, latents: Tensor) -> Tensor:
-        """What Sem-ViT reads of normalised latents (B, C, h, w): denormalised and unprojected, (B, N, D)."""
-        return self.bottleneck.semantic_up_proj(self._denormalized_tokens(latents))
+    def get_bottleneck_states(self, tokens: Tensor) -> Tensor:
+        """What Sem-ViT reads of the tokens (B, N, C) of normalised latents: denormalised and unprojected, (B, N, D)."""
+        return self.bottleneck.semantic_up_proj(self._denormalize(tokens))
+
+    def encode_rows(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """The mode of normalised latents as tokens (B, N, C), of pixels in [-1, 1] as patches (B, N, 3 p p): see `grid.py`."""
+        parts = zip(patches.split([num_tokens(grid) for grid in grids], dim=1), grids)
+        images = [self.normalize_pixels(unpatchify(part, self.config.patch_size, grid)) for part, grid in parts]
+        return self.bottleneck.normalize(self.bottleneck(self.gen_vit(images)).mean)
 
     @apply_forward_hook
     def decode(
@@ -288,15 +309,34 @@ class HydraTokModel(HydraTokPreTrainedModel):
         """
         if self.pixel_decoder is None:
             raise ValueError("This HydraTokModel has no pixel decoder (decoder_config is None), so it cannot decode.")
-        tokens = self._denormalized_tokens(latents)
-        grid = tuple(latents.shape[-2:])
-        if isinstance(self.config.decoder_config, PixelFlowDecoderConfig):
-            noise = self._decoder_noise(len(latents), grid, latents.device, generator, noise)
-        patches = self.pixel_decoder.decode(
-            self.bottleneck.decoder_up_proj(tokens), grid, noise=noise, num_inference_steps=num_inference_steps
-        )
-        sample = self.denormalize_pixels(unpatchify(patches, self.config.patch_size, grid)).to(latents.dtype)
+        self._check_latents(latents)
+        grid = (1, *latents.shape[-2:])
+        rows = [latents_to_tokens(latents)]
+        if self.decodes_from_noise:
+            rows.append(self.get_decoder_noise([grid] * len(latents), latents.device, generator, noise))
+        patches = self.decode_rows(*rows, grids=[grid], num_inference_steps=num_inference_steps)
+        sample = unpatchify(patches, self.config.patch_size, grid).to(latents.dtype)
         return HydraTokDecoderOutput(sample=sample) if return_dict else (sample,)
+
+    @property
+    def decodes_from_noise(self) -> bool:
+        return isinstance(self.config.decoder_config, PixelFlowDecoderConfig)
+
+    def decode_rows(
+        self,
+        tokens: Tensor,
+        noise: Tensor | None = None,
+        *,
+        grids: Sequence[Grid],
+        num_inference_steps: int | None = None,
+    ) -> Tensor:
+        """Pixels as patches (B, N, 3 p p) of the tokens (B, N, C) of normalised latents, see `grid.py`; `noise` as patches."""
+        patches = self.pixel_decoder.decode(
+            self.bottleneck.decoder_up_proj(self._denormalize(tokens)), grids,
+            noise=noise, num_inference_steps=num_inference_steps,
+        )  # fmt: skip
+        patch = self.config.patch_size
+        return self.denormalize_pixels(patches.unflatten(-1, (-1, patch, patch))).flatten(-3)
 
     def set_latents_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Per-channel statistics (C,) of sampled latents, as `encode` and `decode` use them from now on.
@@ -320,19 +360,16 @@ class HydraTokModel(HydraTokPreTrainedModel):
         mean, std = self._pixel_statistics(pixel_values)
         return (pixel_values * std + mean) * 2 - 1
 
-    def get_grid(self, pixel_values: Tensor) -> tuple[int, int]:
-        """(h, w) of the tokens; ValueError for a tensor that is no batch of images of a legal size."""
+    def get_grid(self, pixel_values: Tensor) -> Grid:
+        """Of each image; ValueError for a tensor that is no batch of images of a legal size."""
         channels, patch = self.config.num_channels, self.config.patch_size
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
             raise ValueError(
                 f"pixel_values {tuple(pixel_values.shape)} of {pixel_values.dtype} must be floats (B, {channels}, H, W)."
             )
-        height, width = pixel_values.shape[-2:]
-        if height % patch or width % patch or not height * width:
-            raise ValueError(f"{height=} and {width=} must be positive multiples of the patch size {patch}.")
         if not len(pixel_values):
             raise ValueError(f"pixel_values {tuple(pixel_values.shape)} hold no picture, expected at least one.")
-        return height // patch, width // patch
+        return image_grid(*pixel_values.shape[-2:], patch)
 
     def check_range(self, pixel_values: Tensor) -> None:
         """ValueError for pixels that are clearly not in [-1, 1]; not in a compiled graph, which cannot branch on data."""
@@ -346,17 +383,22 @@ class HydraTokModel(HydraTokPreTrainedModel):
         mean, std = like.new_tensor(self.config.image_mean), like.new_tensor(self.config.image_std)
         return mean[:, None, None], std[:, None, None]
 
-    def _denormalized_tokens(self, latents: Tensor) -> Tensor:
+    def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(f"latents {tuple(latents.shape)} must be (B, {self.config.latent_channels}, h, w).")
-        return self.bottleneck.denormalize(latents_to_tokens(latents.to(self.dtype)))
 
-    def _decoder_noise(self, batch_size, grid, device, generator, noise: Tensor | None) -> Tensor:
-        """Starting noise as patches (B, N, 3 p p)."""
+    def _denormalize(self, tokens: Tensor) -> Tensor:
+        return self.bottleneck.denormalize(tokens.to(self.dtype))
+
+    def get_decoder_noise(
+        self, grids: Sequence[Grid], device: torch.device, generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """What a flow decoder starts from, as patches (B, N, 3 p p) of images of one grid: drawn, or `noise` (B, 3, H, W)."""
         from diffusers.utils.torch_utils import randn_tensor
 
         patch = self.config.patch_size
-        shape = (batch_size, self.config.num_channels, grid[0] * patch, grid[1] * patch)
+        shape = (len(grids), self.config.num_channels, grids[0][1] * patch, grids[0][2] * patch)
         if noise is None:
             noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if tuple(noise.shape) != shape:
@@ -395,21 +437,21 @@ class HydraTokForPreTraining(HydraTokPreTrainedModel):
         gen_states = model.gen_vit(normalized, layer_outputs)  # (B, N, D)
         bottleneck = model.bottleneck(gen_states)  # mean, logvar: (B, N, C)
         if max(distill_layers, default=0) > self.config.num_gen_layers:
-            model.sem_vit(bottleneck.hidden_states, grid, layer_outputs)  # (B, N, D), not used beyond its layers
+            model.sem_vit(bottleneck.hidden_states, [grid], layer_outputs)  # (B, N, D), not used beyond its layers
         latents = sample_posterior(bottleneck.mean, bottleneck.logvar, latent_noise)  # (B, N, C)
         decoder_states = model.bottleneck.decoder_up_proj(latents.to(gen_states.dtype))  # (B, N, D)
         velocity = target = None
-        if isinstance(self.config.decoder_config, PixelFlowDecoderConfig):
+        if model.decodes_from_noise:
             patches = patchify(normalized, patch)  # (B, N, 3 p p)
             noisy_patches = add_noise(patches, pixel_noise, sigma)
-            conditions = model.pixel_decoder.get_conditions(decoder_states, grid)
+            conditions = model.pixel_decoder.get_conditions(decoder_states, [grid])
             velocity, target = (
                 model.pixel_decoder(noisy_patches, sigma, conditions),
                 velocity_target(patches, pixel_noise),
             )
             clean_patches = predict_clean(noisy_patches, velocity, sigma)
         else:
-            clean_patches = model.pixel_decoder(decoder_states, grid)
+            clean_patches = model.pixel_decoder(decoder_states, [grid])
         return HydraTokForPreTrainingOutput(
             clean_pixel_values=model.denormalize_pixels(unpatchify(clean_patches, patch, grid)),
             velocity=velocity,

@@ -1,14 +1,18 @@
 """From latents to pixels: the flow decoder of HYDRA (section 3.2) and the ViT decoder of HYDRA-X (section 2).
 
-Both take conditions (B, N, D) and give pixels through `decode`; `patches` are pixels in the ViT's statistics, (B, N, 3 p p).
+Both take conditions (B, N, D), rows of images of `grids` (see `grid.py`), and give pixels through `decode`; `patches` are
+pixels in the ViT's statistics, (B, N, 3 p p).
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .configuration_hydra import PixelFlowDecoderConfig, PixelViTDecoderConfig
 from .flow import euler_step, inference_sigmas, velocity_from_clean
-from .layers import TimestepEmbedding, ViTLayer, ZeroLinear, modulate, sinusoidal_positions_2d
+from .grid import Grid, num_tokens, sinusoidal_positions_2d, varlen_arguments
+from .layers import TimestepEmbedding, ViTLayer, ZeroLinear, modulate
 
 
 class FlowMLPBlock(nn.Module):
@@ -45,10 +49,11 @@ class PixelFlowDecoder(nn.Module):
         self.modulation = ZeroLinear(size, 2 * size)
         self.out_proj = ZeroLinear(size, patch)
 
-    def get_conditions(self, hidden_states: Tensor, grid: tuple[int, int], **kwargs) -> Tensor:
+    def get_conditions(self, hidden_states: Tensor, grids: Sequence[Grid], **kwargs) -> Tensor:
         """What all noise levels share: unprojected latents (B, N, D) -> conditions (B, N, D)."""
-        positions = sinusoidal_positions_2d(grid, self.config.hidden_size, hidden_states)
+        positions = sinusoidal_positions_2d(grids, self.config.hidden_size, hidden_states)
         hidden_states = hidden_states + positions
+        kwargs |= varlen_arguments([num_tokens(grid) for grid in grids], hidden_states.device)
         for layer in self.global_layers:
             hidden_states = layer(hidden_states, **kwargs)
         return self.condition_embedding(hidden_states + positions)
@@ -66,10 +71,10 @@ class PixelFlowDecoder(nn.Module):
         return output
 
     def decode(
-        self, hidden_states: Tensor, grid: tuple[int, int], *, noise: Tensor, num_inference_steps: int | None = None
+        self, hidden_states: Tensor, grids: Sequence[Grid], *, noise: Tensor, num_inference_steps: int | None = None
     ) -> Tensor:
         """Patches (B, N, 3 p p) by Euler steps from `noise` of that shape."""
-        conditions = self.get_conditions(hidden_states, grid)
+        conditions = self.get_conditions(hidden_states, grids)
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
         sigmas = inference_sigmas(num_inference_steps)
@@ -91,20 +96,21 @@ class PixelViTDecoder(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.out_proj = nn.Linear(config.hidden_size, config.num_channels * config.patch_size**2)
 
-    def forward(self, hidden_states: Tensor, grid: tuple[int, int], **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, grids: Sequence[Grid], **kwargs) -> Tensor:
         """Unprojected latents (B, N, D) -> patches (B, N, 3 p p)."""
-        hidden_states = hidden_states + sinusoidal_positions_2d(grid, self.config.hidden_size, hidden_states)
+        hidden_states = hidden_states + sinusoidal_positions_2d(grids, self.config.hidden_size, hidden_states)
+        kwargs |= varlen_arguments([num_tokens(grid) for grid in grids], hidden_states.device)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         return self.out_proj(self.norm(hidden_states)).float()
 
     def decode(
-        self, hidden_states: Tensor, grid: tuple[int, int], *, noise: Tensor | None = None, num_inference_steps: int | None = None
+        self, hidden_states: Tensor, grids: Sequence[Grid], *, noise: Tensor | None = None, num_inference_steps: int | None = None
     ) -> Tensor:  # fmt: skip
         """The same call as the flow decoder's; a regression has neither noise nor steps, so naming steps is an error."""
         if num_inference_steps not in (None, 1):
             raise ValueError(f"{num_inference_steps=}: the ViT decoder regresses pixels in one step.")
-        return self(hidden_states, grid)
+        return self(hidden_states, grids)
 
 
 PIXEL_DECODERS = {PixelFlowDecoderConfig: PixelFlowDecoder, PixelViTDecoderConfig: PixelViTDecoder}

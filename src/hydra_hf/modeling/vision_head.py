@@ -1,14 +1,17 @@
 """Vision head: AdaLN-Zero blocks that turn the LLM's states of an image into latent velocity. HYDRA, section 2.2."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from .configuration_hydra import HydraConfig
-from .layers import AdaLNZeroLayer, TimestepEmbedding, ZeroLinear, modulate, rotary_positions_2d
+from .grid import Grid, in_rows, num_tokens, rotary_positions_2d, varlen_arguments
+from .layers import AdaLNZeroLayer, TimestepEmbedding, ZeroLinear, modulate
 
 
 class VisionHead(nn.Module):
-    """States (B, N, D_llm) of image tokens and their noise level -> velocity (B, N, C); it sees one image, no text."""
+    """States (B, N, D_llm) of image tokens and their noise level -> velocity (B, N, C); a token sees its own image, no text."""
 
     def __init__(self, config: HydraConfig):
         super().__init__()
@@ -24,14 +27,18 @@ class VisionHead(nn.Module):
         self.modulation = ZeroLinear(size, 2 * size)
         self.out_proj = ZeroLinear(size, channels)
 
-    def forward(self, hidden_states: Tensor, noisy_tokens: Tensor, sigma: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`noisy_tokens` (B, N, C) are read only with the latent skip; the velocity is fp32."""
-        condition = nn.functional.silu(self.time_embedding(sigma))[:, None]  # (B, 1, D)
+    def forward(self, hidden_states: Tensor, noisy_tokens: Tensor, sigma: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Rows of images of `grids`, see `grid.py`, at `sigma` (num_images,); the velocity is fp32.
+
+        `noisy_tokens` (B, N, C) are read only with the latent skip.
+        """
+        condition = in_rows(nn.functional.silu(self.time_embedding(sigma)), grids)  # (B, 1, D)
         hidden_states = self.in_proj(self.in_norm(hidden_states))  # (B, N, D)
         if self.latent_proj is not None:
             hidden_states = hidden_states + self.latent_proj(noisy_tokens.to(hidden_states.dtype))
-        rotary = rotary_positions_2d(grid, self.head_dim, hidden_states)
+        rotary = rotary_positions_2d(grids, self.head_dim, hidden_states)
+        varlen = varlen_arguments([num_tokens(grid) for grid in grids], hidden_states.device)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, condition, rotary)  # (B, N, D)
+            hidden_states = layer(hidden_states, condition, rotary, **varlen)  # (B, N, D)
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         return self.out_proj(modulate(self.norm(hidden_states), shift, scale)).to(torch.float32)

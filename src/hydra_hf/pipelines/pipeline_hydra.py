@@ -23,6 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..hub import HUB_OPTIONS, check_repo_id
 from ..modeling.flow import inference_sigmas
+from ..modeling.grid import Grid, num_tokens
 from ..modeling.image_generation import ImagePrefix
 from ..modeling.modeling_hydra import HydraForConditionalGeneration
 from ..modeling.processing_hydra import HydraProcessor
@@ -264,14 +265,14 @@ class HydraPipeline(HydraDiffusionPipeline):
     def prepare_prefix(
         self,
         texts: list[str],
-        grid: tuple[int, int],
+        grid: Grid,
         num_images_per_prompt: int,
         max_sequence_length: int | None,
         pad_to_multiple_of: int | None,
     ) -> ImagePrefix:
         """Prompts, or negative prompts, read once, each row repeated for its pictures. ValueError for a text too long."""
         config = self.model.config
-        num_image_tokens = config.num_time_tokens + grid[0] * grid[1]
+        num_image_tokens = config.num_time_tokens + num_tokens(grid)
         longest = config.text_config.max_position_embeddings - num_image_tokens
         longest = longest if max_sequence_length is None else min(longest, max_sequence_length)
         chats = [self.processor.build_image_prompt(text) for text in texts]
@@ -295,7 +296,7 @@ class HydraPipeline(HydraDiffusionPipeline):
     def prepare_latents(
         self,
         batch_size: int,
-        grid: tuple[int, int],
+        grid: Grid,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None = None,
     ) -> Tensor:
@@ -306,9 +307,9 @@ class HydraPipeline(HydraDiffusionPipeline):
         shape = self._latents_shape(batch_size, grid)
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
-    def prepare_sigmas(self, num_inference_steps: int, grid: tuple[int, int]) -> list[float]:
+    def prepare_sigmas(self, num_inference_steps: int, grid: Grid) -> list[float]:
         """The noise levels of the steps, from 1 down; the scheduler is set to them."""
-        sigmas = inference_sigmas(num_inference_steps, self.model.get_sigma_shift(grid[0] * grid[1])).tolist()
+        sigmas = inference_sigmas(num_inference_steps, self.model.get_sigma_shift(num_tokens(grid))).tolist()
         self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
         self.scheduler.set_begin_index(0)
         self._num_timesteps = len(sigmas)
@@ -319,8 +320,8 @@ class HydraPipeline(HydraDiffusionPipeline):
             return list(negative_prompt)
         return [negative_prompt or ""] * num_prompts
 
-    def _latents_shape(self, batch_size: int, grid: tuple[int, int]) -> tuple[int, ...]:
-        return (batch_size, self.model.config.vision_config.latent_channels, *grid)
+    def _latents_shape(self, batch_size: int, grid: Grid) -> tuple[int, ...]:
+        return (batch_size, self.model.config.vision_config.latent_channels, *grid[1:])
 
 
 def _is_list_of_strings(value) -> bool:

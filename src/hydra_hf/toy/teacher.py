@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from hydra_hf.modeling.layers import patchify, sinusoidal_positions_2d
+from hydra_hf.modeling.grid import image_grid, patchify, sinusoidal_positions_2d
 from hydra_hf.toy.world import BACKGROUNDS, FAR, NEAR, SPRITE, Scenes, ToyWorld
 
 
@@ -43,8 +43,8 @@ class ToyTeacher(nn.Module):
         distance, nearest = distance.unflatten(0, patches.shape[:2]), nearest.unflatten(0, patches.shape[:2])  # (B, N)
         is_known = distance < 0.5
         codes = torch.where(is_known[..., None], self.codes[nearest], 0)
-        grid = (pixel_values.shape[-2] // self.patch_size, pixel_values.shape[-1] // self.patch_size)
-        positions = sinusoidal_positions_2d(grid, self.widths[2], codes, max_period=16)
+        grid = image_grid(*pixel_values.shape[-2:], self.patch_size)
+        positions = sinusoidal_positions_2d([grid], self.widths[2], codes, max_period=16)
         positions = nn.functional.normalize(positions - positions.mean(0), dim=-1).expand(len(codes), -1, -1)
         return [torch.cat([codes, positions], dim=-1)] * len(layers)
 

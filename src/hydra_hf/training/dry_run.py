@@ -221,9 +221,9 @@ def parts_of(model: HydraForConditionalGeneration, task: TaskReport) -> Iterator
         num_tokens = task.image_tokens / task.num_images - config.num_time_tokens
         side = max(1, round(num_tokens**0.5))
         size = side * vision.patch_size
-        latents, sigma = empty(1, vision.latent_channels, side, side), empty(1)
+        tokens, sigma, grids = empty(side * side, vision.latent_channels), empty(1), [(1, side, side)]
         yield f"{TOWER}gen_vit", lambda: tower.gen_vit(empty(1, vision.num_channels, size, size)), task.num_images
-        yield f"{TOWER}sem_vit", lambda: model.model.get_image_embeds(latents, sigma), task.num_images
+        yield f"{TOWER}sem_vit", lambda: model.model.get_image_embeds(tokens, sigma, grids), task.num_images
     mask, embeds = empty(1, 1, length, length), empty(1, length, hidden_size)
     yield (
         "model.language_model",
@@ -235,8 +235,8 @@ def parts_of(model: HydraForConditionalGeneration, task: TaskReport) -> Iterator
     num_scored = length if task.label_tokens else 1
     yield "lm_head", lambda: model.lm_head(empty(1, num_scored, hidden_size)), 1
     if task.draws:
-        states, tokens = empty(1, side * side, hidden_size), empty(1, side * side, vision.latent_channels)
-        yield "vision_head", lambda: model.vision_head(states, tokens, sigma, (side, side)), task.num_images
+        states = empty(1, side * side, hidden_size)
+        yield "vision_head", lambda: model.vision_head(states, tokens[None], sigma, grids), task.num_images
 
 
 def gradients_of(model: nn.Module, module: str, is_behind_trained: bool) -> tuple[bool, bool]:

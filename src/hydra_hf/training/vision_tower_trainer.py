@@ -20,7 +20,7 @@ from hydra_hf.files import has_folder, write_folder, write_image_grid
 from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, HydraTokModel, PixelFlowDecoderConfig
 from hydra_hf.modeling.compat import enable_checkpointing
 from hydra_hf.modeling.flow import sample_sigma
-from hydra_hf.modeling.layers import latents_to_tokens
+from hydra_hf.modeling.grid import latents_to_tokens
 
 from .checkpoints import load_state, save_state
 from .discriminator import PatchDiscriminator, adaptive_weight, adversarial_loss, discriminator_loss

@@ -1,0 +1,236 @@
+"""Where visual tokens are: grids, positions, patches, and images of several sizes packed one after the other.
+
+A grid is (t, h, w) in tokens; an image has t = 1. Packed, the tokens of all images are one tensor (total_tokens, ...), image by
+image and row by row, and `image_grid_thw` (num_images, 3) says what belongs together, as in Qwen2-VL. Inside a network, tokens
+are in rows (B, N, ...): either every row is an image of one grid, or one row holds images of several grids, `grids` in both.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils.generic import is_flash_attention_requested
+
+
+Grid = tuple[int, int, int]
+
+NUM_POSITION_FEATURES = 128
+
+
+# Grids
+
+
+def num_tokens(grid: Grid) -> int:
+    return math.prod(grid)
+
+
+def image_grid(height: int, width: int, patch_size: int) -> Grid:
+    """The grid of an image of `height` x `width` pixels. ValueError for a size that is not one of whole patches."""
+    if height % patch_size or width % patch_size or min(height, width) < 1:
+        raise ValueError(f"{height=} and {width=} must be positive multiples of the patch size {patch_size}.")
+    return (1, height // patch_size, width // patch_size)
+
+
+def image_grids(image_grid_thw: Tensor) -> list[Grid]:
+    """The grids of `image_grid_thw` (num_images, 3). ValueError for another shape, or what is no image."""
+    if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3:
+        raise ValueError(f"image_grid_thw {tuple(image_grid_thw.shape)} must be (num_images, 3).")
+    grids = [tuple(grid) for grid in image_grid_thw.tolist()]
+    if wrong := [grid for grid in grids if min(grid) < 1 or grid[0] != 1]:
+        raise ValueError(f"image_grid_thw has {wrong[0]}, expected (1, h, w) for an image, of at least one patch.")
+    return grids
+
+
+def aspect_buckets(max_tokens: int, max_aspect_ratio: float = 2.0) -> list[tuple[int, int]]:
+    """Grids (h, w) of at most `max_tokens`, none of which a row or a column more would fit, from tall to wide.
+
+    Batches of one bucket have one size, and all buckets cost about the same. ValueError for less than one token.
+    """
+    if max_tokens < 1 or max_aspect_ratio < 1:
+        raise ValueError(f"{max_tokens=} and {max_aspect_ratio=} must be at least 1.")
+    sizes = [(max_tokens // width, width) for width in range(1, max_tokens + 1)]
+    sizes = [(h, w) for h, w in sizes if max(h, w) <= max_aspect_ratio * min(h, w)]
+    return [(h, w) for h, w in sizes if max_tokens // h == w] or [(1, 1)]
+
+
+# Patches and latents
+
+
+def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
+    """(B, 3, H, W) -> (B, N, 3 p p), the channel first inside a patch, then its row, then its column."""
+    patches = pixel_values.unflatten(-1, (-1, patch_size)).unflatten(-3, (-1, patch_size))  # (B, 3, h, p, w, p)
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: Grid) -> Tensor:
+    """(B, N, 3 p p) -> (B, 3, H, W)."""
+    patches = patches.unflatten(2, (-1, patch_size, patch_size)).unflatten(1, grid[1:])  # (B, h, w, 3, p, p)
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def latents_to_tokens(latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, N, C)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def tokens_to_latents(tokens: Tensor, grid: Grid) -> Tensor:
+    """(B, N, C) -> (B, C, h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, grid[1:])
+
+
+# Packed images
+
+
+def pack_images(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, Tensor]:
+    """`pixel_values` (total_patches, 3 p p) and `image_grid_thw` (num_images, 3) of images (3, H, W) of any sizes."""
+    grids = [image_grid(*image.shape[-2:], patch_size) for image in images]
+    return torch.cat([patchify(image[None], patch_size)[0] for image in images]), torch.tensor(grids)
+
+
+def unpack_images(pixel_values: Tensor, image_grid_thw: Tensor, patch_size: int) -> list[Tensor]:
+    """The images (3, H, W) of packed patches."""
+    grids = image_grids(image_grid_thw)
+    return [
+        unpatchify(patches[None], patch_size, grid)[0]
+        for patches, grid in zip(split_images(pixel_values, grids), grids)
+    ]
+
+
+def pack_latents(latents: Tensor, image_grid_thw: Tensor | None) -> tuple[Tensor, list[Grid]]:
+    """Tokens (total_tokens, C) and grids of latents that are dense (num_images, C, h, w), or packed already with their grids."""
+    if image_grid_thw is not None:
+        grids = image_grids(image_grid_thw)
+        check_packed("latents", latents, grids)
+        return latents, grids
+    if latents.ndim != 4:
+        raise ValueError(
+            f"latents {tuple(latents.shape)} must be (num_images, C, h, w), or packed with image_grid_thw."
+        )
+    return latents_to_tokens(latents).flatten(0, 1), [(1, *latents.shape[-2:])] * len(latents)
+
+
+def check_packed(name: str, packed: Tensor, grids: Sequence[Grid]) -> None:
+    """Raises ValueError if there are not as many tokens as the grids say."""
+    total = sum(map(num_tokens, grids))
+    if packed.ndim != 2 or len(packed) != total:
+        raise ValueError(
+            f"{name} {tuple(packed.shape)} must be packed, ({total}, ...) for image_grid_thw {list(grids)}."
+        )
+
+
+def split_images(packed: Tensor, grids: Sequence[Grid], num_leading: int = 0) -> tuple[Tensor, ...]:
+    """The tokens (N, ...) of each image, in front of which there may be `num_leading` others."""
+    return packed.split([num_leading + num_tokens(grid) for grid in grids])
+
+
+def select_images(packed: Tensor, grids: Sequence[Grid], images: Tensor) -> Tensor:
+    """The tokens of some images, by their numbers (n,), packed again."""
+    if len(set(grids)) == 1:
+        return packed.unflatten(0, (len(grids), -1))[images].flatten(0, 1)
+    parts = split_images(packed, grids)
+    return torch.cat([parts[index] for index in images.tolist()])
+
+
+def per_token(values: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """A value for each image (num_images, ...) as one for each of its tokens (total_tokens, ...)."""
+    if len(set(grids)) == 1:
+        return values.repeat_interleave(num_tokens(grids[0]), dim=0)
+    counts = torch.tensor([num_tokens(grid) for grid in grids], device=values.device)
+    return values.repeat_interleave(counts, dim=0)
+
+
+def run_by_grid(
+    function: Callable[..., Tensor], grids: Sequence[Grid], packed: Sequence[Tensor], per_image: Sequence[Tensor] = (),
+    config: PreTrainedConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """What `function(*rows, grids=...)` gives for images of any sizes, packed again in their order.
+
+    Images of one grid are rows of one call. With the flash attention of `config` all images are one row of one call.
+
+    Args:
+        packed: tensors (total_tokens, ...), which `function` gets as rows (B, N, ...).
+        per_image: tensors (num_images, ...), which it gets as those of its images.
+    """
+    if len(set(grids)) == 1:
+        rows = [tensor.unflatten(0, (len(grids), -1)) for tensor in packed]
+        return function(*rows, *per_image, grids=grids[:1]).flatten(0, 1)
+    if config is not None and is_flash_attention_requested(config):
+        return function(*[tensor[None] for tensor in packed], *per_image, grids=grids)[0]
+    images = [split_images(tensor, grids) for tensor in packed]
+    outputs: dict[int, Tensor] = {}
+    for grid in dict.fromkeys(grids):
+        members = [index for index, other in enumerate(grids) if other == grid]
+        rows = [torch.stack([parts[index] for index in members]) for parts in images]
+        outputs |= zip(members, function(*rows, *[tensor[members] for tensor in per_image], grids=[grid]))
+    return torch.cat([outputs[index] for index in range(len(grids))])
+
+
+# Rows
+
+
+def varlen_arguments(lengths: Sequence[int], device: torch.device) -> dict:
+    """What tells flash attention where the images of a row begin; nothing for one image a row."""
+    if len(lengths) == 1:
+        return {}
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return {
+        "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": max(lengths), "max_length_k": max(lengths),
+    }  # fmt: skip
+
+
+def in_rows(values: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """A value for each image (num_images, D) to broadcast over the tokens of its row: (B, 1, D), or (1, N, D) of several."""
+    return values[:, None] if len(grids) == 1 else per_token(values, grids)[None]
+
+
+def prepend(hidden_states: Tensor, leading: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """Rows (B, N, D) with one token more, of `leading` (num_images, D), in front of each image."""
+    if len(grids) == 1:
+        return torch.cat([leading[:, None], hidden_states], dim=1)
+    pairs = zip(leading[:, None], split_images(hidden_states[0], grids))
+    return torch.cat([part for pair in pairs for part in pair])[None]
+
+
+# Positions
+
+
+def grid_positions(grids: Sequence[Grid], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of each token of a row of grids, (N,) each."""
+    positions = [torch.meshgrid(*[torch.arange(n, device=device) for n in grid], indexing="ij") for grid in grids]
+    return tuple(torch.cat([axes[axis].flatten() for axes in positions]) for axis in (1, 2))
+
+
+def sinusoidal_positions_2d(grids: Sequence[Grid], hidden_size: int, like: Tensor, max_period: int = 10_000) -> Tensor:
+    """Fixed sine and cosine positions (N, D): half the channels for the row, half for the column."""
+    quarter = hidden_size // 4
+    frequencies = max_period ** -(torch.arange(quarter, dtype=torch.float32, device=like.device) / quarter)
+    angles = [position[:, None] * frequencies for position in grid_positions(grids, like.device)]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=-1).to(like.dtype)
+
+
+def position_features(grids: Sequence[Grid], like: Tensor) -> Tensor:
+    """Sines and cosines (N, 128) of where each token is: in tokens from the top left, and as a share of its image.
+
+    The share is measured in sixteenths, so that both kinds have wavelengths from a few tokens up.
+    """
+    count = NUM_POSITION_FEATURES // 8
+    frequencies = 1000 ** -(torch.arange(count, dtype=torch.float32, device=like.device) / count)
+    features = []
+    for axis, position in zip((1, 2), grid_positions(grids, like.device)):
+        size = per_token(torch.tensor([grid[axis] for grid in grids], device=like.device), grids)
+        for coordinate in (position, 16 * (position + 0.5) / size):
+            angles = coordinate[:, None] * frequencies
+            features += [angles.sin(), angles.cos()]
+    return torch.cat(features, dim=-1).to(like.dtype)
+
+
+def rotary_positions_2d(grids: Sequence[Grid], head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (N, head_dim) that turn half of each head with the row and half with the column."""
+    quarter = head_dim // 4
+    frequencies = 10_000 ** -(torch.arange(quarter, dtype=torch.float32, device=like.device) / quarter)
+    angles = [position[:, None] * frequencies for position in grid_positions(grids, like.device)]
+    angles = torch.cat([*angles, *angles], dim=-1)
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
