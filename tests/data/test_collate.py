@@ -46,19 +46,18 @@ def test_the_assistants_text_is_labelled_and_nothing_else(tiny_processor):
     )
 
 
-def test_a_generated_image_has_no_labels(tiny_processor):
+def test_the_start_of_a_generated_image_is_its_only_label(tiny_processor):
     sample = chat(("user", [text("a cat")]), ("assistant", [image()]), task="generate")
     batch = collate([sample], tiny_processor)
     assert (
         drawn(batch, tiny_processor)
         == """
 [ user / a cat ] / [ assistant / < # # # > ] /
-. .    . . .   . . . .         . . . . . . . ."""
+. .    . . .   . . . .         . < . . . . . ."""
     )
-    assert (batch["labels"] == -100).all()
 
 
-def test_text_before_a_generated_image_is_labelled_and_after_it_is_not(tiny_processor):
+def test_text_up_to_a_generated_image_is_labelled_and_after_it_is_not(tiny_processor):
     sample = chat(("user", [text("draw a cat")]), ("assistant", [text("a cat"), image(), text("two")]), ("user", [text("what")]),
                   ("assistant", [text("dog")]), task="edit")  # fmt: skip
     batch = collate([sample], tiny_processor)
@@ -66,7 +65,7 @@ def test_text_before_a_generated_image_is_labelled_and_after_it_is_not(tiny_proc
         drawn(batch, tiny_processor)
         == """
 [ user / draw a cat ] / [ assistant / a cat < # # # > two ] / [ user / what ] / [ assistant / dog ] /
-. .    . .    . .   . . . .         . a cat . . . . . .   . . . .    . .    . . . .         . .   . ."""
+. .    . .    . .   . . . .         . a cat < . . . . .   . . . .    . .    . . . .         . .   . ."""
     )
 
 
@@ -78,7 +77,7 @@ def test_a_generated_image_silences_its_own_row_only(tiny_processor):
     batch = collate(samples, tiny_processor)
     generated, answered = """
 _ _ [ user / a cat ] / [ assistant / < # # # > ] /
-. . . .    . . .   . . . .         . . . . . . . .""", """
+. . . .    . . .   . . . .         . < . . . . . .""", """
 [ user / < # # # > what is in ] / [ assistant / cat ] /
 . .    . . . . . . .    .  .  . . . .         . cat ] ."""  # fmt: skip
     assert drawn(batch, tiny_processor, row=0) == generated
@@ -93,8 +92,9 @@ def test_images_come_in_the_order_of_their_placeholders(tiny_processor):
         chat(("user", [image(0.4), text("what")]), ("assistant", [text("cat")])),
     ]
     batch = collate(samples, tiny_processor)
-    assert batch["pixel_values"].shape == (4, 3, 8, 16)
-    torch.testing.assert_close(batch["pixel_values"][:, 0, 0, 0], torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    assert batch["pixel_values"].shape == (4 * 2, 3 * 8 * 8)
+    torch.testing.assert_close(batch["pixel_values"][::2, 0], torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    assert batch["image_grid_thw"].tolist() == [[1, 1, 2]] * 4
     assert batch["is_generated"].tolist() == [False, False, True, False]
     assert batch["mm_token_type_ids"].sum(1).tolist() == [9, 0, 3]  # a time token and two patches each
 
@@ -110,10 +110,17 @@ def test_every_tensor_of_a_batch_has_its_shape(tiny_processor):
     assert all(batch[name].shape == shape for name in ("attention_mask", "mm_token_type_ids", "labels"))
 
 
-def test_images_of_different_sizes_are_refused(tiny_processor):
-    samples = [chat(("user", [image(height=8), image(height=16)]), ("assistant", [text("cat")]))]
-    with pytest.raises(ValueError, match=r"one size, got \[\(3, 8, 16\), \(3, 16, 16\)\]"):
-        collate(samples, tiny_processor)
+def test_images_of_different_sizes_are_packed_each_with_its_own_placeholders(tiny_processor):
+    sample = chat(("user", [image(0.1, height=8), text("a"), image(0.2, height=16)]), ("assistant", [text("cat")]))
+    batch = collate([sample], tiny_processor)
+    assert (
+        drawn(batch, tiny_processor)
+        == """
+[ user / < # # # > a < # # # # # > ] / [ assistant / cat ] /
+. .    . . . . . . . . . . . . . . . . . .         . cat ] ."""
+    )
+    assert batch["image_grid_thw"].tolist() == [[1, 1, 2], [1, 2, 2]]
+    torch.testing.assert_close(batch["pixel_values"].mean(1), torch.tensor([0.1] * 2 + [0.2] * 4))
 
 
 def test_a_special_token_in_a_users_text_is_neither_image_nor_label(tiny_processor):

@@ -2,11 +2,14 @@ import base64
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from hydra_hf.data.records import MAX_CHARACTERS, RecordReader, UnreadableRecordError, center_crop, find_columns
+from hydra_hf.data.collate import collate
+from hydra_hf.data.records import MAX_CHARACTERS, RecordReader, UnreadableRecordError, find_columns
+from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
 
 
 @pytest.fixture
@@ -101,16 +104,58 @@ def test_a_photograph_that_lies_on_its_side_is_turned_before_it_is_cut(read):
     assert image[:, :, 20:].min() > 0.9
 
 
-@pytest.mark.parametrize(
-    "size, box", [((40, 20), (10, 0, 30, 20)), ((20, 50), (0, 15, 20, 35)), ((7, 7), (0, 0, 7, 7))]
-)
-def test_the_middle_of_a_picture_is_kept(size, box):
-    picture = Image.effect_noise(size, 50)
-    assert center_crop(picture, 32, 32).tobytes() == picture.crop(box).tobytes()
+def wide_picture() -> Image.Image:
+    picture = Image.effect_noise((1600, 800), 80).convert("RGB")
+    picture.paste("red", (0, 0, 400, 800))
+    return picture
 
 
-def test_a_cut_has_the_shape_of_the_size():
-    assert center_crop(Image.new("L", (100, 100)), 16, 32).size == (100, 50)
+def palette_picture() -> Image.Image:
+    picture = Image.effect_noise((90, 70), 80).convert("P")
+    picture.info["transparency"] = 40
+    return picture
+
+
+def turned_picture() -> tuple[Image.Image, dict]:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return wide_picture().resize((300, 100)), {"exif": exif}
+
+
+PICTURES = {
+    "wide": lambda: (wide_picture(), {}),
+    "tall": lambda: (wide_picture().rotate(90, expand=True), {}),
+    "palette with transparency": lambda: (palette_picture(), {"transparency": 40}),
+    "16 bits": lambda: (Image.fromarray(np.linspace(0, 65535, 50 * 60).reshape(50, 60).astype(np.uint16)), {}),
+    "turned by its camera": turned_picture,
+}
+
+
+@pytest.mark.parametrize("size", [{"height": 32, "width": 32}, {"min_pixels": 64, "max_pixels": 128 * 128}])
+@pytest.mark.parametrize("name", PICTURES)
+def test_what_training_encodes_of_a_file_is_what_the_processor_gives_bit_for_bit(tiny_tokenizer, files, name, size):
+    picture, options = PICTURES[name]()
+    path = files.folder / "picture.png"
+    picture.save(path, **options)
+    processor = HydraProcessor(HydraImageProcessor(size=size, patch_size=8), tiny_tokenizer, patch_size=8)
+    record = llava("<image>\nwhat is in the picture", "a cat", image="picture.png")
+    sample = RecordReader(find_columns(set(record), False, ()), files.folder, processor.image_processor).sample(
+        record, "understand"
+    )
+    trained = collate([sample], processor)
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "path": str(path)}, {"type": "text", "text": "what is in the picture"}],
+        }
+    ]
+    asked = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    for name in ("pixel_values", "image_grid_thw"):
+        assert torch.equal(trained[name], asked[name]), name
+    length = asked["input_ids"].shape[1]
+    assert torch.equal(trained["input_ids"][:, :length], asked["input_ids"])
 
 
 def bomb() -> bytes:

@@ -9,16 +9,16 @@ import torch
 from huggingface_hub import close_session
 from PIL import Image
 
-from hydra_hf.modeling.image_processing_hydra import HydraImageProcessor, HydraImageProcessorPil
+from hydra_hf.modeling.grid import unpack_images
+from hydra_hf.modeling.image_processing_hydra import HydraImageProcessor, center_crop, whole_size
 
 
-BACKENDS = [HydraImageProcessor, HydraImageProcessorPil]
 SIZE = {"height": 28, "width": 42}
 
 
-@pytest.fixture(params=BACKENDS, ids=["torchvision", "pil"])
-def image_processor(request):
-    return request.param(size=SIZE)
+@pytest.fixture
+def image_processor() -> HydraImageProcessor:
+    return HydraImageProcessor(size=SIZE)
 
 
 def photo(height: int = 50, width: int = 60) -> Image.Image:
@@ -26,8 +26,13 @@ def photo(height: int = 50, width: int = 60) -> Image.Image:
     return Image.fromarray(np.stack([rows * 5, columns * 4, rows + columns], axis=-1).astype(np.uint8))
 
 
+def images_of(processed) -> list[torch.Tensor]:
+    return unpack_images(**processed, patch_size=14)
+
+
 def pixels(image_processor, image, **kwargs) -> torch.Tensor:
-    return image_processor(image, return_tensors="pt", **kwargs)["pixel_values"]
+    """Images of one size, (B, 3, H, W)."""
+    return torch.stack(images_of(image_processor(image, return_tensors="pt", **kwargs)))
 
 
 def test_black_is_minus_one_and_white_is_one(image_processor):
@@ -38,9 +43,98 @@ def test_black_is_minus_one_and_white_is_one(image_processor):
     torch.testing.assert_close(white, torch.full_like(white, 1))
 
 
-def test_the_default_is_448_pixels_square():
-    for backend in BACKENDS:
-        assert pixels(backend(), photo()).shape == (1, 3, 448, 448)
+def test_images_are_packed_patch_by_patch_with_their_grids(image_processor):
+    processed = image_processor([photo(), photo().rotate(180)], return_tensors="pt")
+    assert set(processed) == set(image_processor.model_input_names)
+    assert processed["image_grid_thw"].tolist() == [[1, 2, 3], [1, 2, 3]]
+    first = pixels(image_processor, photo())[0]
+    assert torch.equal(processed["pixel_values"][1 * 3 + 2], first[:, 14:28, 28:42].flatten())
+
+
+def test_by_default_an_image_keeps_its_aspect_within_448_pixels_squared():
+    sizes = {(50, 60): (56, 56), (448, 448): (448, 448), (300, 150): (294, 154), (900, 900): (448, 448),
+             (800, 1600): (308, 630), (1600, 800): (630, 308), (10, 10): (56, 56)}  # fmt: skip
+    for size, expected in sizes.items():
+        assert pixels(HydraImageProcessor(), photo(*size)).shape == (1, 3, *expected)
+        assert HydraImageProcessor().output_size(*size) == expected
+
+
+@pytest.mark.parametrize("height", [1, 3, 14, 97, 448, 1000, 20_000])
+@pytest.mark.parametrize("width", [1, 20, 333, 448, 5000])
+@pytest.mark.parametrize("limits", [(56 * 56, 448 * 448), (14 * 14, 14 * 14 * 5), (100_352, 100_352)])
+def test_the_limits_hold_for_any_image_and_the_aspect_where_patches_allow(height, width, limits):
+    h, w = whole_size(height, width, 14, *limits)
+    assert h % 14 == w % 14 == 0
+    assert h * w <= limits[1]
+    assert min(h, w) >= 14
+    if min(h, w) > 5 * 14:
+        assert abs(np.log(h / w) - np.log(height / width)) < 0.25
+        assert h * w > 0.8 * limits[0]
+
+
+def test_an_image_of_whole_patches_within_the_limits_keeps_its_pixels():
+    image = photo(70, 98)
+    expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    torch.testing.assert_close(pixels(HydraImageProcessor(), image), expected, atol=1e-6, rtol=0)
+
+
+def outer_quarters(height: int = 800, width: int = 1600) -> Image.Image:
+    """White, its left quarter red and its right quarter blue."""
+    image = Image.new("RGB", (width, height), "white")
+    image.paste("red", (0, 0, width // 4, height))
+    image.paste("blue", (width - width // 4, 0, width, height))
+    return image
+
+
+@pytest.mark.parametrize("size", [SIZE, {"min_pixels": 56 * 56, "max_pixels": 448 * 448}])
+def test_a_given_image_is_seen_whole(size):
+    (image,) = pixels(HydraImageProcessor(size=size), outer_quarters())
+    red, blue = ((image - torch.tensor(colour)[:, None, None]).abs().amax(0) < 0.1
+                 for colour in ([1.0, -1, -1], [-1.0, -1, 1]))  # fmt: skip
+    assert red.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert blue.float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_images_of_different_sizes_come_in_their_order():
+    processed = HydraImageProcessor()([outer_quarters(), photo(70, 98), outer_quarters()], return_tensors="pt")
+    assert processed["image_grid_thw"].tolist() == [[1, 22, 45], [1, 5, 7], [1, 22, 45]]
+    first, second, third = images_of(processed)
+    assert torch.equal(first, third)
+    assert torch.equal(second, pixels(HydraImageProcessor(), photo(70, 98))[0])
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((800, 1600), (322, 616)), ((1600, 800), (616, 322)), ((500, 500), (448, 448)),
+                           ((10, 1000), (322, 616)), ((640, 480), (518, 378))]
+)  # fmt: skip
+def test_an_image_to_be_generated_is_the_middle_in_the_nearest_aspect(size, expected):
+    image_processor = HydraImageProcessor()
+    assert image_processor.generated_size(*size) == expected
+    image = photo(*size)
+    (given,) = images_of(image_processor.preprocess_generated(image, return_tensors="pt"))
+    assert given.shape[1:] == expected
+    middle = center_crop(image, *expected).resize(expected[::-1], Image.Resampling.BICUBIC)
+    difference = given - (torch.from_numpy(np.array(middle)).permute(2, 0, 1) / 127.5 - 1)
+    assert difference.abs().mean() < 0.5 / 127.5
+
+
+def test_under_a_fixed_size_an_image_to_be_generated_is_cut_to_its_shape(image_processor):
+    assert image_processor.generated_size(800, 1600) == (28, 42)
+    (image,) = images_of(image_processor.preprocess_generated(outer_quarters(), return_tensors="pt"))
+    assert image.shape == (3, 28, 42)
+    assert (image[:, :, 7:35] > 0.8).all()  # white: of the coloured quarters a twelfth of the width is left
+
+
+@pytest.mark.parametrize(
+    "size, box", [((40, 20), (10, 0, 30, 20)), ((20, 50), (0, 15, 20, 35)), ((7, 7), (0, 0, 7, 7))]
+)
+def test_the_middle_of_a_picture_is_kept(size, box):
+    picture = Image.effect_noise(size, 50)
+    assert center_crop(picture, 32, 32).tobytes() == picture.crop(box).tobytes()
+
+
+def test_a_cut_has_the_shape_of_the_size():
+    assert center_crop(Image.new("L", (100, 100)), 16, 32).size == (100, 50)
 
 
 def test_pixel_values_stay_in_range_where_bicubic_overshoots(image_processor):
@@ -51,9 +145,12 @@ def test_pixel_values_stay_in_range_where_bicubic_overshoots(image_processor):
         assert 0.99 < pixel_values.max() <= 1
 
 
-def test_the_two_backends_agree():
-    for image in (photo(), photo(12, 9), photo(500, 700), np.asarray(photo()) / np.float32(255)):
-        difference = pixels(HydraImageProcessor(size=SIZE), image) - pixels(HydraImageProcessorPil(size=SIZE), image)
+def test_resizing_is_that_of_pil(image_processor):
+    for image in (photo(), photo(12, 9), photo(500, 700)):
+        theirs = image.resize((42, 28), Image.Resampling.BICUBIC)
+        difference = pixels(image_processor, image)[0] - (
+            torch.from_numpy(np.array(theirs)).permute(2, 0, 1) / 127.5 - 1
+        )
         assert difference.abs().max() < 3 / 127.5
         assert difference.abs().mean() < 0.5 / 127.5
 
@@ -142,11 +239,11 @@ def test_batches_may_be_nested_lists_or_four_axes(image_processor):
 
 
 def test_huge_images_are_refused_by_size_and_limit(image_processor):
-    with pytest.raises(ValueError, match="11x10.*max_pixels=100"):
-        image_processor(Image.new("RGB", (10, 11)), max_pixels=100)
-    with pytest.raises(ValueError, match="11x10.*max_pixels=100"):
-        image_processor(np.zeros((11, 10, 3), np.uint8), max_pixels=100)
-    assert image_processor.max_pixels == 178_956_970
+    with pytest.raises(ValueError, match="11x10.*max_input_pixels=100"):
+        image_processor(Image.new("RGB", (10, 11)), max_input_pixels=100)
+    with pytest.raises(ValueError, match="11x10.*max_input_pixels=100"):
+        image_processor(np.zeros((11, 10, 3), np.uint8), max_input_pixels=100)
+    assert image_processor.max_input_pixels == 178_956_970
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(image_processor, tmp_path):
@@ -204,10 +301,14 @@ def test_sizes_off_the_patch_grid_are_refused(image_processor):
         type(image_processor)(size={"height": 30, "width": 28})
     with pytest.raises(ValueError, match="28x30.*patch_size=14"):
         image_processor(photo(), size={"height": 28, "width": 30})
-    with pytest.raises(ValueError, match="50x60.*patch_size=14"):
+    with pytest.raises(ValueError, match="height=50 and width=60.*patch size 14"):
         image_processor(photo(), do_resize=False)
-    with pytest.raises(ValueError, match="a height and a width"):
-        type(image_processor)(size={"shortest_edge": 28})
+    for size in ({"shortest_edge": 28}, {"longest_edge": 4000}):
+        with pytest.raises(ValueError, match="a height and a width, or min_pixels and max_pixels"):
+            type(image_processor)(size=size)(photo())
+    for least, most in ((4000, 3999), (1, 14 * 14 - 1)):
+        with pytest.raises(ValueError, match="max_pixels of at least"):
+            type(image_processor)(size={"min_pixels": least, "max_pixels": most})(photo())
     assert type(image_processor)(size={"height": 32, "width": 16}, patch_size=16).patch_size == 16
     assert pixels(image_processor, photo(28, 56), do_resize=False).shape == (1, 3, 28, 56)
 
@@ -236,12 +337,12 @@ def test_postprocess_refuses_what_it_cannot_show(image_processor):
 
 
 def test_saving_and_loading_keeps_every_setting(image_processor, tmp_path):
-    image_processor = type(image_processor)(size={"height": 32, "width": 64}, patch_size=16, max_pixels=5000)
+    image_processor = type(image_processor)(size={"height": 32, "width": 64}, patch_size=16, max_input_pixels=5000)
     image_processor.save_pretrained(tmp_path)
     reloaded = type(image_processor).from_pretrained(tmp_path)
     assert reloaded.to_dict() == image_processor.to_dict()
-    assert (reloaded.patch_size, reloaded.max_pixels) == (16, 5000)
-    assert torch.equal(pixels(reloaded, photo()), pixels(image_processor, photo()))
+    assert (reloaded.patch_size, reloaded.max_input_pixels) == (16, 5000)
+    assert torch.equal(*(each(photo(), return_tensors="pt")["pixel_values"] for each in (reloaded, image_processor)))
 
 
 def test_registering_for_an_auto_class_leaves_no_mark(image_processor):

@@ -19,7 +19,6 @@ from hydra_hf import (
     HydraConfig,
     HydraForConditionalGeneration,
     HydraImageProcessor,
-    HydraImageProcessorPil,
     HydraModel,
     HydraProcessor,
     HydraTokConfig,
@@ -69,7 +68,6 @@ def test_the_auto_processors_open_a_saved_model_folder(tmp_path, tiny_processor)
     tiny_processor.save_pretrained(tmp_path)
     assert type(AutoProcessor.from_pretrained(tmp_path)) is HydraProcessor
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is HydraImageProcessor
-    assert type(AutoImageProcessor.from_pretrained(tmp_path, backend="pil")) is HydraImageProcessorPil
 
 
 def test_the_image_processor_of_a_tokenizer_opens_by_its_config(tmp_path):

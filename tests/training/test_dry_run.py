@@ -36,7 +36,7 @@ def test_lengths_are_those_of_the_samples_that_a_step_reads(reports):
         assert report.num_seen == num_seen
         assert report.length == (lengths.min(), pytest.approx(lengths.mean().item()), lengths.max())
         assert report.image_tokens == 1 + 16
-    assert reports[0].tasks["generate"].label_tokens == 0
+    assert reports[0].tasks["generate"].label_tokens == 1  # <|vision_start|>
     labels = (bundle["understand"]["labels"][:, 1:] != -100).sum().item()
     assert reports[0].tasks["understand"].label_tokens == labels / 2
 

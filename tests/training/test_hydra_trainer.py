@@ -19,7 +19,7 @@ from hydra_hf.training.hydra_trainer import (
     train_hydra,
 )
 from hydra_hf.training.processes import num_accumulation_steps
-from hydra_hf.training.randomness import count_images, row_noise, step_generator
+from hydra_hf.training.randomness import grids_per_row, row_noise, step_generator
 from hydra_hf.training.recipe import HydraRecipe, HydraStage
 from toy_models import toy_config, toy_language, toy_pipeline, toy_processor
 
@@ -192,7 +192,7 @@ def test_a_bundle_is_the_same_whenever_it_is_asked_for(recipe):
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     assert not torch.equal(first["generate"]["pixel_values"], other["generate"]["pixel_values"])
     assert len(bundles) == STAGE1.num_steps
-    assert [len(first[task]["pixel_values"]) for task in STAGE1.tasks] == [2, 3]
+    assert [len(first[task]["image_grid_thw"]) for task in STAGE1.tasks] == [2, 3]
     assert first["rows"] == {"understand": [0, 1], "generate": [0, 1, 2]}
 
 
@@ -200,7 +200,7 @@ def test_bundles_of_all_processes_and_micro_steps_are_the_bundle_of_one(recipe):
     def bundles(**place) -> ToyBundles:
         return ToyBundles(ToyData(), recipe.processor, STAGE1, seed=0, **place)
 
-    whole = bundles()[3]["generate"]["pixel_values"]
+    whole = bundles()[3]["generate"]["pixel_values"].unflatten(0, (3, -1))
     places = {}
     for process in range(2):
         for micro_step in range(2):
@@ -209,7 +209,7 @@ def test_bundles_of_all_processes_and_micro_steps_are_the_bundle_of_one(recipe):
             assert part["step"] == 3
             places[process, micro_step] = rows
             if part["generate"]["num_samples"]:
-                assert torch.equal(part["generate"]["pixel_values"], whole[rows])
+                assert torch.equal(part["generate"]["pixel_values"], whole[rows].flatten(0, 1))
             else:
                 assert rows == [3]
     assert places == {(0, 0): [0], (0, 1): [2], (1, 0): [1], (1, 1): [3]}
@@ -253,28 +253,54 @@ def loss_of(trainer: HydraTrainer, bundle: dict) -> tuple:
 
 def test_noise_is_put_on_generated_images_only(make_trainer, recipe, tmp_path):
     trainer, batch = make_trainer(tmp_path), edit_batch(recipe, 2)
-    clean = trainer.model.encode_images(batch["pixel_values"])
+    clean = trainer.model.encode_images(batch["pixel_values"], batch["image_grid_thw"]).unflatten(0, (4, -1))
     prepared = trainer.prepare_batch(bundle_of(edit=batch), "edit")
+    noisy = prepared["latents"].unflatten(0, (4, -1))
     given, generated = slice(0, None, 2), slice(1, None, 2)
     assert prepared["sigma"][given].tolist() == [0, 0]
     assert (prepared["sigma"][generated] > 0).all()
-    assert torch.equal(prepared["latents"][given], clean[given])
-    sigma = prepared["sigma"][generated][:, None, None, None]
-    target = prepared["velocity_target"]
-    assert len(target) == 2
-    torch.testing.assert_close(prepared["latents"][generated], clean[generated] + sigma * target)
-    assert trainer.count_targets(batch) == {"language": 2 * 2, "flow": 2 * 16}
+    assert torch.equal(noisy[given], clean[given])
+    sigma = prepared["sigma"][generated][:, None, None]
+    target = prepared["velocity_target"].unflatten(0, (2, -1))
+    torch.testing.assert_close(noisy[generated], clean[generated] + sigma * target)
+    assert trainer.count_targets(batch) == {"language": 2 * 3, "flow": 2 * 16}
     assert "pixel_values" not in prepared
     assert "pixel_values" in batch  # the caller's bundle is as it was
 
 
-def test_text_to_image_has_no_labels_and_no_logits_of_the_prompt(make_trainer, recipe, tmp_path):
+def test_text_to_image_has_the_start_of_each_image_as_its_only_label(make_trainer, recipe, tmp_path):
     batch = collate(toy_language().generate_samples(2, step_generator(0, 0)), recipe.processor)
-    trainer, bundle = make_trainer(tmp_path), bundle_of(generate=batch)
-    prepared = trainer.prepare_batch(bundle, "generate")
+    trainer = make_trainer(tmp_path)
+    start = recipe.config.vision_start_token_id
+    assert batch["labels"][batch["labels"] >= 0].tolist() == [start, start]
+    assert trainer.count_targets(batch) == {"language": 2, "flow": 2 * 16}
+
+
+def test_a_batch_without_labels_has_no_logits_of_the_prompt(make_trainer, recipe, tmp_path):
+    batch = collate(toy_language().generate_samples(2, step_generator(0, 0)), recipe.processor)
+    batch["labels"].fill_(-100)
+    prepared = make_trainer(tmp_path).prepare_batch(bundle_of(generate=batch), "generate")
     assert "labels" not in prepared
     assert prepared["logits_to_keep"] == 1
-    assert trainer.count_targets(batch) == {"language": 0, "flow": 2 * 16}
+
+
+def test_images_of_several_sizes_train_as_each_alone(make_trainer, recipe, tmp_path):
+    sizes, trainer = [(16, 48), (32, 32), (16, 48)], make_trainer(tmp_path)
+    samples = [
+        Sample(task="generate", messages=[
+            {"role": "user", "content": [{"type": "text", "text": "a cat"}]},
+            {"role": "assistant", "content": [{"type": "image", "image": torch.rand(3, *size, generator=step_generator(0, index))}]},
+        ])
+        for index, size in enumerate(sizes)
+    ]  # fmt: skip
+    together = bundle_of(generate=collate(samples, recipe.processor))
+    prepared, tokens = trainer.prepare_batch(together, "generate"), [3, 4, 3]
+    flow, totals = trainer.model(**prepared).flow_loss, 0
+    for row, count in enumerate(tokens):
+        alone = bundle_of(generate=collate(samples[row : row + 1], recipe.processor)) | {"rows": {"generate": [row]}}
+        totals += trainer.model(**trainer.prepare_batch(alone, "generate")).flow_loss * count
+    torch.testing.assert_close(flow, totals / sum(tokens))
+    assert trainer.count_targets(together["generate"])["flow"] == sum(tokens)
 
 
 def test_understanding_has_neither_noise_nor_a_velocity(make_trainer, recipe, tmp_path):
@@ -294,8 +320,9 @@ def test_the_language_loss_is_the_mean_over_the_tokens_of_all_tasks(make_trainer
         for count, questions in ((1, 1), (3, 4))
     )
     loss, outputs = loss_of(trainer, bundle_of(understand=short, generate=long))
-    logits = torch.cat([outputs[task].logits[:, :-1].flatten(0, 1) for task in ("understand", "generate")])
+    logits = torch.cat([outputs[task].logits for task in ("understand", "generate")])  # of labelled positions
     labels = torch.cat([batch["labels"][:, 1:].flatten() for batch in (short, long)])
+    labels = labels[labels != -100]
     torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, labels))
     assert trainer.losses.collect(trainer.accelerator) == {"language": pytest.approx(loss.item(), abs=1e-5)}
 
@@ -396,34 +423,43 @@ def test_a_micro_batch_without_room_for_every_task_is_refused():
 # Noise
 
 
-def draw(num_images: int, generator: torch.Generator) -> tuple:
-    return torch.rand(num_images, generator=generator), torch.randn(num_images, 2, generator=generator)
+GRID = (1, 2, 3)
+
+
+def draw(grids: list, generator: torch.Generator) -> tuple:
+    return torch.rand(len(grids), generator=generator), torch.randn(6 * len(grids), 2, generator=generator)
 
 
 def test_the_noise_of_a_row_is_the_same_whoever_else_is_in_the_batch():
-    together = row_noise(7, "generate", [0, 1, 2, 3], [1, 1, 1, 1], draw, seed=5)
-    apart = row_noise(7, "generate", [3, 1], [1, 1], draw, seed=5)
+    together = row_noise(7, "generate", [0, 1, 2, 3], [[GRID]] * 4, draw, seed=5)
+    apart = row_noise(7, "generate", [3, 1], [[GRID]] * 2, draw, seed=5)
     for whole, part in zip(together, apart):
-        assert torch.equal(whole[[3, 1]], part)
+        assert torch.equal(whole.unflatten(0, (4, -1))[[3, 1]], part.unflatten(0, (2, -1)))
 
 
 def test_the_noise_of_a_row_depends_on_seed_step_task_and_row():
     places = [(0, 0, "generate", 0), (1, 0, "generate", 0), (0, 1, "generate", 0), (0, 0, "understand", 0),
               (0, 0, "generate", 1)]  # fmt: skip
-    drawn = {row_noise(step, task, [row], [1], draw, seed=seed)[1][0, 0].item() for seed, step, task, row in places}
+    drawn = {
+        row_noise(step, task, [row], [[GRID]], draw, seed=seed)[1][0, 0].item() for seed, step, task, row in places
+    }
     assert len(drawn) == len(places)
 
 
 def test_every_image_of_a_row_has_its_noise():
-    sigma, noise = row_noise(0, "edit", [4, 9], [2, 1], draw, seed=0)
-    assert len(sigma) == len(noise) == 3
-    assert torch.equal(noise[2:], row_noise(0, "edit", [9], [1], draw, seed=0)[1])
+    sigma, noise = row_noise(0, "edit", [4, 7, 9], [[GRID, GRID], [], [GRID]], draw, seed=0)
+    assert (len(sigma), len(noise)) == (3, 3 * 6)
+    assert torch.equal(noise[2 * 6 :], row_noise(0, "edit", [9], [[GRID]], draw, seed=0)[1])
 
 
-def test_images_of_a_row_are_counted_by_their_runs(recipe):
-    ids = torch.tensor([[0, 1, 1, 0, 1, 1], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
-    assert count_images(ids) == [2, 1, 0]
-    assert count_images(edit_batch(recipe, 3)["mm_token_type_ids"]) == [2, 2, 2]
+def test_images_of_a_row_are_found_by_their_runs(recipe):
+    ids = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]])
+    assert grids_per_row(ids, ["a", "b", "c"]) == [["a", "b"], [], ["c"]]
+    assert grids_per_row(edit_batch(recipe, 3)["mm_token_type_ids"], [*"abcdef"]) == [
+        ["a", "b"],
+        ["c", "d"],
+        ["e", "f"],
+    ]
 
 
 # Where a stage starts

@@ -15,7 +15,7 @@ from hydra_hf.modeling import (
     PixelFlowDecoderConfig,
     PixelViTDecoderConfig,
 )
-from hydra_hf.modeling.layers import latents_to_tokens
+from hydra_hf.modeling.grid import latents_to_tokens
 from hydra_hf.toy.batches import ToyBatches, ToyData, ToyHeldOut, toy_images
 from hydra_hf.toy.world import CANVAS, ToyWorld
 from hydra_hf.training.randomness import step_generator

@@ -22,6 +22,7 @@ def run(options: argparse.Namespace) -> None:
 
     from hydra_hf import HydraReconstructionPipeline
     from hydra_hf.evaluation.metrics import psnr
+    from hydra_hf.modeling.grid import unpack_images
 
     check_ending(options.out)
     original = open_image(options.image)
@@ -35,5 +36,8 @@ def run(options: argparse.Namespace) -> None:
         generator=torch.Generator().manual_seed(options.seed),
     ).images[0]
     save_image(image, options.out)
-    pair = [image_processor(picture, return_tensors="pt").pixel_values for picture in (original, image)]
+    pair = [
+        unpack_images(**image_processor(picture, return_tensors="pt"), patch_size=image_processor.patch_size)[0][None]
+        for picture in (original, image)
+    ]
     print(f"PSNR {psnr(*pair).item():.2f} dB at {image.width}x{image.height}")

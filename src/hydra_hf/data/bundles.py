@@ -86,9 +86,8 @@ class Bundles(Dataset):
         return {**batch, "num_samples": len(samples)}, list(samples) or [count]
 
     def _blank_sample(self, task: str) -> Sample:
-        size = self.processor.image_processor.size
-        image = torch.zeros(3, size["height"], size["width"])
-        return Sample(task=task, messages=TASKS[task].blank_messages(image))
+        smallest = torch.zeros(3, self.processor.patch_size, self.processor.patch_size)
+        return Sample(task=task, messages=TASKS[task].blank_messages(smallest))
 
     def _follow_streams(self, index: int) -> None:
         """Keeps where the streams stand at the start of a step. ValueError for an item out of order."""

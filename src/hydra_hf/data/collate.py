@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 from hydra_hf.modeling import HydraProcessor
+from hydra_hf.modeling.grid import pack_images
 
 from .sample import Sample
 
 
 def collate(samples: list[Sample], processor: HydraProcessor) -> dict[str, Tensor]:
-    """One padded batch: `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (B, L); `pixel_values`
-    (num_images, 3, H, W) in the order of their placeholders; `is_generated` (num_images,), true in assistants' turns.
-
-    Raises ValueError if the images differ in size.
+    """One padded batch: `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (B, L); the images, of any sizes, packed
+    in the order of their placeholders: `pixel_values` (total_patches, 3 p p), `image_grid_thw` (num_images, 3);
+    `is_generated` (num_images,), true in assistants' turns.
     """
     batch = processor.encode_conversations([sample.messages for sample in samples])
     assistant_masks = batch.pop("assistant_masks").bool()
@@ -22,21 +22,16 @@ def collate(samples: list[Sample], processor: HydraProcessor) -> dict[str, Tenso
             parts = [part["image"] for part in message["content"] if part["type"] == "image"]
             images += parts
             is_generated += [message["role"] == "assistant"] * len(parts)
-    if len({image.shape for image in images}) > 1:
-        raise ValueError(f"Images of one batch must have one size, got {sorted({tuple(i.shape) for i in images})}.")
-    batch["labels"] = text_labels(batch, assistant_masks, processor)
+    batch["labels"] = text_labels(batch, assistant_masks)
     if images:
-        batch["pixel_values"] = torch.stack(images)
+        batch["pixel_values"], _ = pack_images(images, processor.patch_size)
         batch["is_generated"] = torch.tensor(is_generated)
     return batch
 
 
-def text_labels(batch: dict[str, Tensor], assistant_masks: Tensor, processor: HydraProcessor) -> Tensor:
-    """The assistant's text; -100 elsewhere, and after a generated image, since what follows would see its noise."""
+def text_labels(batch: dict[str, Tensor], assistant_masks: Tensor) -> Tensor:
+    """The assistant's text and the start of its first image, so that the model learns when to draw; -100 elsewhere, and
+    from that image on, since what follows would see its noise."""
     input_ids, is_image = batch["input_ids"], batch["mm_token_type_ids"] == 1
-    vision_tokens = processor.tokenizer.convert_tokens_to_ids(
-        [processor.vision_start_token, processor.vision_end_token]
-    )
-    is_vision = is_image | torch.isin(input_ids, torch.tensor(vision_tokens))
-    after_generated = (is_image & assistant_masks).cumsum(dim=1) > 0
-    return input_ids.masked_fill(~assistant_masks | is_vision | after_generated, -100)
+    from_generated_on = (is_image & assistant_masks).cumsum(dim=1) > 0
+    return input_ids.masked_fill(~assistant_masks | from_generated_on, -100)

@@ -67,7 +67,7 @@ class ImageBatches:
         if streams := [source.path for source in with_images if source.streaming]:
             raise ValueError(f"Got the streams {streams}, expected sources that images can be taken from by number.")
         size = {"height": image_size, "width": image_size}
-        image_processor = HydraImageProcessor(size=size, patch_size=1)
+        image_processor = HydraImageProcessor(size=size, patch_size=image_size)
         self.mix = SourceMix(with_images, image_processor, seed, lambda source, columns: bool(columns.images))
         self.seed, self.batch_size = seed, batch_size
 

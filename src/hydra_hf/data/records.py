@@ -2,15 +2,17 @@
 
 import base64
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+from transformers.feature_extraction_utils import BatchFeature
 
 from hydra_hf.modeling import HydraImageProcessor
-from hydra_hf.modeling.image_processing_hydra import check_image_size
+from hydra_hf.modeling.grid import unpack_images
 
 from .sample import Sample
 from .tasks import TASKS, UnreadableRecordError, images_of
@@ -82,16 +84,18 @@ class RecordReader:
         parts = [part for message in messages for part in message["content"]]
         if sum(len(part["text"]) for part in parts if part["type"] == "text") > MAX_CHARACTERS:
             raise UnreadableRecordError(f"more than {MAX_CHARACTERS} characters")
-        for part in images_of(messages):
-            part["image"] = self.pixel_values(part["image"])
+        for message in messages:
+            pixels_of = self.generated_image if message["role"] == "assistant" else self.given_image
+            for part in images_of([message]):
+                part["image"] = pixels_of(part["image"])
         return Sample(task=task, messages=messages)
 
     def image(self, record: dict) -> Tensor:
-        """The record's first image (3, H, W) in [-1, 1]."""
+        """The record's first image (3, H, W) in [-1, 1], its middle part in the size for images to be generated."""
         images = self._images(record)
         if not images:
             raise UnreadableRecordError("no image")
-        return self.pixel_values(images[0])
+        return self.generated_image(images[0])
 
     # Captions
 
@@ -164,14 +168,19 @@ class RecordReader:
             raise UnreadableRecordError("no image" if not images else "more than one image")
         return images[0]
 
-    def pixel_values(self, value: bytes | str | dict) -> Tensor:
-        """Bytes, a path or `{"bytes", "path"}` to (3, H, W) in [-1, 1]: cut to the shape of the size, then resized."""
-        size = self.image_processor.size
+    def given_image(self, value: bytes | str | dict) -> Tensor:
+        """Bytes, a path or `{"bytes", "path"}` to (3, H, W) in [-1, 1], seen whole."""
+        return self._pixels(value, self.image_processor)
+
+    def generated_image(self, value: bytes | str | dict) -> Tensor:
+        """Bytes, a path or `{"bytes", "path"}` to (3, H, W) in [-1, 1], the middle part in the nearest aspect."""
+        return self._pixels(value, self.image_processor.preprocess_generated)
+
+    def _pixels(self, value: bytes | str | dict, process: Callable[..., BatchFeature]) -> Tensor:
         try:
-            image = Image.open(self._open(value))
-            check_image_size(image.height, image.width, self.image_processor.max_pixels)
-            image = center_crop(ImageOps.exif_transpose(image), size["height"], size["width"])
-            return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
+            processed = process(Image.open(self._open(value)), return_tensors="pt")
+            patch_size = self.image_processor.patch_size
+            return unpack_images(processed["pixel_values"], processed["image_grid_thw"], patch_size)[0]
         except UnreadableRecordError:
             raise
         except Exception as error:  # the decoders of damaged files raise nearly everything
@@ -192,14 +201,6 @@ class RecordReader:
         if not path.is_file():
             raise UnreadableRecordError("an image file that is not there")
         return path
-
-
-def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest middle part whose sides are as `height` to `width`."""
-    scale = min(image.height / height, image.width / width)
-    crop_height, crop_width = max(1, round(height * scale)), max(1, round(width * scale))
-    top, left = (image.height - crop_height) // 2, (image.width - crop_width) // 2
-    return image.crop((left, top, left + crop_width, top + crop_height))
 
 
 def _fetch(url: str) -> BytesIO:

@@ -21,7 +21,7 @@ from .configuration_hydra import (
 for _config in (PixelFlowDecoderConfig, PixelViTDecoderConfig, VisionHeadConfig, HydraTokConfig, HydraConfig):
     AutoConfig.register(_config.model_type, _config)
 
-from .image_processing_hydra import HydraImageProcessor, HydraImageProcessorPil
+from .image_processing_hydra import HydraImageProcessor
 from .modeling_hydra import HydraForConditionalGeneration, HydraModel
 from .modeling_hydra_tok import HydraTokForPreTraining, HydraTokModel
 from .processing_hydra import HydraProcessor
@@ -32,16 +32,13 @@ AutoModel.register(HydraConfig, HydraModel)
 AutoModelForImageTextToText.register(HydraConfig, HydraForConditionalGeneration)
 AutoModelForMultimodalLM.register(HydraConfig, HydraForConditionalGeneration)
 for _config in (HydraTokConfig, HydraConfig):
-    AutoImageProcessor.register(
-        _config, image_processor_classes={"torchvision": HydraImageProcessor, "pil": HydraImageProcessorPil}
-    )
+    AutoImageProcessor.register(_config, image_processor_classes={"torchvision": HydraImageProcessor})
 AutoProcessor.register(HydraConfig, HydraProcessor)
 
 __all__ = [
     "HydraConfig",
     "HydraForConditionalGeneration",
     "HydraImageProcessor",
-    "HydraImageProcessorPil",
     "HydraModel",
     "HydraProcessor",
     "HydraTokConfig",

@@ -168,6 +168,25 @@ def run_by_grid(
     return torch.cat([outputs[index] for index in range(len(grids))])
 
 
+def noise_tokens(
+    grids: Sequence[Grid], channels: int, generator: torch.Generator | list[torch.Generator] | None,
+    device: torch.device | None = None,
+) -> Tensor:  # fmt: skip
+    """Gaussian noise (total_tokens, C) for latents; images of one size are drawn at once, (num_images, C, h, w).
+
+    Args:
+        generator: one, or one for each image; None is torch's global generator.
+    """
+    from diffusers.utils.torch_utils import randn_tensor
+
+    if len(set(grids)) == 1:
+        noise = randn_tensor((len(grids), channels, *grids[0][1:]), generator=generator, device=device)
+        return latents_to_tokens(noise).flatten(0, 1)
+    generators = generator if isinstance(generator, list) else [generator] * len(grids)
+    noise = [randn_tensor((1, channels, *g[1:]), generator=one, device=device) for g, one in zip(grids, generators)]
+    return torch.cat([latents_to_tokens(image)[0] for image in noise])
+
+
 # Rows
 
 

@@ -7,7 +7,6 @@ from types import MethodType
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
@@ -17,7 +16,7 @@ from .flow import euler_step, expand_sigma, inference_sigmas, resolution_shift
 from .grid import (
     Grid,
     image_grid,
-    latents_to_tokens,
+    noise_tokens,
     num_tokens,
     pack_latents,
     per_token,
@@ -254,10 +253,8 @@ class ImageGenerationMixin:
         negative_prefix = None if guidance_scale == 1 else self._prefill_null_prompts(input_ids)
         sigmas = [inference_sigmas(num_inference_steps, self.get_sigma_shift(num_tokens(grid))) for grid in grids]
         sigmas = nn.functional.pad(torch.stack(sigmas, dim=1), (0, 0, 0, 1)).to(device)  # (steps + 1, B)
-        tokens, grid_thw = (
-            self._initial_tokens(grids, generator, device),
-            torch.tensor(grids),
-        )  # on the CPU: read each step
+        tokens = noise_tokens(grids, config.vision_config.latent_channels, generator, device)
+        grid_thw = torch.tensor(grids)  # on the CPU: it is read at each step
         for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
             velocity = self.denoise_step(
                 tokens, sigma, prefix, negative_prefix, guidance_scale, image_grid_thw=grid_thw
@@ -267,19 +264,6 @@ class ImageGenerationMixin:
             return self.decode_latents(tokens, grid_thw, generator=generator)
         latents = tokens_to_latents(tokens.unflatten(0, (len(grids), -1)), grids[0])
         return self.decode_latents(latents, generator=generator)
-
-    def _initial_tokens(self, grids: Sequence[Grid], generator, device: torch.device) -> Tensor:
-        """Packed noise (total_tokens, C); every image is drawn as if it were alone, those of one size at once."""
-        channels = self.config.vision_config.latent_channels
-        if len(set(grids)) == 1:
-            latents = randn_tensor((len(grids), channels, *grids[0][1:]), generator=generator, device=device)
-            return latents_to_tokens(latents).flatten(0, 1)
-        generators = generator if isinstance(generator, list) else [generator] * len(grids)
-        latents = [
-            randn_tensor((1, channels, *grid[1:]), generator=one, device=device)
-            for grid, one in zip(grids, generators)
-        ]
-        return torch.cat([latents_to_tokens(image)[0] for image in latents])
 
     def get_latent_grid(self, height: int | None, width: int | None) -> Grid:
         """Of the latents of an image; None is the tokenizer's own size. ValueError off the patch grid."""

@@ -1,7 +1,11 @@
-"""Images of users to `pixel_values` in [-1, 1], and back."""
+"""Images to packed `pixel_values` in [-1, 1], and back: which size they get, and what is cut off.
+
+Images that a user gives are seen whole. Images that the model learns to generate are cut to the nearest aspect of a few.
+"""
 
 import base64
 import binascii
+import math
 import os
 from io import BytesIO
 from pathlib import Path
@@ -12,12 +16,14 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_base import ImageProcessingMixin  # noqa: F401, diffusers looks for it here
-from transformers.image_processing_utils import get_size_dict
+from transformers.image_processing_utils import BatchFeature, get_size_dict
 from transformers.image_utils import ChannelDimension, ImageInput, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import logging
+from transformers.utils import TensorType, logging
+
+from .grid import aspect_buckets, pack_images
 
 
 logger = logging.get_logger(__name__)
@@ -29,14 +35,14 @@ class HydraImageProcessorKwargs(ImagesKwargs, total=False):
     """
     Args:
         patch_size: side of the tokenizer's patch; heights and widths have to be multiples of it.
-        max_pixels: an image with more pixels is refused before it is decoded.
+        max_input_pixels: an image with more pixels is refused before it is decoded.
     """
 
     patch_size: int
-    max_pixels: int
+    max_input_pixels: int
 
 
-def read_image(source: str | os.PathLike, max_pixels: int) -> Image.Image:
+def read_image(source: str | os.PathLike, max_input_pixels: int) -> Image.Image:
     """The upright image behind a path, a URL or a base64 string, in its own mode.
 
     Raises ValueError for what is no image, ConnectionError for a URL that cannot be fetched.
@@ -44,7 +50,7 @@ def read_image(source: str | os.PathLike, max_pixels: int) -> Image.Image:
     name = str(source) if len(str(source)) <= 80 else f"{str(source)[:80]}..."
     try:
         image = Image.open(_image_file(source))
-        check_image_size(image.height, image.width, max_pixels)
+        check_image_size(image.height, image.width, max_input_pixels)
         return ImageOps.exif_transpose(image)
     except ConnectionError:
         raise
@@ -70,11 +76,35 @@ def _image_file(source: str | os.PathLike) -> BytesIO | Path:
     return BytesIO(base64.decodebytes(source.removeprefix("data:").split(",")[-1].encode()))
 
 
-def check_image_size(height: int, width: int, max_pixels: int) -> None:
+def check_image_size(height: int, width: int, max_input_pixels: int) -> None:
     if height < 1 or width < 1:
         raise ValueError(f"The image is {height}x{width} (height x width): it has no pixels.")
-    if height * width > max_pixels:
-        raise ValueError(f"The image is {height}x{width} (height x width), more than {max_pixels=} pixels.")
+    if height * width > max_input_pixels:
+        raise ValueError(f"The image is {height}x{width} (height x width), more than {max_input_pixels=} pixels.")
+
+
+def whole_size(height: int, width: int, patch_size: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size of whole patches that an image of `height` x `width` is resized to: its aspect, as near as patches allow, its
+    own size where the limits allow it."""
+    scale = min(1.0, math.sqrt(max_pixels / (height * width)))
+    scale = max(scale, math.sqrt(min_pixels / (height * width)))
+    sides = [max(1, round(side * scale / patch_size)) for side in (height, width)]
+    budget = max_pixels // patch_size**2
+    if math.prod(sides) > budget:
+        sides = [max(1, int(side * scale / patch_size)) for side in (height, width)]
+        sides = [min(side, budget // min(sides)) for side in sides]  # of a strip less than a patch high
+    elif math.prod(sides) * patch_size**2 < min_pixels:
+        larger = [math.ceil(side * scale / patch_size) for side in (height, width)]
+        sides = larger if math.prod(larger) <= budget else sides
+    return sides[0] * patch_size, sides[1] * patch_size
+
+
+def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The largest middle part whose sides are as `height` to `width`."""
+    scale = min(image.height / height, image.width / width)
+    crop_height, crop_width = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = (image.height - crop_height) // 2, (image.width - crop_width) // 2
+    return image.crop((left, top, left + crop_width, top + crop_height))
 
 
 def pil_to_levels(image: Image.Image) -> Tensor:
@@ -134,20 +164,29 @@ def is_channels_last(shape: tuple[int, ...], default: ChannelDimension) -> bool:
     raise ValueError(f"Got an image of shape {tuple(shape)}, expected 1, 3 or 4 channels first or last.")
 
 
-class HydraImages:
-    """What the two backends share: what may come in, and the way back."""
+class HydraImageProcessor(TorchvisionBackend):
+    """
+    Images to `pixel_values` (total_patches, 3 p p) in [-1, 1] and `image_grid_thw` (num_images, 3), packed as Qwen2-VL's.
+
+    Args:
+        size: `{"min_pixels": ..., "max_pixels": ...}` of the result; the aspect is kept, as near as patches allow. `{"height": ..., "width": ...}`: every image gets this size and loses its aspect.
+        patch_size: side of the tokenizer's patch; heights and widths of the result are multiples of it.
+        max_input_pixels: an image with more pixels is refused before it is decoded.
+    """
 
     resample = PILImageResampling.BICUBIC
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
-    size = {"height": 448, "width": 448}
+    size = {"min_pixels": 56 * 56, "max_pixels": 448 * 448}
+    default_to_square = True
     do_resize = True
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
     patch_size = 14
-    max_pixels = 178_956_970  # where PIL itself speaks of a decompression bomb
+    max_input_pixels = 178_956_970  # where PIL itself speaks of a decompression bomb
     valid_kwargs = HydraImageProcessorKwargs
+    model_input_names = ["pixel_values", "image_grid_thw"]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoImageProcessor") -> None:
@@ -159,7 +198,7 @@ class HydraImages:
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
         if isinstance(images, (str, os.PathLike)):
-            return read_image(images, self.max_pixels)  # upstream's readers drop alpha and clip 16 bits
+            return read_image(images, self.max_input_pixels)  # upstream's readers drop alpha and clip 16 bits
         if isinstance(images, Image.Image):
             return images
         if isinstance(images, (np.ndarray, Tensor)):
@@ -178,27 +217,30 @@ class HydraImages:
             raise ValueError("Got an empty list of images, expected at least one.")
         return images
 
-    def _standardize_kwargs(self, patch_size: int, max_pixels: int, **kwargs) -> dict:
+    def _standardize_kwargs(self, patch_size: int, max_input_pixels: int, **kwargs) -> dict:
         kwargs = super()._standardize_kwargs(**kwargs)
         size = kwargs["size"]
-        if not (size.height and size.width):
-            raise ValueError(f"Got size={dict(size)}, expected a height and a width.")
-        if size.height % patch_size or size.width % patch_size:
-            raise ValueError(
-                f"Got size {size.height}x{size.width} (height x width), expected multiples of {patch_size=}."
-            )
-        return {**kwargs, "patch_size": patch_size, "max_pixels": max_pixels}
+        if size.height and size.width:
+            if size.height % patch_size or size.width % patch_size:
+                raise ValueError(
+                    f"Got size {size.height}x{size.width} (height x width), expected multiples of {patch_size=}."
+                )
+        elif not (size.min_pixels and size.max_pixels):
+            raise ValueError(f"Got size={dict(size)}, expected a height and a width, or min_pixels and max_pixels.")
+        elif size.max_pixels < max(patch_size**2, size.min_pixels):
+            raise ValueError(f"Got size={dict(size)}, expected a max_pixels of at least min_pixels and a patch.")
+        return {**kwargs, "patch_size": patch_size, "max_input_pixels": max_input_pixels}
 
     def _levels(
         self,
         image: ImageInput,
         do_convert_rgb: bool,
         input_data_format: str | ChannelDimension | None,
-        max_pixels: int,
+        max_input_pixels: int,
     ) -> Tensor:
         """RGB levels 0 to 255 of one image of a user: (3, H, W)."""
         if isinstance(image, Image.Image):
-            check_image_size(image.height, image.width, max_pixels)
+            check_image_size(image.height, image.width, max_input_pixels)
             if not do_convert_rgb and image.mode != "RGB":
                 raise ValueError(f"Got a PIL image of mode {image.mode!r} and {do_convert_rgb=}, expected mode 'RGB'.")
             try:
@@ -213,7 +255,7 @@ class HydraImages:
         else:
             channels_last = ChannelDimension(input_data_format) == ChannelDimension.LAST
         height, width, num_channels = image.shape if channels_last else (*image.shape[1:], image.shape[0])
-        check_image_size(height, width, max_pixels)
+        check_image_size(height, width, max_input_pixels)
         if num_channels not in ((1, 3, 4) if do_convert_rgb else (3,)):
             raise ValueError(f"Got {num_channels} channels and {do_convert_rgb=}, expected 3 (or 1 or 4 to convert).")
         pixels = torch.from_numpy(np.array(image)) if is_numpy else image  # a copy: torch wants writable memory
@@ -228,30 +270,78 @@ class HydraImages:
         return array_to_levels(pixels)
 
     def output_size(self, height: int, width: int, **images_kwargs) -> tuple[int, int]:
-        """Height and width in `pixel_values` of an image of `height` x `width`, under the same overrides as a call."""
-        names = ("do_resize", "size", "do_center_crop", "crop_size")
+        """Height and width of the result for an image of `height` x `width`, under the same overrides as a call."""
+        names = ("do_resize", "size", "patch_size", "do_center_crop", "crop_size")
         options = {name: images_kwargs.get(name, getattr(self, name)) for name in names}
-        for name, is_done in (("size", options["do_resize"]), ("crop_size", options["do_center_crop"])):
-            if is_done:
-                size = get_size_dict(options[name], param_name=name)
-                height, width = size["height"], size["width"]
+        if options["do_resize"]:
+            height, width = self._resized(
+                height, width, SizeDict(**get_size_dict(options["size"])), options["patch_size"]
+            )
+        if options["do_center_crop"]:
+            size = get_size_dict(options["crop_size"], param_name="crop_size")
+            height, width = size["height"], size["width"]
         return height, width
 
-    def _preprocess(self, images: list, patch_size: int, **kwargs):
-        batch = super()._preprocess(images, **kwargs)
-        for pixel_values in batch["pixel_values"]:
-            height, width = pixel_values.shape[-2:]
-            if height % patch_size or width % patch_size:
-                raise ValueError(f"Got an image of {height}x{width} pixels, expected multiples of {patch_size=}.")
-        return batch
+    def _resized(self, height: int, width: int, size: SizeDict, patch_size: int) -> tuple[int, int]:
+        if size.height and size.width:
+            return size.height, size.width
+        return whole_size(height, width, patch_size, size.min_pixels, size.max_pixels)
 
-    def postprocess(self, pixel_values: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
+    def generated_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in which an image of `height` x `width` is learnt to be generated: of the sizes for the largest
+        number of pixels, the one of the nearest aspect."""
+        size = SizeDict(**self.size) if isinstance(self.size, dict) else self.size
+        if size.height and size.width:
+            return size.height, size.width
+        buckets = aspect_buckets(size.max_pixels // self.patch_size**2)
+        h, w = min(buckets, key=lambda bucket: abs(math.log(bucket[0] * width / (bucket[1] * height))))
+        return h * self.patch_size, w * self.patch_size
+
+    def preprocess_generated(self, image: Image.Image, **kwargs) -> BatchFeature:
+        """What calling gives, for an image that the model is to learn to generate: its middle, in its `generated_size`."""
+        check_image_size(image.height, image.width, self.max_input_pixels)
+        image = ImageOps.exif_transpose(image)
+        height, width = self.generated_size(image.height, image.width)
+        return self(center_crop(image, height, width), size={"height": height, "width": width}, **kwargs)
+
+    def process_image(
+        self,
+        image: ImageInput,
+        do_convert_rgb: bool = True,
+        input_data_format: str | ChannelDimension | None = None,
+        max_input_pixels: int = max_input_pixels,
+        device: torch.device | str | None = None,
+        **kwargs,
+    ) -> Tensor:
+        return self._levels(image, do_convert_rgb, input_data_format, max_input_pixels).contiguous().to(device)
+
+    def resize(self, image: Tensor, size: SizeDict, **kwargs) -> Tensor:
+        if image.shape[-2:] == (size.height, size.width):
+            return image
+        return super().resize(image, size, **kwargs).clamp(0, WHITE)  # bicubic overshoots in float
+
+    def _preprocess(
+        self, images: list[Tensor], size: SizeDict, patch_size: int, return_tensors: str | TensorType | None, **kwargs
+    ) -> BatchFeature:
+        pixel_values = []
+        for image in images:
+            height, width = self._resized(*image.shape[-2:], size, patch_size)
+            own_size = SizeDict(height=height, width=width)
+            pixel_values += super()._preprocess([image], size=own_size, return_tensors=None, **kwargs)["pixel_values"]
+        packed, image_grid_thw = pack_images(pixel_values, patch_size)
+        return BatchFeature({"pixel_values": packed, "image_grid_thw": image_grid_thw}, tensor_type=return_tensors)
+
+    def postprocess(
+        self, pixel_values: Tensor | list[Tensor], output_type: str = "pil"
+    ) -> list[Image.Image] | list[np.ndarray] | list[Tensor] | np.ndarray | Tensor:
         """
-        Pictures from `pixel_values` (B, 3, H, W) in [-1, 1].
+        Pictures from `pixel_values` (B, 3, H, W) in [-1, 1], or a list from a list of (3, H, W) of any sizes.
 
         Args:
             output_type: "pil": a list; "np": (B, H, W, 3) in [0, 1]; "pt": (B, 3, H, W) in [0, 1].
         """
+        if isinstance(pixel_values, list):
+            return [self.postprocess(image[None], output_type)[0] for image in pixel_values]
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"Got pixel_values of shape {tuple(pixel_values.shape)}, expected (B, 3, H, W).")
         if output_type not in ("pil", "np", "pt"):
@@ -263,43 +353,3 @@ class HydraImages:
         if output_type == "np":
             return pictures
         return [Image.fromarray(picture) for picture in (pictures * WHITE).round().astype(np.uint8)]
-
-
-class HydraImageProcessor(HydraImages, TorchvisionBackend):
-    """Images to `pixel_values` (B, 3, H, W) in [-1, 1], with torchvision."""
-
-    def process_image(
-        self,
-        image: ImageInput,
-        do_convert_rgb: bool = True,
-        input_data_format: str | ChannelDimension | None = None,
-        max_pixels: int = HydraImages.max_pixels,
-        device: torch.device | str | None = None,
-        **kwargs,
-    ) -> Tensor:
-        return self._levels(image, do_convert_rgb, input_data_format, max_pixels).contiguous().to(device)
-
-    def resize(self, image: Tensor, size: SizeDict, **kwargs) -> Tensor:
-        if image.shape[-2:] == (size.height, size.width):
-            return image
-        return super().resize(image, size, **kwargs).clamp(0, WHITE)  # bicubic overshoots in float
-
-
-class HydraImageProcessorPil(HydraImages, PilBackend):
-    """Images to `pixel_values` (B, 3, H, W) in [-1, 1], with PIL and numpy."""
-
-    def process_image(
-        self,
-        image: ImageInput,
-        do_convert_rgb: bool = True,
-        input_data_format: str | ChannelDimension | None = None,
-        max_pixels: int = HydraImages.max_pixels,
-        **kwargs,
-    ) -> np.ndarray:
-        return self._levels(image, do_convert_rgb, input_data_format, max_pixels).cpu().numpy()
-
-    def resize(self, image: np.ndarray, size: SizeDict, resample: PILImageResampling, **kwargs) -> np.ndarray:
-        channels = [
-            np.asarray(Image.fromarray(channel).resize((size.width, size.height), resample)) for channel in image
-        ]  # channel by channel, since float levels exist in PIL as single channels only
-        return np.stack(channels).clip(0, WHITE)

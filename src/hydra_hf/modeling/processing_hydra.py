@@ -16,10 +16,11 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .compat import TypedProcessingKwargs
-from .image_processing_hydra import HydraImageProcessor, HydraImageProcessorPil
+from .grid import Grid, image_grid, num_tokens
+from .image_processing_hydra import HydraImageProcessor
 
 
-CHAT_TEMPLATE = Path(__file__).parents[1] / "assets" / "chat_template.jinja"
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 WORD_JOINER = "\u2060"  # invisible, no line break: the reader sees the same text
 IMAGE_KEYS = ("image", "url", "path", "base64")  # where transformers looks for the picture of an image part
 
@@ -41,7 +42,7 @@ class HydraProcessor(ProcessorMixin):
     Args:
         patch_size: side of the tokenizer's patch in pixels; the image processor has the same.
         num_time_tokens: positions in front of the patches of every image that tell its noise level.
-        chat_template: ChatML with images (`assets/chat_template.jinja`) when None.
+        chat_template: ChatML with images (`chat_template.jinja` in this folder) when None.
     """
 
     return_mm_token_type_ids = True
@@ -49,7 +50,7 @@ class HydraProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        image_processor: HydraImageProcessor | HydraImageProcessorPil,
+        image_processor: HydraImageProcessor,
         tokenizer,
         patch_size: int = 14,
         num_time_tokens: int = 1,
@@ -84,13 +85,11 @@ class HydraProcessor(ProcessorMixin):
 
     def num_image_tokens(self, height: int, width: int) -> int:
         """Positions of one image of `height` x `width` pixels: its time tokens and its patches."""
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"Got an image of {height}x{width} pixels, expected multiples of {self.patch_size=}.")
-        return self.num_time_tokens + (height // self.patch_size) * (width // self.patch_size)
+        return self.num_time_tokens + num_tokens(image_grid(height, width, self.patch_size))
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs) -> str:
-        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
-        return self.image_token * self.num_image_tokens(height, width)
+        grid = [int(side) for side in image_inputs["image_grid_thw"][image_idx]]
+        return self.image_token * (self.num_time_tokens + num_tokens(grid))
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
         if image_sizes is None:
@@ -221,8 +220,9 @@ class HydraProcessor(ProcessorMixin):
         padding_side: str = "left",
     ) -> dict[str, Tensor]:
         """
-        What `apply_chat_template` gives for a batch with images that are `pixel_values` already, without their pixels:
-        `input_ids`, `attention_mask`, `mm_token_type_ids`, `assistant_masks`, each (B, L).
+        What `apply_chat_template` gives for a batch with images that are pixels in [-1, 1] already, without these pixels:
+        `input_ids`, `attention_mask`, `mm_token_type_ids`, `assistant_masks`, each (B, L), and where there are images
+        `image_grid_thw` (num_images, 3).
 
         Args:
             images: (3, H, W) each, in the order of the image parts; when None, they stand in the parts.
@@ -245,7 +245,8 @@ class HydraProcessor(ProcessorMixin):
         if num_placeholders != len(images):
             raise ValueError(f"Got {len(images)} images for {num_placeholders} image parts.")
         encodings = self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, padding=False)
-        lengths_of_images = iter([self._num_tokens_of(image) for image in images])
+        grids = [self._grid_of(image) for image in images]
+        lengths_of_images = iter([self.num_time_tokens + num_tokens(grid) for grid in grids])
         rows = [
             self._expanded_row(ids, offsets, spans, lengths_of_images, max_length)
             for ids, offsets, spans in zip(encodings["input_ids"], encodings["offset_mapping"], generated_spans)
@@ -256,7 +257,7 @@ class HydraProcessor(ProcessorMixin):
             "assistant_masks": _padded([mask for _, mask in rows], 0, padding_side),
         }
         batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_token_id).long()
-        return batch
+        return {**batch, "image_grid_thw": torch.tensor(grids)} if grids else batch
 
     def _default_chat_template(self) -> str:
         if isinstance(self.chat_template, str):
@@ -265,10 +266,10 @@ class HydraProcessor(ProcessorMixin):
             raise ValueError(f"Got the chat templates {[*self.chat_template]}, expected one named 'default'.")
         return self.chat_template["default"]
 
-    def _num_tokens_of(self, image: Tensor) -> int:
+    def _grid_of(self, image: Tensor) -> Grid:
         if not isinstance(image, Tensor) or image.ndim != 3:
             raise ValueError(f"Got {getattr(image, 'shape', image)} for an image, expected a tensor (3, H, W).")
-        return self.num_image_tokens(*image.shape[-2:])
+        return image_grid(*image.shape[-2:], self.patch_size)
 
     def _expanded_row(
         self,

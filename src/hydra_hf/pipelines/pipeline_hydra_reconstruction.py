@@ -2,8 +2,10 @@
 
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
 from transformers.image_utils import ImageInput
 
+from ..modeling.grid import unpack_images
 from ..modeling.image_processing_hydra import HydraImageProcessor
 from ..modeling.modeling_hydra_tok import HydraTokModel
 from .pipeline_hydra import HydraDiffusionPipeline
@@ -28,7 +30,7 @@ class HydraReconstructionPipeline(HydraDiffusionPipeline):
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
         """
-        The reconstructions, at the size that the image processor gives.
+        The reconstructions, at the size that the image processor gives; a list where images differ in size.
 
         Args:
             image: one or a list of what `HydraImageProcessor` reads; torch tensors in [-1, 1].
@@ -44,13 +46,24 @@ class HydraReconstructionPipeline(HydraDiffusionPipeline):
             raise ValueError(f"Got {num_inference_steps=}, expected at least 1.")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"Got {output_type=}, expected 'pil', 'np' or 'pt'.")
-        pixel_values = self.image_processor(image, return_tensors="pt")["pixel_values"]
-        if isinstance(generator, list | tuple) and len(generator) != len(pixel_values):
+        processed = self.image_processor(image, return_tensors="pt").to(self._execution_device)
+        originals = unpack_images(**processed, patch_size=self.image_processor.patch_size)
+        if isinstance(generator, list | tuple) and len(generator) != len(originals):
             raise ValueError(
-                f"Got {len(generator)} generators, expected one, or one for each of {len(pixel_values)} images."
+                f"Got {len(generator)} generators, expected one, or one for each of {len(originals)} images."
             )
-        latents = self.vision_tower.encode(pixel_values.to(self._execution_device)).latent_dist.mode()
-        images = self.vision_tower.decode(latents, num_inference_steps=num_inference_steps, generator=generator).sample
+        if len({original.shape for original in originals}) == 1:
+            images = self._reconstruct(torch.stack(originals), num_inference_steps, generator)
+        else:
+            generators = generator if isinstance(generator, list | tuple) else [generator] * len(originals)
+            images = [
+                self._reconstruct(original[None], num_inference_steps, one)[0]
+                for original, one in zip(originals, generators)
+            ]
         images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _reconstruct(self, pixel_values: Tensor, num_inference_steps: int | None, generator) -> Tensor:
+        latents = self.vision_tower.encode(pixel_values).latent_dist.mode()
+        return self.vision_tower.decode(latents, num_inference_steps=num_inference_steps, generator=generator).sample

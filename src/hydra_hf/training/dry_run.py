@@ -190,7 +190,7 @@ def nominal_task(task: str, count: int, config: HydraConfig) -> TaskReport:
 def seen_task(batch: dict[str, Tensor], count: int, config: HydraConfig) -> TaskReport:
     """Of one collated batch."""
     length = batch["attention_mask"].sum(dim=1).float()
-    images = batch["pixel_values"] if "pixel_values" in batch else torch.empty(0)
+    images = batch["image_grid_thw"] if "image_grid_thw" in batch else torch.empty(0)
     return TaskReport(
         num_samples=count,
         num_seen=len(length),

@@ -19,7 +19,8 @@ from transformers import Trainer, TrainingArguments
 from hydra_hf.files import has_folder, write_folder, write_text
 from hydra_hf.modeling import HydraForConditionalGeneration, HydraTokConfig, HydraTokModel
 from hydra_hf.modeling.compat import CHECKPOINTING
-from hydra_hf.modeling.flow import add_noise, sample_sigma, velocity_target
+from hydra_hf.modeling.flow import add_noise, sample_sigma, shift_sigma, velocity_target
+from hydra_hf.modeling.grid import Grid, image_grids, noise_tokens, num_tokens, per_token
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
 from .callbacks import LOSSES, EveryStep, LossHistory, SampleGrids, create_pipeline
@@ -28,7 +29,7 @@ from .lora import add_adapters, has_adapters, merge_adapters, save_adapters
 from .losses import weighted_sum
 from .optimizers import create_average, create_optimizer, shardable
 from .processes import num_accumulation_steps, partial_state
-from .randomness import count_images, row_noise
+from .randomness import grids_per_row, row_noise
 from .recipe import HydraRecipe, HydraStage, freeze_unnamed
 
 
@@ -150,9 +151,7 @@ class HydraTrainer(Trainer):
             return dict.fromkeys(LOSSES, 0)
         num_drawn = 0
         if "pixel_values" in batch:
-            height, width = batch["pixel_values"].shape[-2:]
-            patch_size = self.accelerator.unwrap_model(self.model).config.vision_config.patch_size
-            num_drawn = int(batch["is_generated"].sum()) * (height // patch_size) * (width // patch_size)
+            num_drawn = int(batch["image_grid_thw"].prod(dim=1)[batch["is_generated"]].sum())
         return {"language": int((batch["labels"][:, 1:] != -100).sum()), "flow": num_drawn}
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
@@ -182,27 +181,29 @@ class HydraTrainer(Trainer):
             batch["logits_to_keep"] = 1  # none is scored
         if "pixel_values" not in batch:
             return batch
+        grids = image_grids(batch["image_grid_thw"])
         with torch.no_grad(), self.accelerator.autocast():
-            latents = model.encode_images(batch.pop("pixel_values")).float()
+            latents = model.encode_images(batch.pop("pixel_values"), batch["image_grid_thw"]).float()  # packed
         is_generated = batch.pop("is_generated")
         if not is_generated.any():
-            return batch | {"latents": latents, "sigma": latents.new_zeros(len(latents))}
-        shift, config = model.get_sigma_shift(latents[0, 0].numel()), model.config
+            return batch | {"latents": latents, "sigma": latents.new_zeros(len(grids))}
 
-        def sample(num_images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            sigma = sample_sigma(num_images, shift=shift, logit_std=config.sigma_logit_std, generator=generator)
-            return sigma, torch.randn(num_images, *latents.shape[1:], generator=generator)
+        def sample(grids: list[Grid], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            sigma = sample_sigma(len(grids), logit_std=model.config.sigma_logit_std, generator=generator)
+            shifts = [model.get_sigma_shift(num_tokens(grid)) for grid in grids]
+            sigma = torch.stack([shift_sigma(each, shift) for each, shift in zip(sigma, shifts)])
+            return sigma, noise_tokens(grids, latents.shape[1], generator)
 
-        images_per_row = count_images(batch["mm_token_type_ids"])
         step, rows = int(inputs["step"]), inputs["rows"][task]
-        sigma, noise = row_noise(step, task, rows, images_per_row, sample, seed=self.noise_seed)
+        own_grids = grids_per_row(batch["mm_token_type_ids"], grids)
+        sigma, noise = row_noise(step, task, rows, own_grids, sample, seed=self.noise_seed)
         sigma = torch.where(is_generated, sigma.to(latents.device), 0)
         noise = noise.to(latents.device)
         return batch | {
-            "latents": add_noise(latents, noise, sigma),
+            "latents": add_noise(latents, noise, per_token(sigma, grids)),
             "sigma": sigma,
             "is_generated": is_generated,
-            "velocity_target": velocity_target(latents, noise)[is_generated],
+            "velocity_target": velocity_target(latents, noise)[per_token(is_generated, grids)],
         }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

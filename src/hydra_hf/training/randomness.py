@@ -4,15 +4,17 @@ So a run on many processes is the run on one, and a resumed run sees what the un
 """
 
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from hydra_hf.data.seeds import hashed_generator
 from hydra_hf.data.tasks import TASKS, task_number
+from hydra_hf.modeling.grid import Grid
 
 
-SampleNoise = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]  # number of images -> sigma, noise
+SampleNoise = Callable[[list[Grid], torch.Generator], tuple[Tensor, Tensor]]  # grids -> sigma, packed noise
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -25,20 +27,22 @@ def row_generator(seed: int, step: int, row: int) -> torch.Generator:
     return hashed_generator(seed, step, row)
 
 
-def count_images(mm_token_type_ids: Tensor) -> list[int]:
-    """Images of each row (B, L): runs of image tokens."""
+def grids_per_row(mm_token_type_ids: Tensor, grids: list[Grid]) -> list[list[Grid]]:
+    """The images of each row (B, L), each a run of image tokens, out of those of the batch."""
     is_image = mm_token_type_ids == 1
     starts = is_image & ~nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
-    return starts.sum(dim=1).tolist()
+    rest = iter(grids)
+    return [list(islice(rest, count)) for count in starts.sum(dim=1).tolist()]
 
 
 def row_noise(
-    step: int, task: str, rows: list[int], images_per_row: list[int], sample: SampleNoise, *, seed: int
+    step: int, task: str, rows: list[int], grids: list[list[Grid]], sample: SampleNoise, *, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Noise levels and noise of a batch's images: every row has a generator of its own."""
-    assert len(rows) == len(images_per_row), (rows, images_per_row)
+    """Noise levels and packed noise of a batch's images, `grids` of each row: every row has a generator of its own."""
+    assert len(rows) == len(grids), (rows, grids)
     sampled = [
-        sample(num_images, row_generator(seed, step, row * len(TASKS) + task_number(task)))
-        for row, num_images in zip(rows, images_per_row)
+        sample(own_grids, row_generator(seed, step, row * len(TASKS) + task_number(task)))
+        for row, own_grids in zip(rows, grids)
+        if own_grids
     ]
     return tuple(torch.cat(parts) for parts in zip(*sampled))
