@@ -11,7 +11,7 @@ import torch
 
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ["denoise_step", "matmul_share", "memory", "text_answer", "tokenizer"]
+SCRIPTS = ["denoise_step", "image_sizes", "matmul_share", "memory", "text_answer", "tokenizer"]
 
 
 def measure(name: str, monkeypatch, *arguments: str) -> None:

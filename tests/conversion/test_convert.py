@@ -90,7 +90,10 @@ def test_the_processor_has_the_vits_sizes_and_one_chat_template(hydra):
     processor = AutoProcessor.from_pretrained(hydra / "processor")
     assert isinstance(processor, HydraProcessor)
     assert processor.patch_size == processor.image_processor.patch_size == 8
-    assert dict(processor.image_processor.size) == {"height": 32, "width": 32}
+    assert processor.image_processor.output_size(640, 320) == (
+        40,
+        24,
+    )  # the aspect is kept, at no more pixels than 32 x 32
     assert "generation" in processor.chat_template
     assert processor.tokenizer.chat_template in (None, processor.chat_template)
 

@@ -17,7 +17,10 @@ def test_a_blank_sample_has_the_targets_that_the_row_says(name, tiny_processor):
     size = tiny_processor.image_processor.size
     messages = TASKS[name].blank_messages(torch.zeros(3, size["height"], size["width"]))
     batch = collate([Sample(task=name, messages=messages)], tiny_processor)
-    assert bool((batch["labels"] != -100).any()) == TASKS[name].scores_text
+    labels = batch["labels"][batch["labels"] != -100].tolist()
+    start = tiny_processor.tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    assert (start in labels) == TASKS[name].generates
+    assert any(label != start for label in labels) == TASKS[name].scores_text
     is_generated = batch.get("is_generated", torch.tensor([]))
     assert len(is_generated) == TASKS[name].num_images
     assert bool(is_generated.any()) == TASKS[name].generates

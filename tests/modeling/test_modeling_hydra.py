@@ -468,7 +468,10 @@ def test_accumulating_single_samples_gives_the_gradient_of_the_full_batch(tmp_pa
             remove_unused_columns=False, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         collate = lambda rows: {key: torch.stack([row[key] for row in rows]) for key in rows[0]}  # noqa: E731
-        Trainer(model, arguments, train_dataset=samples, data_collator=collate).train()
+        trainer = Trainer(model, arguments, train_dataset=samples, eval_dataset=samples, data_collator=collate)
+        trainer.train()
+        expected = model.eval()(**collate(samples)).loss.item()
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
         weights.append(dict(model.named_parameters()))
     start = dict(hydra_model().named_parameters())
     moved = (weights[0]["vision_head.out_proj.weight"] - start["vision_head.out_proj.weight"]).abs().max()

@@ -270,7 +270,7 @@ def test_noise_is_put_on_generated_images_only(make_trainer, recipe, tmp_path):
 
 def test_text_to_image_has_the_start_of_each_image_as_its_only_label(make_trainer, recipe, tmp_path):
     batch = collate(toy_language().generate_samples(2, step_generator(0, 0)), recipe.processor)
-    trainer = make_trainer(tmp_path)
+    trainer, _ = make_trainer(tmp_path), bundle_of(generate=batch)
     start = recipe.config.vision_start_token_id
     assert batch["labels"][batch["labels"] >= 0].tolist() == [start, start]
     assert trainer.count_targets(batch) == {"language": 2, "flow": 2 * 16}

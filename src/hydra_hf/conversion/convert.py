@@ -159,7 +159,10 @@ def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pr
 
 
 def _image_processor(config: HydraTokConfig) -> HydraImageProcessor:
-    size = {"height": config.image_size, "width": config.image_size}
+    size = {
+        "min_pixels": (4 * config.patch_size) ** 2,
+        "max_pixels": config.image_size**2,
+    }  # our choice, after Qwen2-VL
     return HydraImageProcessor(size=size, patch_size=config.patch_size)
 
 

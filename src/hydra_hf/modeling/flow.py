@@ -34,7 +34,7 @@ def velocity_from_clean(noisy: Tensor, clean: Tensor, sigma: Tensor, min_sigma: 
 
 
 def euler_step(noisy: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
-    """One step along the velocity, from `sigma` to the smaller `next_sigma` (scalars)."""
+    """One step along the velocity, from `sigma` to the smaller `next_sigma`: scalars, or what broadcasts over `noisy`."""
     return noisy + (next_sigma - sigma) * velocity
 
 

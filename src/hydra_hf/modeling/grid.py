@@ -138,8 +138,8 @@ def per_token(values: Tensor, grids: Sequence[Grid]) -> Tensor:
     """A value for each image (num_images, ...) as one for each of its tokens (total_tokens, ...)."""
     if len(set(grids)) == 1:
         return values.repeat_interleave(num_tokens(grids[0]), dim=0)
-    counts = torch.tensor([num_tokens(grid) for grid in grids], device=values.device)
-    return values.repeat_interleave(counts, dim=0)
+    counts = [num_tokens(grid) for grid in grids]
+    return values.repeat_interleave(torch.tensor(counts, device=values.device), dim=0, output_size=sum(counts))
 
 
 def run_by_grid(

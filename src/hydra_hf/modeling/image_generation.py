@@ -59,9 +59,7 @@ class ImagePrefix:
 
     cache: FrozenPrefixCache
     attention_mask: Tensor  # (B, P)
-    masks: dict[tuple[int, ...], Tensor] = field(
-        default_factory=dict
-    )  # image tokens of each row -> mask (B, 1, 1, P + N)
+    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # tokens of each image -> mask (B, 1, 1, P + N)
 
     def __len__(self) -> int:
         return len(self.attention_mask)

@@ -84,19 +84,23 @@ def check_image_size(height: int, width: int, max_input_pixels: int) -> None:
 
 
 def whole_size(height: int, width: int, patch_size: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size of whole patches that an image of `height` x `width` is resized to: its aspect, as near as patches allow, its
-    own size where the limits allow it."""
+    """The size of whole patches for an image of `height` x `width` that is seen whole: its own where the limits allow it, else
+    in its aspect, each as near as patches allow. An aspect that the limits have no room for is lost."""
     scale = min(1.0, math.sqrt(max_pixels / (height * width)))
     scale = max(scale, math.sqrt(min_pixels / (height * width)))
-    sides = [max(1, round(side * scale / patch_size)) for side in (height, width)]
+    sides = [side * scale / patch_size for side in (height, width)]
+    rounded = [{max(1, math.floor(side)), math.ceil(side)} for side in sides]
     budget = max_pixels // patch_size**2
-    if math.prod(sides) > budget:
-        sides = [max(1, int(side * scale / patch_size)) for side in (height, width)]
-        sides = [min(side, budget // min(sides)) for side in sides]  # of a strip less than a patch high
-    elif math.prod(sides) * patch_size**2 < min_pixels:
-        larger = [math.ceil(side * scale / patch_size) for side in (height, width)]
-        sides = larger if math.prod(larger) <= budget else sides
-    return sides[0] * patch_size, sides[1] * patch_size
+    fitting = [(h, w) for h in rounded[0] for w in rounded[1] if h * w <= budget]
+    if not fitting:  # a strip that would be less than a patch high
+        fitting = [(1, budget) if width > height else (budget, 1)]
+
+    def distance(size: tuple[int, int]) -> tuple[bool, float]:
+        is_too_small = math.prod(size) * patch_size**2 < min_pixels
+        return is_too_small, sum(abs(math.log(number / side)) for number, side in zip(size, sides))
+
+    h, w = min(fitting, key=distance)
+    return h * patch_size, w * patch_size
 
 
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -183,7 +183,7 @@ def nominal_task(task: str, count: int, config: HydraConfig) -> TaskReport:
     length = NOMINAL_TEXT_TOKENS + image_tokens
     return TaskReport(
         num_samples=count, num_seen=0, length=(length, length, length), image_tokens=image_tokens, num_images=num_images,
-        label_tokens=NOMINAL_TEXT_TOKENS if row.scores_text else 0, draws=draws,
+        label_tokens=NOMINAL_TEXT_TOKENS if row.scores_text else int(draws), draws=draws,
     )  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def parts_of(model: HydraForConditionalGeneration, task: TaskReport) -> Iterator
         ),
         1,
     )
-    num_scored = length if task.label_tokens else 1
+    num_scored = max(1, round(task.label_tokens))
     yield "lm_head", lambda: model.lm_head(empty(1, num_scored, hidden_size)), 1
     if task.draws:
         states = empty(1, side * side, hidden_size)
