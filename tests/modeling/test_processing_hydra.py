@@ -168,9 +168,11 @@ def test_the_announced_number_of_tokens_is_the_number_of_type_one(processor, num
     other = HydraProcessor(processor.image_processor, processor.tokenizer, num_time_tokens=num_time_tokens)
     for kwargs in ({}, {"size": {"height": 28, "width": 42}}, {"size": 28}, {"do_resize": False}, {"size": LIMITS}):
         images = [Image.new("RGB", (28, 14)), Image.new("RGB", (28, 14))]
-        announced = other._get_num_multimodal_tokens(image_sizes=[(14, 28), (14, 28)], **kwargs)["num_image_tokens"]
+        data = other._get_num_multimodal_tokens(image_sizes=[(14, 28), (14, 28)], **kwargs)
+        announced = data["num_image_tokens"]
         batch = other(text=["<|image_pad|> a <|image_pad|>"], images=images, **kwargs)
         assert sum(announced) == sum(batch["mm_token_type_ids"][0])
+        assert sum(data["num_image_patches"]) == len(batch["pixel_values"])
         assert len(announced) == 2
 
 

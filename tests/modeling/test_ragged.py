@@ -176,6 +176,11 @@ def test_packed_pixels_that_do_not_fit_their_grids_are_refused(qwen, changes, me
         qwen(input_ids=torch.tensor([prompt(0, 1)]), **{**packed(0, 1), **changes})
 
 
+def test_images_in_another_order_than_their_placeholders_are_refused(qwen):
+    with pytest.raises(ValueError, match=r"runs of \[5, 4\] image placeholders.*need runs of \[4, 5\]"):
+        qwen(input_ids=torch.tensor([prompt(0, 1)]), **packed(1, 0))
+
+
 def test_packed_latents_that_do_not_fit_their_grids_are_refused(qwen):
     batch = batch_of((0, 1))
     with pytest.raises(ValueError, match=r"latents \(7, 6\) must be packed, \(8, ...\)"):

@@ -83,10 +83,6 @@ class HydraProcessor(ProcessorMixin):
 
     # Images in text
 
-    def num_image_tokens(self, height: int, width: int) -> int:
-        """Positions of one image of `height` x `width` pixels: its time tokens and its patches."""
-        return self.num_time_tokens + num_tokens(image_grid(height, width, self.patch_size))
-
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs) -> str:
         grid = [int(side) for side in image_inputs["image_grid_thw"][image_idx]]
         return self.image_token * (self.num_time_tokens + num_tokens(grid))
@@ -95,9 +91,9 @@ class HydraProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         sizes = [self.image_processor.output_size(*image_size, **kwargs) for image_size in image_sizes]
+        num_patches = [num_tokens(image_grid(*size, self.patch_size)) for size in sizes]
         return MultiModalData(
-            num_image_tokens=[self.num_image_tokens(*size) for size in sizes],
-            num_image_patches=[1] * len(sizes),
+            num_image_tokens=[self.num_time_tokens + number for number in num_patches], num_image_patches=num_patches
         )
 
     def validate_inputs(self, images=None, text=None, **kwargs) -> None:
