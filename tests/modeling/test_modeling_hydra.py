@@ -32,7 +32,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from hydra_hf import HydraConfig, HydraForConditionalGeneration, HydraModel, HydraTokConfig, PixelViTDecoderConfig
 from hydra_hf.modeling.compat import enable_checkpointing
 from hydra_hf.modeling.flow import add_noise, velocity_target
-from hydra_hf.modeling.grid import latents_to_tokens
+from hydra_hf.modeling.grid import latents_to_tokens, pack_latents
 from hydra_hf.modeling.image_generation import ImagePrefix
 from hydra_hf.modeling.layers import ZeroLinear
 from hydra_hf.modeling.modeling_hydra import MultiModalProjector, get_image_block_ids
@@ -268,8 +268,9 @@ def test_image_features_carry_the_states_of_the_tower(qwen):
     tower = qwen.model.vision_tower(pictures(2), output_hidden_states=True)
     assert torch.equal(features.last_hidden_state, tower.last_hidden_state)
     assert len(features.hidden_states) == len(tower.hidden_states) == 5
-    latents = qwen.encode_images(pictures(2))
-    torch.testing.assert_close(features.pooler_output, qwen.model.get_image_embeds(latents, torch.zeros(2)), **CLOSE)
+    tokens, grids = pack_latents(qwen.encode_images(pictures(2)), None)
+    embeds = qwen.model.get_image_embeds(tokens, torch.zeros(2), grids)
+    torch.testing.assert_close(features.pooler_output, embeds.unflatten(0, (2, -1)), **CLOSE)
     input_ids = torch.tensor([sequence(1, "image", "image", 2)])
     outputs = qwen(input_ids=input_ids, pixel_values=pictures(2), output_hidden_states=True)
     assert torch.equal(outputs.image_outputs.hidden_states[-1], tower.hidden_states[-1])

@@ -156,10 +156,13 @@ def test_latents_of_given_images_are_those_of_each_alone(qwen):
 
 
 def test_features_are_one_tensor_for_each_image(qwen):
-    features = qwen.get_image_features(**packed(0, 1, 2)).pooler_output
+    outputs = qwen.get_image_features(**packed(0, 1, 2))
+    features, states = outputs.pooler_output, outputs.last_hidden_state.split([4, 3, 6])
     assert [tuple(image.shape) for image in features] == [(5, 32), (4, 32), (7, 32)]
-    for image, feature in zip(images(0, 1, 2), features):
-        torch.testing.assert_close(feature, qwen.get_image_features(image[None]).pooler_output[0], **CLOSE)
+    for image, feature, state in zip(images(0, 1, 2), features, states):
+        alone = qwen.get_image_features(image[None])
+        torch.testing.assert_close(feature, alone.pooler_output[0], **CLOSE)
+        torch.testing.assert_close(state, alone.last_hidden_state[0], **CLOSE)
 
 
 @pytest.mark.parametrize(
