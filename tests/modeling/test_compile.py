@@ -95,6 +95,19 @@ def test_noise_level_and_guidance_do_not_compile_again(backend):
 
 
 @torch.no_grad()
+def test_a_compiled_step_draws_several_sizes_one_after_the_other(backend):
+    model = one_layer_model()
+    prefixes = [prefill_in_bucket(model, [5, 3]), prefill_in_bucket(model, [2, 2])]
+    sizes = [(2, 2), (2, 3), (4, 3), (2, 2)]
+    sigma = torch.tensor([0.7, 0.4])
+    eager = [model.denoise_step(gaussian(2, 6, *size), sigma, *prefixes, 3.0) for size in sizes]
+    model.compile_denoise_step(backend=backend)
+    for size, expected in zip(sizes, eager):
+        velocity = model.denoise_step(gaussian(2, 6, *size), sigma, *prefixes, 3.0)
+        torch.testing.assert_close(velocity, expected, **CLOSE)
+
+
+@torch.no_grad()
 def test_a_step_after_a_given_image_compiles(backend):
     model = one_layer_model()
     ids = torch.tensor([[1, START, *[IMAGE] * 5, 2, START]])

@@ -27,6 +27,11 @@ def num_tokens(grid: Grid) -> int:
     return math.prod(grid)
 
 
+def is_one_grid(grids: Sequence[Grid]) -> bool:
+    """Whether all are the same; without a set, which the numbers of a compiled graph cannot be put in."""
+    return all(grid == grids[0] for grid in grids)
+
+
 def image_grid(height: int, width: int, patch_size: int) -> Grid:
     """The grid of an image of `height` x `width` pixels. ValueError for a size that is not one of whole patches."""
     if height % patch_size or width % patch_size or min(height, width) < 1:
@@ -36,8 +41,8 @@ def image_grid(height: int, width: int, patch_size: int) -> Grid:
 
 def image_grids(image_grid_thw: Tensor) -> list[Grid]:
     """The grids of `image_grid_thw` (num_images, 3). ValueError for another shape, or what is no image."""
-    if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3:
-        raise ValueError(f"image_grid_thw {tuple(image_grid_thw.shape)} must be (num_images, 3).")
+    if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3 or not len(image_grid_thw):
+        raise ValueError(f"image_grid_thw {tuple(image_grid_thw.shape)} must be (num_images, 3), of at least one image.")
     grids = [tuple(grid) for grid in image_grid_thw.tolist()]
     if wrong := [grid for grid in grids if min(grid) < 1 or grid[0] != 1]:
         raise ValueError(f"image_grid_thw has {wrong[0]}, expected (1, h, w) for an image, of at least one patch.")
@@ -128,7 +133,7 @@ def split_images(packed: Tensor, grids: Sequence[Grid], num_leading: int = 0) ->
 
 def select_images(packed: Tensor, grids: Sequence[Grid], images: Tensor) -> Tensor:
     """The tokens of some images, by their numbers (n,), packed again."""
-    if len(set(grids)) == 1:
+    if is_one_grid(grids):
         return packed.unflatten(0, (len(grids), -1))[images].flatten(0, 1)
     parts = split_images(packed, grids)
     return torch.cat([parts[index] for index in images.tolist()])
@@ -136,7 +141,7 @@ def select_images(packed: Tensor, grids: Sequence[Grid], images: Tensor) -> Tens
 
 def per_token(values: Tensor, grids: Sequence[Grid]) -> Tensor:
     """A value for each image (num_images, ...) as one for each of its tokens (total_tokens, ...)."""
-    if len(set(grids)) == 1:
+    if is_one_grid(grids):
         return values.repeat_interleave(num_tokens(grids[0]), dim=0)
     counts = [num_tokens(grid) for grid in grids]
     return values.repeat_interleave(torch.tensor(counts, device=values.device), dim=0, output_size=sum(counts))
@@ -154,7 +159,7 @@ def run_by_grid(
         packed: tensors (total_tokens, ...), which `function` gets as rows (B, N, ...).
         per_image: tensors (num_images, ...), which it gets as those of its images.
     """
-    if len(set(grids)) == 1:
+    if is_one_grid(grids):
         rows = [tensor.unflatten(0, (len(grids), -1)) for tensor in packed]
         return function(*rows, *per_image, grids=grids[:1]).flatten(0, 1)
     if config is not None and is_flash_attention_requested(config):
@@ -179,7 +184,7 @@ def noise_tokens(
     """
     from diffusers.utils.torch_utils import randn_tensor
 
-    if len(set(grids)) == 1:
+    if is_one_grid(grids):
         noise = randn_tensor((len(grids), channels, *grids[0][1:]), generator=generator, device=device)
         return latents_to_tokens(noise).flatten(0, 1)
     generators = generator if isinstance(generator, list) else [generator] * len(grids)

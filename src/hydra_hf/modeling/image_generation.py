@@ -16,6 +16,7 @@ from .flow import euler_step, expand_sigma, inference_sigmas, resolution_shift
 from .grid import (
     Grid,
     image_grid,
+    is_one_grid,
     noise_tokens,
     num_tokens,
     pack_latents,
@@ -154,7 +155,7 @@ class ImageGenerationMixin:
 
     def _image_states(self, embeds: Tensor, grids: Sequence[Grid], prefix: ImagePrefix, mask: Tensor) -> Tensor:
         """States of the images' patches, each image in a row of its own behind its prompt; shorter ones are padded."""
-        num_leading, is_even = self.config.num_time_tokens, len(set(grids)) == 1
+        num_leading, is_even = self.config.num_time_tokens, is_one_grid(grids)
         if is_even:
             rows = embeds.unflatten(0, (len(grids), -1))
         else:
@@ -258,7 +259,7 @@ class ImageGenerationMixin:
                 tokens, sigma, prefix, negative_prefix, guidance_scale, image_grid_thw=grid_thw
             )
             tokens = euler_step(tokens, velocity, *(per_token(each, grids)[:, None] for each in (sigma, next_sigma)))
-        if len(set(grids)) > 1:
+        if not is_one_grid(grids):
             return self.decode_latents(tokens, grid_thw, generator=generator)
         latents = tokens_to_latents(tokens.unflatten(0, (len(grids), -1)), grids[0])
         return self.decode_latents(latents, generator=generator)

@@ -25,6 +25,7 @@ from .grid import (
     Grid,
     check_packed,
     image_grids,
+    is_one_grid,
     latents_to_tokens,
     pack_latents,
     prepend,
@@ -459,7 +460,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
             )
         images = first_set(is_generated, num_generated)
         packed = [select_images(tensor, grids, images) for tensor in (image_hidden_states, tokens)]
-        if len(set(grids)) == 1:
+        if is_one_grid(grids):
             grids = grids[:num_generated]
         else:
             grids = [grids[index] for index in images.tolist()]
