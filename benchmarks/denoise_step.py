@@ -17,6 +17,8 @@ from models import (
     whole_sequence_step,
 )
 
+from hydra_hf.modeling.image_generation import classifier_free
+
 
 BARS = {77: 1.2, 256: 1.3, 1100: 2.2}
 SCALE = 4.5
@@ -28,7 +30,7 @@ def measure(model, length: int, arguments) -> dict:
     padded, prefixes = padded_together(*prompts), [model.prefill(**prompt) for prompt in prompts]
     steps = {
         "whole sequence": lambda: whole_sequence_step(model, padded, latents, sigma, SCALE),
-        "prefilled": lambda: model.denoise_step(latents, sigma, *prefixes, SCALE),
+        "prefilled": lambda: model.denoise_step(latents, sigma, classifier_free(*prefixes, SCALE)),
     }
     difference = (steps["whole sequence"]() - steps["prefilled"]()).abs().max().item()
     assert arguments.dtype != "fp32" or difference < 1e-4, f"the two steps differ by {difference}"

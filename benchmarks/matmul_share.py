@@ -11,6 +11,8 @@ from models import gaussian_latents, guided_prompt, hydra_config, random_model, 
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hydra_hf.modeling.image_generation import classifier_free
+
 
 BAR = 0.7
 
@@ -22,7 +24,7 @@ def measure(dtype_name: str, arguments) -> dict:
     latents, sigma = gaussian_latents(config), torch.tensor([0.7])
     prefixes = [model.prefill(**prompt) for prompt in guided_prompt(config, arguments.prompt)]
     with FlopCounterMode(display=False) as counter:
-        model.denoise_step(latents, sigma, *prefixes, 4.5)
+        model.denoise_step(latents, sigma, classifier_free(*prefixes, 4.5))
     text = config.text_config
     num_tokens = 2 * (config.num_time_tokens + latents[0, 0].numel())
     hidden_states = torch.randn(num_tokens, text.hidden_size, dtype=dtype)
@@ -35,7 +37,8 @@ def measure(dtype_name: str, arguments) -> dict:
             nn.functional.linear(hidden_states, weight)
 
     seconds = medians(
-        {"product": products, "step": lambda: model.denoise_step(latents, sigma, *prefixes, 4.5)}, arguments.runs
+        {"product": products, "step": lambda: model.denoise_step(latents, sigma, classifier_free(*prefixes, 4.5))},
+        arguments.runs,
     )
     rate = counter.get_total_flops() / seconds["step"] / 1e9
     product_rate = repeats * product_flops / seconds["product"] / 1e9

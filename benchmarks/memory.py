@@ -19,6 +19,8 @@ from models import (
     whole_sequence_step,
 )
 
+from hydra_hf.modeling.image_generation import classifier_free
+
 
 MEGABYTE = 2**20
 
@@ -68,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     padded, prefixes = padded_together(*prompts), [model.prefill(**prompt) for prompt in prompts]
     steps = {
         "whole sequence": lambda: whole_sequence_step(model, padded, latents, sigma, 4.5),
-        "prefilled": lambda: model.denoise_step(latents, sigma, *prefixes, 4.5),
+        "prefilled": lambda: model.denoise_step(latents, sigma, classifier_free(*prefixes, 4.5)),
     }
     copied = {"whole sequence": 0.0, "prefilled": copied_megabytes(prefixes, latents, config.num_time_tokens)}
     rows = []

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hydra_hf.hub import check_repo_id
+from hydra_hf.hub import check_model_name
 
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
@@ -52,7 +52,7 @@ def _find_folder(name: str, revision: str | None) -> Path:
         if revision is not None:
             raise ValueError(f"{name} is a folder and has no {revision=}; revisions are for the Hub.")
         return Path(name)
-    check_repo_id(name)
+    check_model_name(name)
     return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
 
 
