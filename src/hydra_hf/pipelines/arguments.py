@@ -1,7 +1,6 @@
 """Checks of what callers pass: ValueError says what came and what was expected."""
 
 import os
-import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -23,11 +22,10 @@ def check_integer(name: str, value, maximum: int | None = None) -> int:
     return int(value)
 
 
-def check_number(name: str, value, low: float = 0, high: float = sys.float_info.max) -> float:
-    """A finite number in [low, high] as Python's, numpy's too. Raises ValueError for anything else."""
+def check_number(name: str, value, low: float = 0, high: float = 1) -> float:
+    """A number in [low, high] as Python's, numpy's too. Raises ValueError for anything else."""
     if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:  # written so that NaN fails
-        expected = f"of at least {low}" if high == sys.float_info.max else f"from {low} to {high}"
-        raise ValueError(f"Got {name}={value!r:.100}, expected a number {expected}.")
+        raise ValueError(f"Got {name}={value!r:.100}, expected a number from {low} to {high:g}.")
     return float(value)
 
 

@@ -44,7 +44,7 @@ from .arguments import (
 )
 
 
-MAX_STEPS = 10_000
+MAX_STEPS, MAX_IMAGES, MAX_GUIDANCE = 10_000, 10_000, 1000.0  # beyond any use, so a mistake
 SCHEDULER_OPTIONS = {
     "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "invert_sigmas": False,
     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
@@ -114,7 +114,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         super().__init__()
         check_processor(model, processor)
         check_integer("default_num_inference_steps", default_num_inference_steps, MAX_STEPS)
-        check_number("default_guidance_scale", default_guidance_scale)
+        check_number("default_guidance_scale", default_guidance_scale, high=MAX_GUIDANCE)
         self.register_modules(model=model, processor=processor, scheduler=scheduler)
         self.register_to_config(
             default_num_inference_steps=default_num_inference_steps, default_guidance_scale=default_guidance_scale
@@ -237,14 +237,14 @@ class HydraPipeline(HydraDiffusionPipeline):
                 raise ValueError(
                     f"Got {num_negative} negative prompts for {num_prompts} prompts, expected negative_prompt to be as many."
                 )
-        batch_size = num_prompts * check_integer("num_images_per_prompt", num_images_per_prompt)
+        batch_size = num_prompts * check_integer("num_images_per_prompt", num_images_per_prompt, MAX_IMAGES)
         check_integer("num_inference_steps", num_inference_steps, MAX_STEPS)
         if max_sequence_length is not None:
             check_integer("max_sequence_length", max_sequence_length)
         if pad_to_multiple_of is not None:
             context = self.model.config.text_config.max_position_embeddings
             check_integer("pad_to_multiple_of", pad_to_multiple_of, context)
-        check_number("guidance_scale", guidance_scale)
+        check_number("guidance_scale", guidance_scale, high=MAX_GUIDANCE)
         check_number("guidance_rescale", guidance_rescale, high=1)
         _check_interval(guidance_interval)
         check_generator(generator, batch_size)
@@ -277,6 +277,7 @@ class HydraPipeline(HydraDiffusionPipeline):
             )
         return grid
 
+    @torch.no_grad()
     def prepare_prefix(
         self,
         texts: list[str],
@@ -339,6 +340,7 @@ class HydraPipeline(HydraDiffusionPipeline):
             raise ValueError("A callback turned guidance on, which needs a call that starts with a scale above 1.")
         return classifier_free(prefixes[-1], prefixes[0], self.guidance_scale)
 
+    @torch.no_grad()
     def denoise_step(
         self,
         latents: Tensor,
@@ -352,6 +354,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         velocity = self.model.denoise_step(latents, sigmas, branches, guidance_rescale)
         return self.scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
 
+    @torch.no_grad()
     def decode(
         self,
         latents: Tensor,
