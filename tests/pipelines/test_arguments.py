@@ -168,7 +168,7 @@ def test_decoding_names_a_wrong_argument(tiny_pipeline):
     latents = torch.zeros(1, 4, 4, 4)
     refused(tiny_pipeline.decode, "generator", RIGHT["generator"], latents=latents)
     refused(tiny_pipeline.decode, "output_type", latents=latents)
-    refused(tiny_pipeline.decode, "latents", {"array"})
+    refused(tiny_pipeline.decode, "latents")
 
 
 # Reconstruction

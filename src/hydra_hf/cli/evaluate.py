@@ -25,17 +25,17 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from hydra_hf.files import write_text
-    from hydra_hf.toy.evaluation import evaluate_generation, evaluate_reconstruction, evaluate_understanding
-    from hydra_hf.toy.language import ToyLanguage
-    from hydra_hf.toy.world import ToyWorld
-
     for name in ("prompts_per_category", "num_questions", "num_scenes"):
         if not 1 <= getattr(options, name) <= MOST:
             raise ValueError(f"--{name} {getattr(options, name)} must be at least 1 and at most {MOST}.")
     if find_spec("skimage") is None:
         raise ValueError("The photographs of scikit-image are needed: pip install hydra_hf[eval].")
     check_out(options.out)
+    from hydra_hf.files import write_text
+    from hydra_hf.toy.evaluation import evaluate_generation, evaluate_reconstruction, evaluate_understanding
+    from hydra_hf.toy.language import ToyLanguage
+    from hydra_hf.toy.world import ToyWorld
+
     pipeline = load_pipeline(options)
     pipeline.set_progress_bar_config(disable=True)
     language, seed = ToyLanguage(ToyWorld(options.difficulty)), options.seed

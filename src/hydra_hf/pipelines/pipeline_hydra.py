@@ -363,6 +363,8 @@ class HydraPipeline(HydraDiffusionPipeline):
     ) -> list[Image.Image] | np.ndarray | Tensor:
         """Pictures of clean latents (B, C, h, w). Raises ValueError for latents or pictures that are not finite."""
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        if not isinstance(latents, Tensor) or latents.ndim != 4 or not latents.is_floating_point():
+            raise ValueError(f"Got latents={latents!r:.100}, expected floats (B, C, h, w) as a torch tensor.")
         check_finite("latents", latents)
         if output_type == "latent":
             return latents
