@@ -6,11 +6,12 @@ except for single numbers, copies between devices, and indices of the CPU.
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 
-SECOND = torch.device("meta")  # a device that torch knows by name and that needs no library to start
+SECOND = torch.device("meta")  # the one name besides the CPU's that needs no library; its own tensors have no values
 COPIES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}
 INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default}
 
@@ -35,10 +36,34 @@ class SecondDeviceTensor(Tensor):
 
 
 class SecondDevice(TorchDispatchMode):
-    """While active, `device="ipu"` makes tensors of the second device, and mixing it with the CPU is an error."""
+    """While active, this device's name makes tensors of the second device, and mixing them with the CPU's is an error."""
+
+    def __enter__(self):
+        self.constructors = Constructors()
+        self.constructors.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.constructors.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return run(function, args, kwargs or {})
+
+
+class Constructors(TorchFunctionMode):
+    """What torch makes of lists, and lists of tensors, without an operation that a dispatch mode would see."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is Tensor.tolist and isinstance(args[0], SecondDeviceTensor):
+            return args[0].inner.tolist()
+        if function is Tensor.new_tensor:
+            return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to(args[0].device)
+        if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
+            device = kwargs.pop("device")
+            return function(*args, **kwargs).to(device)
+        return function(*args, **kwargs)
 
 
 def run(function, args, kwargs):
