@@ -121,3 +121,27 @@ def test_a_tensor_left_on_the_cpu_is_caught():
         to_second_device(hydra_model())(input_ids=torch.tensor([[1, 2]]))
     with SecondDevice(), pytest.raises(RuntimeError, match="generator of the CPU"):
         torch.randn(2, device=SECOND, generator=torch.Generator())
+
+
+# The real thing
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compute", [forward, train, generate, generate_image, denoise], ids=lambda f: f.__name__)
+def test_a_gpu_computes_what_the_cpu_computes(compute):
+    model, device = hydra_model(), torch.accelerator.current_accelerator()
+    with torch.no_grad():
+        expected = compute(model, torch.device("cpu"))
+        result = compute(model.to(device), device)
+    assert result.device.type == device.type
+    torch.testing.assert_close(result.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_pipeline_on_a_gpu_draws_the_picture_of_the_cpu(tiny_pipeline):
+    def draw() -> torch.Tensor:
+        return tiny_pipeline("a cat", generator=torch.Generator().manual_seed(0), output_type="pt").images.cpu()
+
+    expected = draw()
+    tiny_pipeline.to(torch.accelerator.current_accelerator())
+    torch.testing.assert_close(draw(), expected, atol=1e-2, rtol=1e-2)
