@@ -46,7 +46,7 @@ def medians(functions: dict[str, Callable], runs: int) -> dict[str, float]:
 
 
 def synchronize() -> None:
-    """An accelerator works behind the back of the clock."""
+    """Waits for the accelerator, whose work is asynchronous."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 

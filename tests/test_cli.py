@@ -285,12 +285,12 @@ def test_an_unknown_difficulty_is_an_error(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["generate", "a cat", "--out", "x.png", "--seed", str(2**70)], "is no seed, expected an integer from 0"),
+        (["generate", "a cat", "--out", "x.png", "--seed", str(2**70)], "is not a seed, expected an integer from 0"),
         (["generate", "a cat", "--out", "x.png", "--seed", "-1"], "--seed"),
         (["generate", "a cat", "--out", "x.png", "--height", "1e2"], "--height: invalid int value: '1e2'"),
         (["generate", "a cat", "--out", "x.png", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["generate", "a cat"], "--out"),
-        (["evaluate", "--out", "x.json", "--seed", "x"], "'x' is no seed"),
+        (["evaluate", "--out", "x.json", "--seed", "x"], "'x' is not a seed"),
         (["draw", "a cat"], "invalid choice: 'draw'"),
         ([], "COMMAND"),
     ],
@@ -316,7 +316,7 @@ def test_guidance_that_is_no_number_is_an_error(model, tmp_path, capsys, scale):
 def test_a_byte_that_is_not_utf8_is_an_error(model, picture, tmp_path, capsys):
     text = os.fsdecode(b"a cat \xff")  # as Python reads such an argument
     message = error_of(capsys, "generate", text, "--out", tmp_path / "cat.png", "--model", model)
-    assert "prompt='a cat \\udcff', expected Unicode: character 6" in message
+    assert "prompt='a cat \\udcff', expected valid Unicode: character 6" in message
     assert "questions=" in error_of(capsys, "ask", picture, text, "--model", model)
 
 
@@ -390,8 +390,8 @@ def test_a_result_that_cannot_be_written_is_found_before_the_work(picture, tmp_p
     before = sorted(tmp_path.rglob("*"))
     for name, expected in {
         "folder.png": "is a folder, expected a file",
-        "file/x.png": "is no folder",
-        "pipe.png": "is no file, expected a file",
+        "file/x.png": "is not a folder",
+        "pipe.png": "is not a regular file, expected a file",
         f"{'x' * 300}.png": "File name too long",
         f"{'x' * 251}.png": "File name too long",  # as the temporary file that takes this name at the end
         "/proc/x.png": "cannot be written",
@@ -404,7 +404,7 @@ def test_a_result_that_cannot_be_written_is_found_before_the_work(picture, tmp_p
 @pytest.mark.parametrize("ending", [".hdf", ".palm", ".xbm", ".nothing", ""])
 def test_a_format_that_pillow_only_reads_is_found_before_the_work(tmp_path, capsys, no_model, ending):
     message = error_of(capsys, "generate", "a cat", "--out", tmp_path / f"x{ending}")
-    assert f"{ending!r} is no format of pictures" in message
+    assert f"{ending!r} is not an image format" in message
 
 
 @pytest.mark.parametrize("command", [["train", "tiny.tokenizer"], ["convert", "--vision", "nobody/nothing"]])
@@ -413,7 +413,7 @@ def test_a_folder_that_cannot_be_made_is_found_before_the_work(tmp_path, capsys,
     for name in ("file", "file/run"):
         message = error_of(capsys, *command, "--out", tmp_path / name)
         assert f"{tmp_path / name}" in message
-        assert "expected a folder" in message or "is no folder" in message
+        assert "expected a folder" in message or "is not a folder" in message
 
 
 def test_scores_that_cannot_be_saved_are_printed(model, tmp_path, capsys, monkeypatch):
@@ -492,13 +492,13 @@ def test_a_processor_of_another_vocabulary_is_an_error(model, picture, tmp_path,
     other = train_toy_tokenizer(["hello"], vocab_size=300)
     other.save_pretrained(copy / "processor")
     message = error_of(capsys, "ask", picture, "what?", "--model", copy)
-    assert "The processor is not the model's: its " in message
+    assert "The processor does not belong to the model: its " in message
 
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "/no/such/folder", "a b"])
 def test_a_folder_that_is_not_there_is_named_as_one(picture, capsys, name):
     message = error_of(capsys, "ask", picture, "what?", "--model", name)
-    assert f"There is no folder {name!r}; a Hub id is owner/name" in message
+    assert f"There is not a folder {name!r}; a Hub id is owner/name" in message
 
 
 def test_a_file_is_no_model(picture, capsys):
@@ -533,7 +533,7 @@ def test_a_recipe_on_a_tokenizer_says_what_to_train_first(capsys, tmp_path, monk
 @pytest.mark.parametrize("arguments", [["tiny.hydra", "--tokenizer"], ["hydra.hydra_1_5b", "--init"]])
 def test_a_first_model_that_is_not_there_is_named(capsys, tmp_path, arguments):
     message = error_of(capsys, "train", *arguments, "/no/such/model", "--out", tmp_path / "run")
-    assert "There is no folder '/no/such/model'; a Hub id is owner/name" in message
+    assert "There is not a folder '/no/such/model'; a Hub id is owner/name" in message
 
 
 def test_a_run_without_steps_is_an_error(capsys, tmp_path):

@@ -9,7 +9,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revi
 
 
 def check_model_name(name: str) -> None:
-    """ValueError for what is neither a folder nor can be a repo's id."""
+    """Raises ValueError if the name is neither a folder nor a possible repo id."""
     if os.path.isdir(name):
         return
     if os.path.exists(name):

@@ -248,9 +248,9 @@ def test_saving_and_loading_name_a_wrong_path(tiny_pipeline):
 def test_a_processor_of_another_model_is_refused(tiny_pipeline, field, value, message):
     parts = tiny_pipeline.components
     setattr(parts["model"].config, field, value)
-    with pytest.raises(ValueError, match=f"The processor is not the model's: {message}"):
+    with pytest.raises(ValueError, match=f"The processor does not belong to the model: {message}"):
         HydraPipeline(**parts)
-    with pytest.raises(ValueError, match=f"The processor is not the model's: {message}"):
+    with pytest.raises(ValueError, match=f"The processor does not belong to the model: {message}"):
         answer(parts["model"], parts["processor"], [PICTURE], ["what?"])
 
 

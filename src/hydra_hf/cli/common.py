@@ -33,12 +33,12 @@ def add_seed(command: argparse.ArgumentParser, help_text: str | None = None) -> 
 
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed, expected an integer from 0 to 2**63 - 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed, expected an integer from 0 to 2**63 - 1")
     return int(text)
 
 
 def choose_device(name: str):
-    """The torch.device of this name. Raises ValueError for one that this machine does not have."""
+    """The torch.device of this name. Raises ValueError if this machine does not have it."""
     import torch
 
     counts, default = {"cpu": 1}, torch.device("cpu")
@@ -73,7 +73,7 @@ def load_pipeline(options: argparse.Namespace):
     dtype = {} if options.dtype == "auto" else {"torch_dtype": getattr(torch, options.dtype)}
     try:
         pipeline = HydraPipeline.from_pretrained(options.model, **dtype)
-    except Exception as error:  # three libraries read the files, which may hold anything
+    except Exception as error:  # three libraries read the files, which may contain anything
         missing = "" if Path(options.model).is_dir() else "; there is no folder of this name either"
         reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"The model {options.model} cannot be loaded: {reason}{missing}") from error
@@ -81,7 +81,7 @@ def load_pipeline(options: argparse.Namespace):
 
 
 def open_image(path: Path):
-    """A picture; OSError or ValueError says what is wrong with it."""
+    """A picture. OSError or ValueError says what is wrong with it."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -95,9 +95,11 @@ def open_image(path: Path):
 
 
 def check_out(path: Path) -> None:
-    """Before the long part. Raises ValueError for a file that cannot be written."""
+    """Called before the long part. Raises ValueError if the file cannot be written."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"--out {path} is {'a folder' if path.is_dir() else 'no file'}, expected a file to write.")
+        raise ValueError(
+            f"--out {path} is {'a folder' if path.is_dir() else 'not a regular file'}, expected a file to write."
+        )
     folder = _nearest_folder(path)
     try:
         with NamedTemporaryFile(dir=folder, prefix=path.stem, suffix=path.suffix):
@@ -107,7 +109,7 @@ def check_out(path: Path) -> None:
 
 
 def check_out_folder(path: Path) -> None:
-    """Before the long part. Raises ValueError for a folder that cannot be written to."""
+    """Called before the long part. Raises ValueError if the folder cannot be written to."""
     folder = path if path.is_dir() else _nearest_folder(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"--out {path} is a file, expected a folder.")
@@ -124,25 +126,25 @@ def _nearest_folder(path: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        raise ValueError(f"--out {path} cannot be written: {folder} is no folder.")
+        raise ValueError(f"--out {path} cannot be written: {folder} is not a folder.")
     return folder
 
 
 def check_image_out(path: Path) -> None:
-    """Before the long part. Raises ValueError for a format that Pillow does not write, and as `check_out`."""
+    """`check_out`, and ValueError if Pillow cannot write the format."""
     from PIL import Image
 
     try:
         Image.new("RGB", (16, 16)).save(BytesIO(), Image.registered_extensions()[path.suffix.lower()])
     except (KeyError, ValueError, OSError) as error:
         raise ValueError(
-            f"--out {path} cannot be written: {path.suffix!r} is no format of pictures, expected .png or .jpg."
+            f"--out {path} cannot be written: {path.suffix!r} is not an image format that can be written, expected .png or .jpg."
         ) from error
     check_out(path)
 
 
 def save_image(image, path: Path) -> None:
-    """A picture, whole or not there."""
+    """Writes a picture completely or not at all."""
     from hydra_hf.files import write_file
 
     write_file(path, image.save)

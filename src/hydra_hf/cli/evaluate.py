@@ -49,5 +49,5 @@ def run(options: argparse.Namespace) -> None:
         "num_questions": options.num_questions,
         "num_scenes": options.num_scenes,
     }
-    print(json.dumps(scores, indent=2))  # first, since the file may fail
+    print(json.dumps(scores, indent=2))  # first, because writing the file may fail
     write_text(options.out, json.dumps(scores, indent=2) + "\n")

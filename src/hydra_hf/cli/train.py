@@ -98,7 +98,7 @@ def _train_hydra(recipe, output_dir: Path, options: argparse.Namespace) -> None:
 
 
 def _given(options: argparse.Namespace, parameters: Mapping[str, Parameter]) -> dict[str, str]:
-    """What a recipe's function is called with. ValueError for an option that it does not have, or one that it lacks."""
+    """The arguments of a recipe's function. Raises ValueError for an unknown option or a missing one."""
     from hydra_hf.hub import check_model_name
 
     values = {name: getattr(options, name) for name in ("tokenizer", "init", "teacher", "decoder")}
@@ -116,7 +116,7 @@ def _given(options: argparse.Namespace, parameters: Mapping[str, Parameter]) -> 
 
 
 def _check_trained(recipe: str, default: str | Parameter.empty) -> None:
-    """Raises ValueError where a recipe's own choice of a tokenizer is not there yet."""
+    """Raises ValueError if the recipe's default tokenizer has not been trained yet."""
     if isinstance(default, str) and not Path(default).is_dir():
         raise ValueError(
             f"The recipe {recipe} starts from a trained tokenizer, and there is no folder {default}: run"
@@ -125,7 +125,7 @@ def _check_trained(recipe: str, default: str | Parameter.empty) -> None:
 
 
 def _use_device(name: str) -> None:
-    """Tells accelerate, which chooses by itself otherwise. Raises ValueError for a device that is not there."""
+    """Passes the device on to accelerate. Raises ValueError if this machine does not have it."""
     import os
 
     device = choose_device(name)

@@ -138,7 +138,7 @@ class ImageGenerationMixin:
             image_grid_thw: (B, 3), the grids of packed latents.
 
         Raises:
-            ValueError: for no branch, or one whose prefix or weight is not of as many rows as there are latents.
+            ValueError: if there is no branch, or a prefix or weight has another number of rows than the latents.
         """
         if not branches:
             raise ValueError("Got no branches, expected at least one prefix to draw from.")

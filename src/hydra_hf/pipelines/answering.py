@@ -20,8 +20,8 @@ def answer(
 ) -> list[str]:
     """Greedy answers to one question about each image.
 
-    Raises ValueError for lists of different lengths, a question that is empty or longer than the context, a processor of
-    another model, and a model whose numbers are not finite.
+    Raises ValueError if the lists differ in length, a question is empty or longer than the context, the processor does not
+    belong to the model, or the model computes NaN.
     """
     check_processor(model, processor)
     max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
@@ -57,7 +57,7 @@ def _check_lengths(attention_mask: Tensor, max_new_tokens: int, context: int) ->
 
 
 class FiniteLogits(LogitsProcessor):
-    """Raises ValueError where a model says nothing: of NaN, the first token of the vocabulary would be the answer."""
+    """Raises ValueError for NaN, which greedy decoding would turn into the first token of the vocabulary."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if scores.isnan().any():

@@ -14,7 +14,7 @@ from ..modeling.processing_hydra import HydraProcessor
 
 
 def check_integer(name: str, value, maximum: int | None = None) -> int:
-    """A positive integer as Python's, numpy's too. Raises ValueError for anything else."""
+    """A positive integer, numpy's included, as Python's int. Raises ValueError for anything else."""
     too_large = maximum is not None and isinstance(value, Integral) and value > maximum
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1 or too_large:
         expected = "an integer of at least 1" + ("" if maximum is None else f" and at most {maximum}")
@@ -23,8 +23,8 @@ def check_integer(name: str, value, maximum: int | None = None) -> int:
 
 
 def check_number(name: str, value, low: float = 0, high: float = 1) -> float:
-    """A number in [low, high] as Python's, numpy's too. Raises ValueError for anything else."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:  # written so that NaN fails
+    """A number in [low, high], numpy's included, as Python's float. Raises ValueError for anything else."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:  # phrased so that NaN fails
         raise ValueError(f"Got {name}={value!r:.100}, expected a number from {low} to {high:g}.")
     return float(value)
 
@@ -37,14 +37,14 @@ def check_path(name: str, value) -> str:
 
 
 def check_choice(name: str, value, choices: Sequence) -> None:
-    """Raises ValueError for what is none of `choices`."""
+    """Raises ValueError for a value that is not among `choices`."""
     if type(value) not in map(type, choices) or value not in choices:
         *others, last = map(repr, choices)
         raise ValueError(f"Got {name}={value!r:.100}, expected {', '.join(others)} or {last}.")
 
 
 def check_texts(name: str, value) -> list[str]:
-    """One text or a list of at least one, as a list. Raises ValueError for anything else, and for halves of characters."""
+    """One text or a list of at least one, as a list. Raises ValueError for anything else, and for text that is not valid Unicode."""
     is_list = isinstance(value, list | tuple) and value and all(isinstance(text, str) for text in value)
     if not isinstance(value, str) and not is_list:
         raise ValueError(f"Got {name}={value!r:.100}, expected a string or a list of at least one string.")
@@ -52,9 +52,9 @@ def check_texts(name: str, value) -> list[str]:
     for text in texts:
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError as error:  # a byte that is not UTF-8, or a character cut in two
+        except UnicodeEncodeError as error:  # a surrogate
             raise ValueError(
-                f"Got {name}={text!r:.100}, expected Unicode: character {error.start} is no character."
+                f"Got {name}={text!r:.100}, expected valid Unicode: character {error.start} is half of one, or a byte that is not UTF-8."
             ) from error
     return texts
 
@@ -74,7 +74,7 @@ def check_generator(generator, num_images: int) -> torch.Generator | list[torch.
 
 
 def check_tensor(name: str, value, shape: tuple[int, ...]) -> Tensor:
-    """Finite floats of this shape, from torch or numpy. Raises ValueError for anything else."""
+    """Finite floats of this shape from torch or numpy, as a torch tensor. Raises ValueError for anything else."""
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
         value = torch.from_numpy(np.array(value, dtype=np.float32))
     if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -88,7 +88,7 @@ def check_tensor(name: str, value, shape: tuple[int, ...]) -> Tensor:
 
 
 def check_finite(name: str, value: Tensor) -> Tensor:
-    """Raises ValueError for what a model computed and is not finite: damaged weights, or numbers too large for the type."""
+    """The value itself. Raises ValueError if what the model computed is not finite."""
     if not value.isfinite().all():
         raise ValueError(
             f"The {name} that the model computed are not finite: its weights are damaged, {value.dtype} is too narrow for"
@@ -98,7 +98,7 @@ def check_finite(name: str, value: Tensor) -> Tensor:
 
 
 def check_processor(model: HydraForConditionalGeneration, processor: HydraProcessor) -> None:
-    """Raises ValueError for what is no model of HYDRA or no processor, and for a processor that is another model's."""
+    """Raises ValueError if these are not a HYDRA model and its processor."""
     if not isinstance(model, nn.Module) or not hasattr(model, "config") or not isinstance(model.config, HydraConfig):
         raise ValueError(f"Got a {type(model).__name__} as model, expected a HydraForConditionalGeneration.")
     if not isinstance(processor, HydraProcessor):
@@ -116,10 +116,10 @@ def check_processor(model: HydraForConditionalGeneration, processor: HydraProces
     for name, (given, needed) in expected.items():
         if given != needed:
             raise ValueError(
-                f"The processor is not the model's: its {name} is {given}, expected {needed} as in the model's config."
+                f"The processor does not belong to the model: its {name} is {given}, expected {needed} as in the model's config."
             )
     if len(tokenizer) > config.text_config.vocab_size:
         raise ValueError(
-            f"The processor is not the model's: its tokenizer has {len(tokenizer)} tokens, expected at most the"
+            f"The processor does not belong to the model: its tokenizer has {len(tokenizer)} tokens, expected at most the"
             f" {config.text_config.vocab_size} of the model's config."
         )

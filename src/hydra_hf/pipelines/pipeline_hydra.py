@@ -44,19 +44,19 @@ from .arguments import (
 )
 
 
-MAX_STEPS, MAX_IMAGES, MAX_GUIDANCE = 10_000, 10_000, 1000.0  # beyond any use, so a mistake
+MAX_STEPS, MAX_IMAGES, MAX_GUIDANCE = 10_000, 10_000, 1000.0  # more is a mistake
 SCHEDULER_OPTIONS = {
     "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "invert_sigmas": False,
     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
-}  # fmt: skip  # what leaves the noise levels and the latents to the pipeline
+}  # fmt: skip  # the options under which the noise levels stay the pipeline's
 
 
 class HydraDiffusionPipeline(DiffusionPipeline):
-    """What our pipelines share: loading and saving classes that diffusers does not ship."""
+    """What the pipelines share: loading and saving classes that diffusers does not ship."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """As in diffusers. Raises ValueError for what is neither a folder nor a repo id, and for an incomplete folder."""
+        """As in diffusers. Raises ValueError if the name is neither a folder nor a repo id, or the folder is incomplete."""
         path = check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         components, _ = cls._get_signature_keys(cls)
         if os.path.isdir(path):
@@ -76,7 +76,7 @@ class HydraDiffusionPipeline(DiffusionPipeline):
         return snapshot_download(pretrained_model_name, allow_patterns=patterns, **options)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As in diffusers. Raises ValueError for a model with adapters, which diffusers would leave out silently."""
+        """As in diffusers. Raises ValueError if the model has adapters, which diffusers would leave out silently."""
         check_path("save_directory", save_directory)
         for name, component in self.components.items():
             if is_compiled_module(component):
@@ -167,7 +167,7 @@ class HydraPipeline(HydraDiffusionPipeline):
 
         Args:
             prompt: may be an empty string.
-            negative_prompt: what guidance leads away from; None is the empty prompt, a string counts for every prompt.
+            negative_prompt: what guidance leads away from; None is the empty prompt, a string applies to every prompt.
             height, width: in pixels; None is the size at which the tokenizer was trained.
             num_inference_steps, guidance_scale: None is the pipeline's default; a scale of 1 or less is no guidance.
             guidance_interval: (low, high): guidance only while low < sigma <= high, noise being sigma 1.
@@ -175,13 +175,13 @@ class HydraPipeline(HydraDiffusionPipeline):
             generator: one, or one for each picture; it draws the latents, then the decoder's noise.
             latents: noise to start from, (B, C, h, w), torch or numpy, instead of the generator's.
             output_type: "pil", "np", "pt" or "latent".
-            callback_on_step_end: gets pipeline, step, timestep and the tensors that it asked for; gives those that change
-                as a dict, or None for no change.
+            callback_on_step_end: called with pipeline, step, timestep and the requested tensors; returns a dict of those that
+                change, or None.
             max_sequence_length: longest prompt in tokens, the chat around it included; None is what the context leaves.
             pad_to_multiple_of: prompts of several lengths then share a compiled step, see `model.compile_denoise_step`.
 
         Raises:
-            ValueError: see `check_inputs`; and for latents or pictures that come out not finite.
+            ValueError: as `check_inputs`, or if latents or pictures are not finite.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -286,7 +286,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         max_sequence_length: int | None = None,
         pad_to_multiple_of: int | None = None,
     ) -> ImagePrefix:
-        """Prompts, or negative prompts, read once, each row repeated for its pictures. ValueError for a text too long."""
+        """Prompts, or negative prompts, read once, each row repeated for its pictures. Raises ValueError for a text that is too long."""
         config = self.model.config
         num_image_tokens = config.num_time_tokens + num_tokens(grid)
         longest = config.text_config.max_position_embeddings - num_image_tokens
@@ -418,10 +418,10 @@ def _joined(options: dict) -> str:
 
 
 def _changed_latents(latents: Tensor, changes) -> Tensor:
-    """The latents after a callback; ValueError for what is no answer to one."""
+    """The latents after a callback. Raises ValueError if it returned neither a dict nor None."""
     if changes is None:
         return latents
     if not isinstance(changes, dict):
-        raise ValueError(f"callback_on_step_end gave {changes!r:.100}, expected a dict of tensors or None.")
+        raise ValueError(f"callback_on_step_end returned {changes!r:.100}, expected a dict of tensors or None.")
     changed = changes.get("latents", latents)
     return check_tensor("latents from callback_on_step_end", changed, tuple(latents.shape)).to(latents)

@@ -27,7 +27,7 @@ class HydraReconstructionPipeline(HydraDiffusionPipeline):
             )
         if image_processor.patch_size != vision_tower.config.patch_size:
             raise ValueError(
-                f"The image_processor is not the model's: its patch_size is {image_processor.patch_size}, expected"
+                f"The image_processor does not belong to the model: its patch_size is {image_processor.patch_size}, expected"
                 f" {vision_tower.config.patch_size} as in the model's config."
             )
         self.register_modules(vision_tower=vision_tower, image_processor=image_processor)
@@ -51,7 +51,7 @@ class HydraReconstructionPipeline(HydraDiffusionPipeline):
             output_type: "pil", "np" or "pt".
 
         Raises:
-            ValueError: for wrong arguments, and for pictures that come out not finite.
+            ValueError: for wrong arguments, or if the pictures are not finite.
         """
         if num_inference_steps is not None:
             num_inference_steps = check_integer("num_inference_steps", num_inference_steps, MAX_STEPS)
