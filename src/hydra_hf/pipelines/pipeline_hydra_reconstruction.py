@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.image_utils import ImageInput
 
 from ..modeling.grid import unpack_images
-from ..modeling.image_processing_hydra import HydraImageProcessor, HydraImages
+from ..modeling.image_processing_hydra import HydraImageProcessor
 from ..modeling.modeling_hydra_tok import HydraTokModel
 from .arguments import check_choice, check_finite, check_generator, check_integer
 from .pipeline_hydra import MAX_STEPS, HydraDiffusionPipeline
@@ -21,7 +21,7 @@ class HydraReconstructionPipeline(HydraDiffusionPipeline):
         super().__init__()
         if not isinstance(vision_tower, HydraTokModel):
             raise ValueError(f"Got a {type(vision_tower).__name__} as vision_tower, expected a HydraTokModel.")
-        if not isinstance(image_processor, HydraImages):
+        if not isinstance(image_processor, HydraImageProcessor):
             raise ValueError(
                 f"Got a {type(image_processor).__name__} as image_processor, expected a HydraImageProcessor."
             )
