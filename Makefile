@@ -5,7 +5,7 @@ PIP = $(BIN)/pip --disable-pip-version-check
 TESTS ?= tests
 OLDEST = sed -nE 's/^ *(transformers|diffusers)>=([^,]+),.*/\1==\2/p' setup.cfg
 
-.PHONY: try test test-slow test-upstream test-oldest test-latest check style
+.PHONY: try test test-slow test-gpu test-upstream test-oldest test-latest check style
 
 try: .venv/try.done  ## draw a picture and ask about it, with the embedded checkpoint
 	$(BIN)/hydra generate "a cat" --out cat.png
@@ -27,6 +27,10 @@ test-latest: .venv-latest/done  ## with the newest of everything that setup.cfg 
 test-upstream: .venv/test.done  ## transformers' and diffusers' own tests on our classes, from their source archives
 	$(BIN)/python tests/upstream/fetch.py
 	$(BIN)/pytest tests/upstream -rs
+
+test-gpu: .venv/test.done  ## on a machine with a GPU: its tests, then its checks and measurements
+	$(BIN)/pytest -m gpu
+	$(BIN)/python benchmarks/gpu.py
 
 check: .venv/test.done  ## lint and format
 	$(BIN)/ruff check src tests examples benchmarks

@@ -1,4 +1,4 @@
-"""Peak memory of a denoising step with guidance against the weights' own size (Linux only)."""
+"""Peak memory of a denoising step with guidance against the weights' own size; on a CPU by the numbers of Linux."""
 
 import ctypes
 import gc
@@ -19,6 +19,8 @@ from models import (
     whole_sequence_step,
 )
 
+from hydra_hf.modeling.image_generation import classifier_free
+
 
 MEGABYTE = 2**20
 
@@ -35,8 +37,17 @@ def release_memory() -> None:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def peak_megabytes(function: Callable) -> float:
+def used_megabytes(device: str) -> float:
     release_memory()
+    return process_megabytes("VmRSS") if device == "cpu" else torch.accelerator.memory_allocated() / MEGABYTE
+
+
+def peak_megabytes(function: Callable, device: str) -> float:
+    release_memory()
+    if device != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+        function()
+        return torch.accelerator.max_memory_allocated() / MEGABYTE
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
     function()
     return process_megabytes("VmHWM")
@@ -54,32 +65,37 @@ def copied_megabytes(prefixes: list, latents: torch.Tensor, num_time_tokens: int
 
 
 @torch.no_grad()
-def main(arguments: list[str] | None = None) -> None:
-    arguments_parser = parser(__doc__, layers=24, runs=3)
-    arguments_parser.add_argument("--prompt", type=int, default=77, help="prompt tokens")
-    arguments = arguments_parser.parse_args(arguments)
-    torch.set_num_threads(arguments.threads)
+def measure_all(arguments) -> list[dict]:
+    device = arguments.device
     config = tiny_config() if arguments.tiny else hydra_config("0.5B", arguments.layers)
-    release_memory()
-    before = process_megabytes("VmRSS")
-    model = random_model(config, DTYPES[arguments.dtype])
+    before = used_megabytes(device)
+    model = random_model(config, DTYPES[arguments.dtype], device)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / MEGABYTE
-    prompts, latents, sigma = guided_prompt(config, arguments.prompt), gaussian_latents(config), torch.tensor([0.7])
+    prompts, latents = guided_prompt(config, arguments.prompt, device), gaussian_latents(config, device)
+    sigma = torch.tensor([0.7], device=device)
     padded, prefixes = padded_together(*prompts), [model.prefill(**prompt) for prompt in prompts]
     steps = {
         "whole sequence": lambda: whole_sequence_step(model, padded, latents, sigma, 4.5),
-        "prefilled": lambda: model.denoise_step(latents, sigma, *prefixes, 4.5),
+        "prefilled": lambda: model.denoise_step(latents, sigma, classifier_free(*prefixes, 4.5)),
     }
     copied = {"whole sequence": 0.0, "prefilled": copied_megabytes(prefixes, latents, config.num_time_tokens)}
     rows = []
     for name, step in steps.items():
-        peaks = [peak_megabytes(step) - before for _ in range(arguments.runs + 1)][1:]
+        peaks = [peak_megabytes(step, device) - before for _ in range(arguments.runs + 1)][1:]
         peak = sorted(peaks)[len(peaks) // 2]
         rows.append(
             {"step": name, "weights MB": weights, "peak MB": peak, "peak / weights": peak / weights,
              "copied by the cache MB": copied[name]}
         )  # fmt: skip
-    report(f"Memory of a denoising step, {size_name('0.5B', arguments)}", rows, arguments)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments_parser = parser(__doc__, layers=24, runs=3)
+    arguments_parser.add_argument("--prompt", type=int, default=77, help="prompt tokens")
+    arguments = arguments_parser.parse_args(arguments)
+    torch.set_num_threads(arguments.threads)
+    report(f"Memory of a denoising step, {size_name('0.5B', arguments)}", measure_all(arguments), arguments)
 
 
 if __name__ == "__main__":

@@ -38,29 +38,32 @@ def hydra_config(size: str, layers: int) -> HydraConfig:
     )  # fmt: skip
 
 
-def tiny_tok_config() -> HydraTokConfig:
-    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "patch_size": 14}
+def tiny_tok_config(width: int = 32) -> HydraTokConfig:
+    sizes = {"hidden_size": width, "num_attention_heads": 2, "intermediate_size": 48, "patch_size": 14}
     decoder = PixelFlowDecoderConfig(num_global_layers=1, num_flow_layers=1, **sizes)
     return HydraTokConfig(num_gen_layers=1, num_sem_layers=1, image_size=56, decoder_config=decoder, **sizes)
 
 
-def tiny_config() -> HydraConfig:
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2}
+def tiny_config(width: int = 32) -> HydraConfig:
+    sizes = {"hidden_size": width, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2}
     text_config = AutoConfig.for_model(
         "qwen2", vocab_size=64, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
         pad_token_id=0, **sizes,
     )  # fmt: skip
-    vision_config = tiny_tok_config()
+    vision_config = tiny_tok_config(width)
     return HydraConfig(
         text_config=text_config, vision_config=vision_config, vision_head_config=sizes, **SPECIAL_TOKENS
     )
 
 
 @torch.no_grad()
-def random_model(config: HydraConfig, dtype: torch.dtype = torch.float32) -> HydraForConditionalGeneration:
+def random_model(
+    config: HydraConfig, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> HydraForConditionalGeneration:
     """Random where training starts from zero too, so that results can be compared."""
     torch.manual_seed(0)
-    model = HydraForConditionalGeneration._from_config(config, dtype=dtype).eval()
+    with torch.device(device):  # billions of numbers, which a CPU takes minutes to draw
+        model = HydraForConditionalGeneration._from_config(config, dtype=dtype).eval()
     for module in model.modules():
         if isinstance(module, ZeroLinear):
             module.weight.normal_(std=0.02)
@@ -75,12 +78,15 @@ def size_name(size: str, arguments) -> str:
     )
 
 
-def guided_prompt(config: HydraConfig, length: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def guided_prompt(
+    config: HydraConfig, length: int, device: str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A prompt of `length` tokens, and the empty one at its own length."""
     ids = torch.randint(6, config.text_config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     ids[:, -1] = config.vision_start_token_id
     null = torch.tensor([config.null_prompt_ids])
-    prompt, negative = ({"input_ids": row, "attention_mask": torch.ones_like(row)} for row in (ids, null))
+    rows = ids.to(device), null.to(device)
+    prompt, negative = ({"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows)
     return prompt, negative
 
 
@@ -93,9 +99,10 @@ def padded_together(*rows: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def gaussian_latents(config: HydraConfig) -> Tensor:
+def gaussian_latents(config: HydraConfig, device: str = "cpu") -> Tensor:
     side = config.vision_config.image_size // config.vision_config.patch_size
-    return torch.randn(1, config.vision_config.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
+    shape = (1, config.vision_config.latent_channels, side, side)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def whole_sequence_step(model, prompt: dict[str, Tensor], latents: Tensor, sigma: Tensor, scale: float) -> Tensor:
@@ -104,7 +111,7 @@ def whole_sequence_step(model, prompt: dict[str, Tensor], latents: Tensor, sigma
     `prompt` are the rows of both branches.
     """
     num_tokens = model.config.num_time_tokens + latents[0, 0].numel()
-    images = torch.full((2, num_tokens), model.config.image_token_id)
+    images = torch.full((2, num_tokens), model.config.image_token_id, device=latents.device)
     attention_mask = torch.cat([prompt["attention_mask"], torch.ones_like(images)], dim=1)
     velocity = model(
         input_ids=torch.cat([prompt["input_ids"], images], dim=1),
@@ -112,7 +119,7 @@ def whole_sequence_step(model, prompt: dict[str, Tensor], latents: Tensor, sigma
         position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
         latents=latents.repeat(2, 1, 1, 1),
         sigma=sigma.repeat(2),
-        is_generated=torch.ones(2, dtype=torch.bool),
+        is_generated=torch.ones(2, dtype=torch.bool, device=latents.device),
         use_cache=False,
     ).velocity
     conditional, unconditional = velocity.chunk(2)

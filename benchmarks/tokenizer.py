@@ -17,19 +17,20 @@ def flux_sized_autoencoder(tiny: bool) -> AutoencoderKL:
     )  # fmt: skip
 
 
-@torch.no_grad()
-def main(arguments: list[str] | None = None) -> None:
-    arguments = parser(__doc__, layers=12, runs=5).parse_args(arguments)
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    dtype = DTYPES[arguments.dtype]
+def tok_config(arguments) -> HydraTokConfig:
     layers = {"num_gen_layers": arguments.layers, "num_sem_layers": arguments.layers}
-    config = tiny_tok_config() if arguments.tiny else HydraTokConfig.internvit_300m("S", **layers)
+    return tiny_tok_config() if arguments.tiny else HydraTokConfig.internvit_300m("S", **layers)
+
+
+@torch.no_grad()
+def measure_all(arguments) -> list[dict]:
+    torch.manual_seed(0)
+    dtype, config = DTYPES[arguments.dtype], tok_config(arguments)
     models = {
-        "AutoencoderKL": flux_sized_autoencoder(arguments.tiny).eval().to(dtype),
-        "HYDRA-TOK": HydraTokModel._from_config(config, dtype=dtype).eval(),
+        "AutoencoderKL": flux_sized_autoencoder(arguments.tiny).eval().to(arguments.device, dtype),
+        "HYDRA-TOK": HydraTokModel._from_config(config, dtype=dtype).eval().to(arguments.device),
     }
-    pixel_values = (2 * torch.rand(1, 3, config.image_size, config.image_size) - 1).to(dtype)
+    pixel_values = (2 * torch.rand(1, 3, config.image_size, config.image_size) - 1).to(arguments.device, dtype)
     latents = {name: model.encode(pixel_values).latent_dist.mode().to(dtype) for name, model in models.items()}
     rows = []
     for task in ("encode", "decode"):
@@ -39,7 +40,13 @@ def main(arguments: list[str] | None = None) -> None:
         rows.append({"task": task, **seconds, "ratio": seconds["AutoencoderKL"] / seconds["HYDRA-TOK"]})
     parameters = {name: model.num_parameters() for name, model in models.items()}
     rows.append({"task": "parameters", **parameters, "ratio": parameters["AutoencoderKL"] / parameters["HYDRA-TOK"]})
-    report(f"Seconds of an image of {config.image_size} px", rows, arguments)
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = parser(__doc__, layers=12, runs=5).parse_args(arguments)
+    torch.set_num_threads(arguments.threads)
+    report(f"Seconds of an image of {tok_config(arguments).image_size} px", measure_all(arguments), arguments)
 
 
 if __name__ == "__main__":

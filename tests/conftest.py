@@ -27,6 +27,13 @@ PATCH_SIZE = 8
 SENTENCES = ["a cat", "a red circle and two blue squares", "draw a dog left of a green star", "what is in the picture"]
 
 
+def pytest_collection_modifyitems(items) -> None:
+    if not torch.accelerator.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     return train_toy_tokenizer(SENTENCES, vocab_size=384)

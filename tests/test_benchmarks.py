@@ -3,8 +3,12 @@
 import importlib.util
 import json
 import math
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,18 +18,24 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = ["denoise_step", "image_sizes", "matmul_share", "memory", "text_answer", "tokenizer"]
 
 
-def measure(name: str, monkeypatch, *arguments: str) -> None:
+def load(name: str, monkeypatch):
+    """A script as a module; what it imports from its own folder is forgotten again."""
     monkeypatch.syspath_prepend(FOLDER)
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    for module in ("common", "models"):
+    for module in ("common", "models", *SCRIPTS):
         monkeypatch.delitem(sys.modules, module, raising=False)
+    return script
+
+
+def measure(name: str, monkeypatch, *arguments: str) -> None:
+    script = load(name, monkeypatch)
     script.main(["--tiny", "--runs", "1", "--threads", str(torch.get_num_threads()), *arguments])
 
 
 def test_every_script_is_tested():
-    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted([*SCRIPTS, "common", "models"])
+    assert sorted(path.stem for path in FOLDER.glob("*.py")) == sorted([*SCRIPTS, "common", "gpu", "models"])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -54,3 +64,81 @@ def test_a_step_of_the_measured_model_is_that_of_the_baseline(tmp_path, monkeypa
 def test_the_answer_is_the_same_with_and_without_a_cache(tmp_path, monkeypatch):
     measure("text_answer", monkeypatch, "--out", str(tmp_path / "out.json"))
     assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["same answer"] is True
+
+
+# The script for a GPU
+
+
+OPTIONS = SimpleNamespace(device="cpu", tiny=True, backend="aot_eager", prompt=77, runs=1, dtype="fp32")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return load("gpu", monkeypatch)
+
+
+def test_all_sections_together_stay_under_eight_minutes(gpu):
+    assert sum(limit for _, limit in gpu.SECTIONS.values()) < 8 * 60
+
+
+@pytest.mark.parametrize("name", ["agreement fp32", "agreement bf16", "flex attention", "denoise_step", "tokenizer"])
+def test_a_section_gives_rows_that_pass(gpu, name):
+    rows = gpu.SECTIONS[name][0](OPTIONS)
+    assert rows
+    for row in rows:
+        assert set(row) == {"measure", "value", "bar", "passes"}
+        assert math.isfinite(row["value"])
+        assert row["passes"] in (True, "")
+
+
+def test_an_error_of_the_second_device_is_seen(gpu, monkeypatch):
+    monkeypatch.setattr(
+        gpu, "outputs", lambda model, device: {"logits": torch.ones(2) * (2 if device == "other" else 1)}
+    )
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *args: module)
+    rows = gpu.agreement(SimpleNamespace(device="other"), "fp32")
+    assert [(row["value"], row["passes"]) for row in rows] == [(1.0, False)]
+
+
+def failing(options):
+    raise RuntimeError("no memory\nleft")
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (failing, "RuntimeError: no memory left"),
+        (lambda options: time.sleep(30), "stopped after 0.5 s"),
+        (lambda options: os._exit(3), "the process ended with code 3"),
+    ],
+)
+def test_a_section_that_fails_is_a_row(gpu, function, message):
+    start = time.perf_counter()
+    (row,) = gpu.run("name", function, OPTIONS, limit=0.5 if "stopped" in message else 20)
+    assert (row["section"], row["measure"], row["passes"]) == ("name", message, False)
+    assert time.perf_counter() - start < 15
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path):
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--device", "cpu", "--quick", "--out", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    written = json.loads(out.read_text())
+    assert written["failed"] == []
+    assert len({row["section"] for row in written["rows"]}) == 9
+    assert len(result.stdout.splitlines()) == 1 + len(written["rows"])
+
+
+@pytest.mark.gpu
+def test_every_section_passes_on_the_gpu(tmp_path):
+    out = tmp_path / "gpu.json"
+    device = torch.accelerator.current_accelerator().type
+    command = [sys.executable, str(FOLDER / "gpu.py"), "--device", device, "--out", str(out)]
+    subprocess.run(command, capture_output=True, text=True, timeout=600)
+    rows = json.loads(out.read_text())["rows"]
+    agreement = [
+        row for row in rows if row["section"] in ("agreement fp32", "agreement bf16", "compile", "flex attention")
+    ]
+    assert [row for row in agreement if not row["passes"]] == []

@@ -1,13 +1,20 @@
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from hydra_hf.cli import main
+from hydra_hf.cli import create_parser, main
+from hydra_hf.cli.common import load_pipeline
+from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
+from hydra_hf.toy.text_tokenizer import train_toy_tokenizer
 from toy_models import toy_pipeline
 
 
@@ -272,6 +279,233 @@ def test_an_unknown_difficulty_is_an_error(model, tmp_path, capsys):
     assert "difficulty=4" in error_of(capsys, "evaluate", model, "--out", out, "--difficulty", "4")
 
 
+# Wrong options are one line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["generate", "a cat", "--out", "x.png", "--seed", str(2**70)], "is not a seed, expected an integer from 0"),
+        (["generate", "a cat", "--out", "x.png", "--seed", "-1"], "--seed"),
+        (["generate", "a cat", "--out", "x.png", "--height", "1e2"], "--height: invalid int value: '1e2'"),
+        (["generate", "a cat", "--out", "x.png", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["generate", "a cat"], "--out"),
+        (["evaluate", "--out", "x.json", "--seed", "x"], "'x' is not a seed"),
+        (["draw", "a cat"], "invalid choice: 'draw'"),
+        ([], "COMMAND"),
+    ],
+)
+def test_an_option_that_cannot_be_parsed_is_one_line(capsys, arguments, expected):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert captured.err.startswith("hydra")
+    assert expected in captured.err
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-1"])
+def test_guidance_that_is_no_number_is_an_error(model, tmp_path, capsys, scale):
+    out = tmp_path / "cat.png"
+    message = error_of(capsys, "generate", "a cat", "--out", out, "--model", model, f"--guidance_scale={scale}")
+    assert f"guidance_scale={float(scale)}, expected a number from 0 to 1000" in message
+
+
+def test_a_byte_that_is_not_utf8_is_an_error(model, picture, tmp_path, capsys):
+    text = os.fsdecode(b"a cat \xff")  # as Python reads such an argument
+    message = error_of(capsys, "generate", text, "--out", tmp_path / "cat.png", "--model", model)
+    assert "prompt='a cat \\udcff', expected valid Unicode: character 6" in message
+    assert "questions=" in error_of(capsys, "ask", picture, text, "--model", model)
+
+
+def test_a_question_longer_than_the_context_is_an_error(model, picture, capsys):
+    message = error_of(capsys, "ask", picture, "what " * 700, "--model", model)
+    assert re.search(
+        r"Question 0 takes \d{3,} tokens with its image, expected at most 480: the context has 512", message
+    )
+
+
+def test_a_picture_too_large_for_the_context_names_the_largest(model, tmp_path, capsys):
+    sizes = ["--height", "1024", "--width", "1024"]
+    message = error_of(capsys, "generate", "a cat", "--out", tmp_path / "cat.png", "--model", model, *sizes)
+    side = int(re.search(r"largest square that fits is (\d+)x\1 pixels", message).group(1))
+    sizes = ["--height", str(side), "--width", str(side), "--num_inference_steps", "1"]
+    assert main(["generate", "", "--out", str(tmp_path / "cat.png"), "--model", model, *sizes]) == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "ask", "reconstruct", "evaluate", "train"])
+@pytest.mark.parametrize("device", ["cuda:99", "vulkan", "nothing", ""])
+def test_a_device_that_is_not_there_is_an_error(picture, tmp_path, capsys, command, device):
+    arguments = {
+        "generate": ["a cat", "--out", tmp_path / "x.png"],
+        "ask": [picture, "what?"],
+        "reconstruct": [picture, "--out", tmp_path / "x.png"],
+        "evaluate": ["--out", tmp_path / "x.json"],
+        "train": ["tiny.tokenizer", "--out", tmp_path / "run"],
+    }[command]
+    message = error_of(capsys, command, *arguments, "--device", device)
+    assert f"Got --device {device}, expected one of auto, cpu" in message
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_weights_take_the_type_that_is_asked_for(model, dtype):
+    options = create_parser().parse_args(
+        ["ask", "a.png", "what?", "--model", model, "--device", "cpu", "--dtype", dtype]
+    )
+    pipeline = load_pipeline(options)
+    assert pipeline.model.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    assert pipeline.device == torch.device("cpu")
+
+
+def test_an_interrupt_is_one_line(model, tmp_path, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HydraPipeline, "from_pretrained", interrupted)
+    assert main(["generate", "a cat", "--out", str(tmp_path / "cat.png"), "--model", model]) == 130
+    assert capsys.readouterr().err == "hydra generate: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+# Where the result goes is looked at first
+
+
+def result_options(command: str, picture: str) -> list[str]:
+    return {"generate": ["a cat"], "reconstruct": [picture], "evaluate": []}[command]
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """A model is not even opened."""
+    monkeypatch.setattr(HydraPipeline, "from_pretrained", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+
+
+@pytest.mark.parametrize("command", ["generate", "reconstruct", "evaluate"])
+def test_a_result_that_cannot_be_written_is_found_before_the_work(picture, tmp_path, capsys, no_model, command):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "pipe.png")
+    before = sorted(tmp_path.rglob("*"))
+    for name, expected in {
+        "folder.png": "is a folder, expected a file",
+        "file/x.png": "is not a folder",
+        "pipe.png": "is not a regular file, expected a file",
+        f"{'x' * 300}.png": "File name too long",
+        f"{'x' * 251}.png": "File name too long",  # as the temporary file that takes this name at the end
+        "/proc/x.png": "cannot be written",
+    }.items():
+        message = error_of(capsys, command, *result_options(command, picture), "--out", tmp_path / name)
+        assert expected in message, name
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("ending", [".hdf", ".palm", ".xbm", ".nothing", ""])
+def test_a_format_that_pillow_only_reads_is_found_before_the_work(tmp_path, capsys, no_model, ending):
+    message = error_of(capsys, "generate", "a cat", "--out", tmp_path / f"x{ending}")
+    assert f"{ending!r} is not an image format" in message
+
+
+@pytest.mark.parametrize("command", [["train", "tiny.tokenizer"], ["convert", "--vision", "nobody/nothing"]])
+def test_a_folder_that_cannot_be_made_is_found_before_the_work(tmp_path, capsys, command):
+    (tmp_path / "file").write_text("x")
+    for name in ("file", "file/run"):
+        message = error_of(capsys, *command, "--out", tmp_path / name)
+        assert f"{tmp_path / name}" in message
+        assert "expected a folder" in message or "is not a folder" in message
+
+
+def test_scores_that_cannot_be_saved_are_printed(model, tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hydra_hf.files.write_text", full)
+    sizes = ["--prompts_per_category", "1", "--num_questions", "1", "--num_scenes", "1"]
+    assert main(["evaluate", model, "--out", str(tmp_path / "scores.json"), *sizes]) == 2
+    captured = capsys.readouterr()
+    assert "t2i/mean" in json.loads(captured.out)
+    assert "No space left on device" in captured.err
+
+
+# Models that are wrong
+
+
+def changed_copy(model: str, tmp_path, file: str, **values) -> str:
+    """A copy of the model's folder, with other values in one of its JSON files."""
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    content = json.loads((copy / file).read_text())
+    for name, value in values.items():
+        *parts, last = name.split("__")
+        place = content
+        for part in parts:
+            place = place[part]
+        place[last] = value
+    (copy / file).write_text(json.dumps(content))
+    return str(copy)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"text_config__rope_parameters": {"rope_type": "nothing", "rope_theta": 1.0}},
+        {"text_config__num_attention_heads": 0},
+        {"dtype": "float31"},
+        {"text_config__model_type": 7},
+    ],
+    ids=str,
+)
+def test_a_config_that_no_library_reads_is_one_line(model, picture, tmp_path, capsys, values):
+    copy = changed_copy(model, tmp_path, "model/config.json", **values)
+    assert main(["ask", picture, "what?", "--model", copy]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"hydra ask: The model {copy} cannot be loaded: ")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"_class_name": "Nothing"}', "\0"])
+def test_an_index_that_is_none_is_one_line(model, picture, tmp_path, capsys, content):
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    (copy / "model_index.json").write_text(content)
+    assert main(["ask", picture, "what?", "--model", str(copy)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"hydra ask: The model {copy} cannot be loaded: ")
+
+
+def test_weights_of_nan_are_an_error(model, picture, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    weights = load_file(copy / "model" / "model.safetensors")
+    weights["model.language_model.norm.weight"].fill_(float("nan"))
+    save_file(weights, copy / "model" / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "x.png"
+    for command in (["generate", "a cat", "--out", str(out)], ["ask", picture, "what?"]):
+        assert main([*command, "--model", str(copy)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "not finite" in captured.err.splitlines()[-1]
+    assert not out.exists()
+
+
+def test_a_processor_of_another_vocabulary_is_an_error(model, picture, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    other = train_toy_tokenizer(["hello"], vocab_size=300)
+    other.save_pretrained(copy / "processor")
+    message = error_of(capsys, "ask", picture, "what?", "--model", copy)
+    assert "The processor does not belong to the model: its " in message
+
+
+@pytest.mark.parametrize("name", ["./no/such/folder", "/no/such/folder", "a b"])
+def test_a_folder_that_is_not_there_is_named_as_one(picture, capsys, name):
+    message = error_of(capsys, "ask", picture, "what?", "--model", name)
+    assert f"There is not a folder {name!r}; a Hub id is owner/name" in message
+
+
+def test_a_file_is_no_model(picture, capsys):
+    message = error_of(capsys, "ask", picture, "what?", "--model", picture)
+    assert f"{picture!r} is a file, expected a folder or a Hub id" in message
+
+
 # Training
 
 
@@ -288,6 +522,18 @@ def test_a_recipe_on_a_tokenizer_that_is_not_there_is_an_error(capsys, tmp_path)
     missing = tmp_path / "nowhere"
     message = error_of(capsys, "train", "tiny.hydra", "--tokenizer", missing, "--out", tmp_path / "run")
     assert str(missing) in message
+
+
+def test_a_recipe_on_a_tokenizer_says_what_to_train_first(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = error_of(capsys, "train", "tiny.hydra", "--out", tmp_path / "run")
+    assert "no folder runs/tiny.tokenizer/decoder/final: run `hydra train tiny.tokenizer` first" in message
+
+
+@pytest.mark.parametrize("arguments", [["tiny.hydra", "--tokenizer"], ["hydra.hydra_1_5b", "--init"]])
+def test_a_first_model_that_is_not_there_is_named(capsys, tmp_path, arguments):
+    message = error_of(capsys, "train", *arguments, "/no/such/model", "--out", tmp_path / "run")
+    assert "There is not a folder '/no/such/model'; a Hub id is owner/name" in message
 
 
 def test_a_run_without_steps_is_an_error(capsys, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from tiny import IMAGE, START, gaussian, hydra_model, left_padded, pictures, sequence, tok_model
 from torch import Tensor, nn
 
+from hydra_hf.modeling.image_generation import classifier_free
 from hydra_hf.pipelines.pipeline_hydra_reconstruction import HydraReconstructionPipeline
 
 
@@ -71,7 +72,7 @@ def test_a_bf16_step_is_near_that_of_fp32_and_its_velocity_fp32(model, how, with
     def velocity_of() -> Tensor:
         images = pictures(2) if with_image else None
         prefixes = [model.prefill(**left_padded(rows), pixel_values=images) for rows in branches]
-        return model.denoise_step(gaussian(2, 6, 2, 2), torch.tensor([0.7, 0.4]), *prefixes, 2.0, 0.5)
+        return model.denoise_step(gaussian(2, 6, 2, 2), torch.tensor([0.7, 0.4]), classifier_free(*prefixes, 2.0), 0.5)
 
     expected = velocity_of()
     with as_bf16(model, how):

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from hydra_hf import HydraForConditionalGeneration
-from hydra_hf.modeling.image_generation import ImagePrefix
+from hydra_hf.modeling.image_generation import GuidanceBranch, ImagePrefix, classifier_free
 
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -50,7 +50,8 @@ def step(model, *lengths: int, scale: float | Tensor = 3.0, rescale: float = 0.5
     """A guided step for prompts of these lengths, each branch left-padded to a multiple of 8."""
     number = len(lengths)
     prefixes = [prefill_in_bucket(model, lengths), prefill_in_bucket(model, [2] * number)]
-    return model.denoise_step(gaussian(number, 6, 2, 2), torch.full((number,), sigma), *prefixes, scale, rescale)
+    branches = classifier_free(*prefixes, scale)
+    return model.denoise_step(gaussian(number, 6, 2, 2), torch.full((number,), sigma), branches, rescale)
 
 
 def prefill_in_bucket(model, lengths) -> ImagePrefix:
@@ -113,9 +114,9 @@ def test_a_step_after_a_given_image_compiles(backend):
     ids = torch.tensor([[1, START, *[IMAGE] * 5, 2, START]])
     prefix = model.prefill(ids, torch.ones_like(ids), pictures(1))
     latents, sigma = gaussian(1, 6, 2, 2), torch.tensor([0.7])
-    expected = model.denoise_step(latents, sigma, prefix)
+    expected = model.denoise_step(latents, sigma, [GuidanceBranch(prefix)])
     model.compile_denoise_step(backend=backend)
-    torch.testing.assert_close(model.denoise_step(latents, sigma, prefix), expected, **CLOSE)
+    torch.testing.assert_close(model.denoise_step(latents, sigma, [GuidanceBranch(prefix)]), expected, **CLOSE)
     assert backend.num_graphs == 1
 
 

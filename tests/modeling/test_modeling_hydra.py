@@ -33,7 +33,7 @@ from hydra_hf import HydraConfig, HydraForConditionalGeneration, HydraModel, Hyd
 from hydra_hf.modeling.compat import enable_checkpointing
 from hydra_hf.modeling.flow import add_noise, velocity_target
 from hydra_hf.modeling.grid import latents_to_tokens, pack_latents
-from hydra_hf.modeling.image_generation import ImagePrefix
+from hydra_hf.modeling.image_generation import GuidanceBranch, ImagePrefix, classifier_free
 from hydra_hf.modeling.layers import ZeroLinear
 from hydra_hf.modeling.modeling_hydra import MultiModalProjector, get_image_block_ids
 from hydra_hf.modeling.prefix_cache import FrozenPrefixCache
@@ -644,7 +644,7 @@ def test_a_step_from_the_prefix_equals_the_full_pass(text, attn_implementation):
     latents = gaussian(2, 6, 2, 2)
     for sigma in (torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.2]), torch.tensor([0.1, 0.9])):
         full = model(**inputs, latents=latents, sigma=sigma, is_generated=torch.tensor([True, True])).velocity
-        step = model.denoise_step(latents, sigma, prefix)
+        step = model.denoise_step(latents, sigma, [GuidanceBranch(prefix)])
         torch.testing.assert_close(step, full, **CLOSE)
         latents = latents - 0.3 * step
 
@@ -660,16 +660,16 @@ def test_a_step_after_a_given_image_equals_the_full_pass(model):
         sigma=torch.tensor([0.0, 0.8]),
         is_generated=torch.tensor([False, True]),
     ).velocity
-    torch.testing.assert_close(model.denoise_step(latents, sigma, prefix), full, **CLOSE)
+    torch.testing.assert_close(model.denoise_step(latents, sigma, [GuidanceBranch(prefix)]), full, **CLOSE)
 
 
 def test_denoising_leaves_the_prefix_as_it_is(qwen):
     prefix = qwen.prefill(**prompts())
     keys = [layer.keys.clone() for layer in prefix.cache.layers]
     latents, sigma = gaussian(2, 6, 2, 2), torch.tensor([1.0, 1.0])
-    first = qwen.denoise_step(latents, sigma, prefix)
+    first = qwen.denoise_step(latents, sigma, [GuidanceBranch(prefix)])
     for _ in range(3):
-        assert torch.equal(qwen.denoise_step(latents, sigma, prefix), first)
+        assert torch.equal(qwen.denoise_step(latents, sigma, [GuidanceBranch(prefix)]), first)
     assert prefix.cache.get_seq_length() == 4
     for layer, before in zip(prefix.cache.layers, keys):
         assert torch.equal(layer.keys, before)
@@ -679,16 +679,17 @@ def test_one_prefix_draws_images_of_several_sizes(qwen):
     prefix = qwen.prefill(**prompts())
     sigma = torch.ones(2)
     small, large = gaussian(2, 6, 2, 2), gaussian(2, 6, 3, 2)
-    first = qwen.denoise_step(small, sigma, prefix)
-    assert qwen.denoise_step(large, sigma, prefix).shape == large.shape
-    assert torch.equal(qwen.denoise_step(small, sigma, prefix), first)
+    first = qwen.denoise_step(small, sigma, [GuidanceBranch(prefix)])
+    assert qwen.denoise_step(large, sigma, [GuidanceBranch(prefix)]).shape == large.shape
+    assert torch.equal(qwen.denoise_step(small, sigma, [GuidanceBranch(prefix)]), first)
 
 
 def test_the_same_number_of_tokens_on_another_grid_is_another_image(qwen):
     prefix = qwen.prefill(**prompts())
     latents = gaussian(2, 6, 2, 3)
     wide, tall = (
-        qwen.denoise_step(x, torch.ones(2), prefix).flatten(2) for x in (latents, latents.reshape(2, 6, 3, 2))
+        qwen.denoise_step(x, torch.ones(2), [GuidanceBranch(prefix)]).flatten(2)
+        for x in (latents, latents.reshape(2, 6, 3, 2))
     )
     assert not torch.allclose(wide, tall)
 
@@ -696,26 +697,30 @@ def test_the_same_number_of_tokens_on_another_grid_is_another_image(qwen):
 def test_guidance_mixes_the_two_branches(qwen):
     negative = [5, 6, START]
     latents, sigma = gaussian(2, 6, 2, 2), torch.tensor([0.7, 0.4])
-    guided = qwen.denoise_step(latents, sigma, *prefill_pair(qwen, negative), guidance_scale=3.0)
-    conditional = qwen.denoise_step(latents, sigma, qwen.prefill(**prompts()))
-    unconditional = qwen.denoise_step(latents, sigma, qwen.prefill(**left_padded([negative, negative])))
+    guided = qwen.denoise_step(latents, sigma, classifier_free(*prefill_pair(qwen, negative), 3.0))
+    conditional = qwen.denoise_step(latents, sigma, [GuidanceBranch(qwen.prefill(**prompts()))])
+    unconditional = qwen.denoise_step(
+        latents, sigma, [GuidanceBranch(qwen.prefill(**left_padded([negative, negative])))]
+    )
     torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), atol=1e-4, rtol=1e-4)
 
 
 def test_guidance_of_1_is_the_prompt_alone(qwen):
     latents, sigma = gaussian(2, 6, 2, 2), torch.tensor([0.7, 0.4])
-    guided = qwen.denoise_step(latents, sigma, *prefill_pair(qwen, [5, START]), guidance_scale=1.0)
-    torch.testing.assert_close(guided, qwen.denoise_step(latents, sigma, qwen.prefill(**prompts())), **CLOSE)
+    guided = qwen.denoise_step(latents, sigma, classifier_free(*prefill_pair(qwen, [5, START]), 1.0))
+    torch.testing.assert_close(
+        guided, qwen.denoise_step(latents, sigma, [GuidanceBranch(qwen.prefill(**prompts()))]), **CLOSE
+    )
 
 
 def test_a_batch_denoises_as_its_samples_alone(model):
     latents, sigma = gaussian(2, 6, 2, 2), torch.tensor([0.7, 0.4])
     scale = torch.tensor([2.0, 5.0])[:, None, None, None]
-    together = model.denoise_step(latents, sigma, *prefill_pair(model, [5, 6, 7, START]), scale)
+    together = model.denoise_step(latents, sigma, classifier_free(*prefill_pair(model, [5, 6, 7, START]), scale))
     for index, row in enumerate([[1, 2, 3, START], [4, START]]):
         one = slice(index, index + 1)
         prefixes = [model.prefill(**left_padded([prompt])) for prompt in (row, [5, 6, 7, START])]
-        alone = model.denoise_step(latents[one], sigma[one], *prefixes, scale[one])
+        alone = model.denoise_step(latents[one], sigma[one], classifier_free(*prefixes, scale[one]))
         torch.testing.assert_close(together[one], alone, atol=1e-4, rtol=1e-4)
 
 
@@ -733,7 +738,7 @@ def test_a_guided_step_of_ragged_branches_equals_full_passes(text, attn_implemen
     ).velocity
     conditional, unconditional = full.chunk(2)
     prefixes = [model.prefill(**left_padded(branch)) for branch in branches]
-    guided = model.denoise_step(latents, sigma, *prefixes, scale)
+    guided = model.denoise_step(latents, sigma, classifier_free(*prefixes, scale))
     torch.testing.assert_close(guided, unconditional + scale * (conditional - unconditional), **CLOSE)
 
 
@@ -743,17 +748,17 @@ def test_each_branch_reads_its_own_prompts_and_no_padding_of_the_other():
     model.model.language_model.layers[0].self_attn.register_forward_hook(
         lambda module, args, kwargs, output: num_keys.append(kwargs["attention_mask"].shape[-1]), with_kwargs=True
     )
-    model.denoise_step(gaussian(1, 6, 2, 2), torch.ones(1), *prefixes, guidance_scale=3.0)
+    model.denoise_step(gaussian(1, 6, 2, 2), torch.ones(1), classifier_free(*prefixes, 3.0))
     assert [prefix.cache.get_seq_length() for prefix in prefixes] == [100, 1]
     assert num_keys == [100 + 5, 1 + 5]
 
 
-@pytest.mark.parametrize("lengths", [(2, None), (3, 2), (2, 3), (6, None)])
+@pytest.mark.parametrize("lengths", [(2,), (3, 2), (2, 3), (6,)])
 def test_a_prefix_of_another_number_of_rows_is_refused(qwen, lengths):
-    prefixes = [None if number is None else qwen.prefill(**left_padded([[1, START]] * number)) for number in lengths]
+    prefixes = [qwen.prefill(**left_padded([[1, START]] * number)) for number in lengths]
     wrong = next(number for number in lengths if number != 3)
     with pytest.raises(ValueError, match=f"prefix of {wrong} rows does not fit latents of 3 images"):
-        qwen.denoise_step(gaussian(3, 6, 2, 2), torch.ones(3), *prefixes)
+        qwen.denoise_step(gaussian(3, 6, 2, 2), torch.ones(3), [GuidanceBranch(prefix) for prefix in prefixes])
 
 
 def test_a_prompt_that_does_not_open_an_image_is_refused(qwen):
@@ -810,7 +815,7 @@ def test_generate_draws_what_the_generator_decides(model, guidance_scale):
 class PerfectModel(HydraForConditionalGeneration):
     """Knows what to draw, so that its velocity is the true one: what remains is the sampler."""
 
-    def denoise_step(self, latents, sigma, prefix, negative_prefix, guidance_scale, *, image_grid_thw):
+    def denoise_step(self, latents, sigma, branches, *, image_grid_thw):
         return (latents - latents_to_tokens(self.target)[0]) / sigma
 
 

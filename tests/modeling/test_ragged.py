@@ -16,6 +16,7 @@ from hydra_hf.modeling.grid import (
     per_token,
     tokens_to_latents,
 )
+from hydra_hf.modeling.image_generation import GuidanceBranch, classifier_free
 
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -244,26 +245,20 @@ def test_a_step_of_images_of_several_sizes_is_that_of_each_alone(model, guidance
     sigma = torch.tensor([0.3, 0.6, 0.9])
 
     def step(rows: list[list[int]], latents: Tensor, sigma: Tensor, **kwargs) -> Tensor:
-        prefixes = [model.prefill(**left_padded(rows))]
-        if guidance_scale != 1:
-            prefixes.append(model.prefill(**left_padded([[9, START]] * len(rows))))
-        return model.denoise_step(
-            latents, sigma, *prefixes, guidance_scale=guidance_scale, guidance_rescale=0.5, **kwargs
-        )
+        prefix = model.prefill(**left_padded(rows))
+        if guidance_scale == 1:
+            branches = [GuidanceBranch(prefix)]
+        else:
+            negative_prefix = model.prefill(**left_padded([[9, START]] * len(rows)))
+            branches = classifier_free(prefix, negative_prefix, guidance_scale)
+        return model.denoise_step(latents, sigma, branches, 0.5, **kwargs)
 
     tokens = torch.cat([latents_to_tokens(image)[0] for image in latents])
-    together = step(prompts, tokens, sigma, image_grid_thw=torch.tensor(grids)) if guidance_scale != 1 else None
-    if guidance_scale == 1:
-        together = model.denoise_step(
-            tokens, sigma, model.prefill(**left_padded(prompts)), image_grid_thw=torch.tensor(grids)
-        )
+    together = step(prompts, tokens, sigma, image_grid_thw=torch.tensor(grids))
     parts = together.split([num_tokens(grid) for grid in grids])
     for index, grid in enumerate(grids):
         one = slice(index, index + 1)
-        if guidance_scale == 1:
-            expected = model.denoise_step(latents[index], sigma[one], model.prefill(**left_padded(prompts[one])))
-        else:
-            expected = step(prompts[one], latents[index], sigma[one])
+        expected = step(prompts[one], latents[index], sigma[one])
         torch.testing.assert_close(tokens_to_latents(parts[index][None], grid), expected, atol=1e-4, rtol=1e-4)
 
 

@@ -96,9 +96,9 @@ def test_model_offload_brings_the_tokenizer_for_every_call(pipeline):
     [
         ({"image": None}, "NoneType"),
         ({"image": []}, "empty list"),
-        ({"num_inference_steps": 0}, "num_inference_steps=0, expected at least 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0, expected an integer of at least 1"),
         ({"output_type": "latent"}, "output_type='latent', expected 'pil', 'np' or 'pt'"),
-        ({"generator": [seeded(), seeded()]}, "2 generators, expected one, or one for each of 1 images"),
+        ({"generator": [seeded(), seeded()]}, "2 as generator, expected one, or one for each of 1 images"),
     ],
 )
 def test_a_wrong_argument_is_named(pipeline, arguments, message):

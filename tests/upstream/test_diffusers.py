@@ -17,6 +17,9 @@ autoencoders = suite("diffusers_tests.models.autoencoders.testing_utils")
 SIZE = 3 * PATCH
 
 
+NULL_PROMPT = "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n<|vision_start|>"
+
+
 class PipelineConfig(pipelines.BasePipelineTesterConfig):
     pipeline_class = HydraPipeline
     required_input_params_in_call_signature = params.TEXT_TO_IMAGE_PARAMS - {
@@ -32,7 +35,7 @@ class PipelineConfig(pipelines.BasePipelineTesterConfig):
         config = hydra_config(
             text_config={**hydra_config().text_config.to_dict(), "vocab_size": len(tokenizer)},
             image_token_id=ids("<|image_pad|>"), vision_start_token_id=ids("<|vision_start|>"),
-            vision_end_token_id=ids("<|vision_end|>"), null_prompt_ids=tokenizer("<|vision_start|>")["input_ids"],
+            vision_end_token_id=ids("<|vision_end|>"), null_prompt_ids=tokenizer(NULL_PROMPT)["input_ids"],
         )  # fmt: skip
         torch.manual_seed(0)
         processor = HydraProcessor(

@@ -19,5 +19,5 @@ def run(options: argparse.Namespace) -> None:
     from hydra_hf.pipelines.answering import answer
 
     image = open_image(options.image)
-    pipeline = load_pipeline(options.model)
+    pipeline = load_pipeline(options)
     print(answer(pipeline.model, pipeline.processor, [image], [options.question])[0])

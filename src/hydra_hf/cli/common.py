@@ -1,33 +1,87 @@
-"""What the verbs of the command line share: the model, pictures in and out."""
+"""What the verbs of the command line share: the model and its device, seeds, images in and out."""
 
 import argparse
+from io import BytesIO
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_model(command: argparse.ArgumentParser, name: str, **kwargs) -> None:
     from hydra_hf import TINY
 
     command.add_argument(name, default=TINY, help="folder or Hub id; the embedded checkpoint by default", **kwargs)
+    add_device(command)
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the weights; auto is the checkpoint's own"
+    )
 
 
-def load_pipeline(model: str):
-    """The pipeline in a folder or on the Hub, without bars; ValueError says what is wrong with it."""
+def add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device",
+        default="auto",
+        help="such as cpu, cuda, cuda:1, mps or xpu; auto is the accelerator if there is one",
+    )
+
+
+def add_seed(command: argparse.ArgumentParser, help_text: str | None = None) -> None:
+    command.add_argument("--seed", type=_seed, default=0, help=help_text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed, expected an integer from 0 to 2**63 - 1")
+    return int(text)
+
+
+def choose_device(name: str):
+    """The torch.device of this name. Raises ValueError if this machine does not have it."""
+    import torch
+
+    counts, default = {"cpu": 1}, torch.device("cpu")
+    if torch.accelerator.is_available():
+        default = torch.accelerator.current_accelerator()
+        counts[default.type] = torch.accelerator.device_count()
+    if name == "auto":
+        return default
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (device.index or 0) >= counts.get(device.type, 0):
+        available = [f"{kind}:{index}" for kind, count in counts.items() if kind != "cpu" for index in range(count)]
+        raise ValueError(f"Got --device {name}, expected one of {', '.join(['auto', 'cpu', *available])}.")
+    return device
+
+
+def load_pipeline(options: argparse.Namespace):
+    """The pipeline `options.model` on its device, without bars. Raises ValueError that says what is wrong with it."""
     import diffusers
+    import torch
     import transformers
-    from safetensors import SafetensorError
 
     from hydra_hf import HydraPipeline
+    from hydra_hf.hub import check_model_name
 
+    device = choose_device(options.device)
+    check_model_name(options.model)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    dtype = {} if options.dtype == "auto" else {"torch_dtype": getattr(torch, options.dtype)}
     try:
-        return HydraPipeline.from_pretrained(model)
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: weights that do not fit their config
-        raise ValueError(f"The model {model} cannot be loaded: {error}") from error
+        pipeline = HydraPipeline.from_pretrained(options.model, **dtype)
+    except Exception as error:  # three libraries read the files, which may contain anything
+        missing = "" if Path(options.model).is_dir() else "; there is no folder of this name either"
+        reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"The model {options.model} cannot be loaded: {reason}{missing}") from error
+    return pipeline.to(device)
 
 
 def open_image(path: Path):
-    """A picture; OSError or ValueError says what is wrong with it."""
+    """A picture. OSError or ValueError says what is wrong with it."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -40,16 +94,57 @@ def open_image(path: Path):
     return image
 
 
-def check_ending(path: Path) -> None:
-    """Before the long part. Raises ValueError for a format that Pillow does not write."""
+def check_out(path: Path) -> None:
+    """Called before the long part. Raises ValueError if the file cannot be written."""
+    if path.exists() and not path.is_file():
+        raise ValueError(
+            f"--out {path} is {'a folder' if path.is_dir() else 'not a regular file'}, expected a file to write."
+        )
+    folder = _nearest_folder(path)
+    try:
+        with NamedTemporaryFile(dir=folder, prefix=path.stem, suffix=path.suffix):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {path} cannot be written: {error.strerror}.") from error
+
+
+def check_out_folder(path: Path) -> None:
+    """Called before the long part. Raises ValueError if the folder cannot be written to."""
+    folder = path if path.is_dir() else _nearest_folder(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--out {path} is a file, expected a folder.")
+    try:
+        with NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {path} cannot be written: {error.strerror}.") from error
+
+
+def _nearest_folder(path: Path) -> Path:
+    """The folder that is there already and that `path` will be in."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"--out {path} cannot be written: {folder} is not a folder.")
+    return folder
+
+
+def check_image_out(path: Path) -> None:
+    """`check_out`, and ValueError if Pillow cannot write the format."""
     from PIL import Image
 
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"{path} cannot be written: {path.suffix!r} is no format of pictures, expected .png or .jpg.")
+    try:
+        Image.new("RGB", (16, 16)).save(BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(
+            f"--out {path} cannot be written: {path.suffix!r} is not an image format that can be written, expected .png or .jpg."
+        ) from error
+    check_out(path)
 
 
 def save_image(image, path: Path) -> None:
-    """A picture, whole or not there."""
+    """Writes a picture completely or not at all."""
     from hydra_hf.files import write_file
 
     write_file(path, image.save)

@@ -6,6 +6,8 @@ example: hydra convert --vision OpenGVLab/InternViT-300M-448px-V2_5 --language Q
 import argparse
 from pathlib import Path
 
+from .common import add_seed, check_out_folder
+
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--vision", required=True, help="InternViT, InternVL or SigLIP2: folder or Hub id")
@@ -19,7 +21,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--dtype", help="such as bfloat16; what holds all weights of the sources by default")
     command.add_argument("--shard_size", default="5GB", help="of a file; as much is in memory at a time")
-    command.add_argument("--seed", type=int, default=0, help="of the weights that no source has")
+    add_seed(command, "of the weights that no source has")
     command.add_argument("--revision", help="of the vision model on the Hub")
     command.add_argument("--language_revision", help="of the language model on the Hub")
 
@@ -27,6 +29,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from hydra_hf.conversion.convert import convert as run
 
+    check_out_folder(options.out)
     print(
         run(
             options.vision,

@@ -5,9 +5,13 @@ example: hydra evaluate --out scores.json
 
 import argparse
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
-from .common import add_model, load_pipeline
+from .common import add_model, add_seed, check_out, load_pipeline
+
+
+MOST = 1_000_000
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -17,20 +21,22 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num_questions", type=int, default=1000)
     command.add_argument("--num_scenes", type=int, default=256)
     command.add_argument("--difficulty", type=int, default=1, help="of the toy world: 1, 2 or 3")
-    command.add_argument("--seed", type=int, default=0)
+    add_seed(command)
 
 
 def run(options: argparse.Namespace) -> None:
+    for name in ("prompts_per_category", "num_questions", "num_scenes"):
+        if not 1 <= getattr(options, name) <= MOST:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1 and at most {MOST}.")
+    if find_spec("skimage") is None:
+        raise ValueError("The photographs of scikit-image are needed: pip install hydra_hf[eval].")
+    check_out(options.out)
     from hydra_hf.files import write_text
     from hydra_hf.toy.evaluation import evaluate_generation, evaluate_reconstruction, evaluate_understanding
     from hydra_hf.toy.language import ToyLanguage
     from hydra_hf.toy.world import ToyWorld
 
-    for name in ("prompts_per_category", "num_questions", "num_scenes"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1.")
-    options.out.parent.mkdir(parents=True, exist_ok=True)  # before the long part
-    pipeline = load_pipeline(options.model)
+    pipeline = load_pipeline(options)
     pipeline.set_progress_bar_config(disable=True)
     language, seed = ToyLanguage(ToyWorld(options.difficulty)), options.seed
     scores = {
@@ -43,5 +49,5 @@ def run(options: argparse.Namespace) -> None:
         "num_questions": options.num_questions,
         "num_scenes": options.num_scenes,
     }
+    print(json.dumps(scores, indent=2))  # first, because writing the file may fail
     write_text(options.out, json.dumps(scores, indent=2) + "\n")
-    print(json.dumps(scores, indent=2))

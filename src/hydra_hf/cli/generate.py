@@ -6,16 +6,16 @@ example: hydra generate "a cat" --out cat.png --seed 1
 import argparse
 from pathlib import Path
 
-from .common import add_model, check_ending, load_pipeline, save_image
+from .common import add_model, add_seed, check_image_out, load_pipeline, save_image
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompt")
     command.add_argument("--out", type=Path, required=True, help="the picture's file; its ending names the format")
     command.add_argument("--negative_prompt", help="what to stay away from; the empty prompt by default")
-    command.add_argument("--seed", type=int, default=0)
+    add_seed(command)
     command.add_argument("--num_inference_steps", type=int, help="denoising steps; the model's own number by default")
-    command.add_argument("--guidance_scale", type=float, help="1 is off; the model's own by default")
+    command.add_argument("--guidance_scale", type=float, help="1 or less is off; the model's own by default")
     command.add_argument("--height", type=int, help="pixels, a multiple of the patch size")
     command.add_argument("--width", type=int, help="pixels, a multiple of the patch size")
     add_model(command, "--model")
@@ -24,8 +24,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     import torch
 
-    check_ending(options.out)
-    image = load_pipeline(options.model)(
+    check_image_out(options.out)
+    image = load_pipeline(options)(
         options.prompt,
         negative_prompt=options.negative_prompt,
         height=options.height,

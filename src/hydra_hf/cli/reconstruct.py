@@ -6,14 +6,14 @@ example: hydra reconstruct cat.png --out again.png
 import argparse
 from pathlib import Path
 
-from .common import add_model, check_ending, load_pipeline, open_image, save_image
+from .common import add_model, add_seed, check_image_out, load_pipeline, open_image, save_image
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("image", type=Path)
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--num_inference_steps", type=int, help="steps of a flow decoder; the model's own by default")
-    command.add_argument("--seed", type=int, default=0)
+    add_seed(command)
     add_model(command, "--model")
 
 
@@ -24,9 +24,9 @@ def run(options: argparse.Namespace) -> None:
     from hydra_hf.evaluation.metrics import psnr
     from hydra_hf.modeling.grid import unpack_images
 
-    check_ending(options.out)
+    check_image_out(options.out)
     original = open_image(options.image)
-    pipeline = load_pipeline(options.model)
+    pipeline = load_pipeline(options)
     image_processor = pipeline.processor.image_processor
     image = HydraReconstructionPipeline(
         vision_tower=pipeline.model.model.vision_tower, image_processor=image_processor

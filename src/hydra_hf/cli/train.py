@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from inspect import Parameter
 from pathlib import Path
 
+from .common import add_device, check_out_folder, choose_device
+
 
 STAGE_OPTIONS = {
     "teacher_weights": "safetensors of a timm teacher",
@@ -16,6 +18,11 @@ STAGE_OPTIONS = {
     "frechet_backbone": "timm:NAME of a Frechet distance while training",
     "frechet_weights": "its safetensors",
 }
+NEEDED = {
+    "tokenizer": "the `final` folder that a recipe of hydra_tok leaves, or a Hub id",
+    "init": "the folder that `hydra convert` writes, or a Hub id",
+    "teacher": "the ViT to distill from, a folder, Hub id or timm:NAME",
+}  # options that a recipe may need
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -39,6 +46,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--stage", help="of HYDRA: this one alone")
     command.add_argument("--lora_rank", type=int, help="of HYDRA: adapters on the language model and Sem-ViT")
     command.add_argument("--num_workers", type=int, help="of HYDRA: processes that read ahead")
+    add_device(command)
     command.add_argument("--dry_run", action="store_true", default=None, help="of HYDRA: what a step sees and costs")
 
 
@@ -56,6 +64,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"There is no recipe {options.recipe!r}; see hydra_hf.training.recipes.") from error
     if made.return_annotation not in (Recipe, HydraRecipe):
         raise ValueError(f"{options.recipe!r} is not a function that gives a recipe; see hydra_hf.training.recipes.")
+    check_out_folder(options.out or Path("runs"))
+    _use_device(options.device)
     recipe = _override(make(**_given(options, made.parameters)), options)
     output_dir = options.out or Path("runs") / recipe.name
     if isinstance(recipe, HydraRecipe):
@@ -88,15 +98,40 @@ def _train_hydra(recipe, output_dir: Path, options: argparse.Namespace) -> None:
 
 
 def _given(options: argparse.Namespace, parameters: Mapping[str, Parameter]) -> dict[str, str]:
-    """What a recipe's function is called with. ValueError for an option that it does not have, or one that it lacks."""
+    """The arguments of a recipe's function. Raises ValueError for an unknown option or a missing one."""
+    from hydra_hf.hub import check_model_name
+
     values = {name: getattr(options, name) for name in ("tokenizer", "init", "teacher", "decoder")}
     given = {name: value for name, value in values.items() if value is not None}
     if unknown := sorted(set(given) - set(parameters)):
         raise ValueError(f"The recipe {options.recipe} takes no --{unknown[0]}.")
+    for name in {"tokenizer", "init"} & set(given):
+        check_model_name(given[name])
+    if "tokenizer" in parameters and "tokenizer" not in given:
+        _check_trained(options.recipe, parameters["tokenizer"].default)
     required = {name for name, parameter in parameters.items() if parameter.default is Parameter.empty}
     if missing := sorted(required - set(given)):
-        raise ValueError(f"The recipe {options.recipe} needs --{missing[0]}.")
+        raise ValueError(f"The recipe {options.recipe} needs --{missing[0]}: {NEEDED[missing[0]]}.")
     return given
+
+
+def _check_trained(recipe: str, default: str | Parameter.empty) -> None:
+    """Raises ValueError if the recipe's default tokenizer has not been trained yet."""
+    if isinstance(default, str) and not Path(default).is_dir():
+        raise ValueError(
+            f"The recipe {recipe} starts from a trained tokenizer, and there is no folder {default}: run"
+            f" `hydra train {Path(default).parts[1]}` first, or name a folder or Hub id with --tokenizer."
+        )
+
+
+def _use_device(name: str) -> None:
+    """Passes the device on to accelerate. Raises ValueError if this machine does not have it."""
+    import os
+
+    device = choose_device(name)
+    if name != "auto":
+        os.environ["ACCELERATE_USE_CPU"] = str(device.type == "cpu").lower()
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
 
 
 def _override(recipe, options: argparse.Namespace):

@@ -59,7 +59,7 @@ A {kind} of {number:,} parameters to start training from. {number_new:,} of them
 
 ## Licence
 
-The copied weights stand under the licences of their sources. Read these before you use or publish this folder.
+The copied weights keep the licences of their sources. Read these before you use or publish this folder.
 
 ## Made by
 
@@ -84,7 +84,7 @@ def convert(
 ) -> Path:
     """Writes the folder `out`: HYDRA on `vision` and `language`, or without `language` HYDRA-TOK alone.
 
-    HYDRA is laid out as `HydraPipeline` saves it, HYDRA-TOK as `HydraTokModel` does. A run that is killed leaves no `out`.
+    HYDRA is laid out as `HydraPipeline` saves it, HYDRA-TOK as `HydraTokModel` does. A killed run leaves no `out`.
 
     Args:
         vision, language: folders or Hub ids; InternViT (alone or in InternVL) or SigLIP2, and Qwen2.5, Qwen3 or Llama.
@@ -211,7 +211,7 @@ def write_weights(
 ) -> None:
     """`model.safetensors`, or shards of at most `shard_size` with their index; one of them is in memory at a time.
 
-    `targets` tell names, order and types. Raises ValueError for a size that is not such as "5GB".
+    `targets` give names, order and types. Raises ValueError for a size that is not like "5GB".
     """
     split = split_torch_state_dict_into_shards(targets, max_shard_size=shard_size)
     for file, names in split.filename_to_tensors.items():
@@ -229,7 +229,7 @@ def write_weights(
 def _write_configs(
     folder: Path, model_folder: Path, model: PreTrainedModel, processor: HydraProcessor | HydraImageProcessor
 ) -> None:
-    """All of `HydraPipeline.save_pretrained`, or of HYDRA-TOK's, but the weights."""
+    """Everything that `save_pretrained` of `HydraPipeline`, or of HYDRA-TOK, writes, except the weights."""
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(model_folder)
     if isinstance(model, HydraTokModel):
@@ -243,7 +243,7 @@ def _write_configs(
 
 
 def _write_card(path: Path, options: dict, sources: Sources, targets: dict[str, Tensor], new: set[str]) -> None:
-    """The model card: where the weights come from, and what nobody has trained."""
+    """The model card: where the weights come from, and what is untrained."""
     is_hydra = len(sources) == 2
     given = [(f"--{name}", str(value)) for name, value in options.items() if value is not None]
     on_hub = [source.name for source, _ in sources if not Path(source.name).is_dir()]

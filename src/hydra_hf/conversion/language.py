@@ -11,18 +11,18 @@ MODEL_TYPES = ("qwen2", "qwen3", "llama")
 
 
 def text_config(folder: str, source: dict) -> PreTrainedConfig:
-    """The language model's config of a folder whose config.json is `source`; ValueError for another type of model."""
+    """The language model's config of a folder whose config.json is `source`; raises ValueError for an unsupported type."""
     if source.get("model_type") not in MODEL_TYPES:
         raise ValueError(f"The language model is of type {source.get('model_type')!r}, expected one of {MODEL_TYPES}.")
     config = AutoConfig.from_pretrained(folder)
-    config._name_or_path = ""  # else the folder's name is saved with the model
+    config._name_or_path = ""  # otherwise the folder's name is saved with the model
     return config
 
 
 def convert_language(name: str, value: Tensor, tie_word_embeddings: bool) -> dict[str, Tensor] | None:
-    """A tensor of theirs as ours, by name; {} when HYDRA has no place for it, None when nobody knows the name."""
+    """A source tensor under this package's name; {} if HYDRA does not need it, None if the name is unknown."""
     if name.endswith("rotary_emb.inv_freq"):
-        return {}  # old files of Llama hold what the config says
+        return {}  # old Llama files store what the config already says
     if name == "lm_head.weight":
         return {} if tie_word_embeddings else {name: value}
     if name.startswith("model."):
@@ -31,7 +31,7 @@ def convert_language(name: str, value: Tensor, tie_word_embeddings: bool) -> dic
 
 
 def hydra_config(text: PreTrainedConfig, vision: HydraTokConfig, processor: HydraProcessor) -> HydraConfig:
-    """HYDRA of the two, with the ids of the processor's tokenizer. ValueError for ids outside the model's vocabulary."""
+    """HYDRA's config from both, with the ids of the processor's tokenizer. Raises ValueError if an id is outside the vocabulary."""
     tokenizer = processor.tokenizer
     return HydraConfig(
         text_config=text,

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hydra_hf.hub import check_repo_id
+from hydra_hf.hub import check_model_name
 
 
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
@@ -19,7 +19,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 MAX_LISTED = 8
 
 Translate = Callable[[str, Tensor], dict[str, Tensor] | None]
-"""Our names and tensors of one of theirs; {} for a name that has no place with us, None for one that no rule knows."""
+"""Turns a source's tensor into this package's names and tensors; {} if the name is not needed, None if no rule knows it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StoredTensor:
 
 
 class Source:
-    """A folder or a Hub repository: its config, and its tensors by name. Raises ValueError for one that cannot be read."""
+    """A folder or a Hub repository: its config, and its tensors by name. Raises ValueError if it cannot be read."""
 
     def __init__(self, name: str, revision: str | None = None):
         self.name = name
@@ -52,7 +52,7 @@ def _find_folder(name: str, revision: str | None) -> Path:
         if revision is not None:
             raise ValueError(f"{name} is a folder and has no {revision=}; revisions are for the Hub.")
         return Path(name)
-    check_repo_id(name)
+    check_model_name(name)
     return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
 
 
@@ -85,7 +85,7 @@ def _find_weights(name: str, folder: Path) -> list[Path]:
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a mapping
             return {
                 name: StoredTensor(path, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()
             }
@@ -95,7 +95,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 @dataclass(frozen=True)
 class Origin:
-    """The tensor of a source that gives one of ours, and how."""
+    """The source tensor that a target is made from, and how."""
 
     source: Source
     name: str
@@ -103,14 +103,14 @@ class Origin:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Raises ValueError for weights that are not plain floats, such as quantised ones."""
+        """Raises ValueError if the weights are not plain floats, such as quantised ones."""
         stored = self.source.tensors[self.name].dtype
         if stored not in DTYPES:
             raise ValueError(f"{self.name} of {self.source.name} is of type {stored}, expected one of {list(DTYPES)}.")
         return DTYPES[stored]
 
     def read(self, target: str, dtype: torch.dtype) -> Tensor:
-        """A copy, which lets go of the file."""
+        """A copy, so that the file can be closed."""
         value = self.translate(self.name, self.source.read(self.name))[target]
         return value.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
@@ -118,7 +118,7 @@ class Origin:
 def find_origins(
     sources: list[tuple[Source, Translate]], targets: dict[str, Tensor], new: set[str]
 ) -> dict[str, Origin]:
-    """Where each of `targets` comes from, but for the `new` ones; reads nothing but headers.
+    """Where each of `targets` comes from, except the `new` ones; reads only headers.
 
     Raises ValueError that lists every name no rule knows, every shape that differs, every target that is filled twice and
     every target that stays without a value.

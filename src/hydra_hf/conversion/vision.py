@@ -21,7 +21,7 @@ class VisionLayout:
     """How one family of checkpoints spells a ViT.
 
     Args:
-        layers: what stands in front of a layer's number.
+        layers: the prefix of a layer's number.
         embeddings, layer: their name of a module or parameter -> ours, in Gen-ViT's embeddings and in a layer.
         after: the same for what follows the layers, in Sem-ViT.
         ignored: beginnings of names that have no place in HYDRA-TOK.
@@ -34,7 +34,7 @@ class VisionLayout:
     after: dict[str, str] = field(default_factory=dict)
 
     def rename(self, name: str, num_gen_layers: int) -> str | None:
-        """Our name of a parameter; "qkv" in it stands for three. None for a name that the layout does not know."""
+        """This package's name of a parameter; "qkv" in it means three. None if the layout does not know the name."""
         number, _, inside = name.removeprefix(self.layers).partition(".")
         if name.startswith(self.layers) and number.isdecimal():
             index = int(number)
@@ -118,7 +118,7 @@ SIGLIP = VisionLayout(
 
 TIMM_ARCHITECTURE = "vit_intern300m_patch14_448"
 LAYOUTS = {
-    "intern_vit_6b": INTERNVIT,  # InternViT-300M calls itself so, too
+    "intern_vit_6b": INTERNVIT,  # InternViT-300M uses this name too
     "internvl_chat": INTERNVIT,
     "internvl_vision": INTERNVIT_TRANSFORMERS,
     "internvl": INTERNVIT_TRANSFORMERS,
@@ -131,7 +131,7 @@ LAYOUTS = {
 
 
 def vision_layout(source: dict) -> VisionLayout:
-    """The layout of a checkpoint with the config.json `source`; ValueError for a model that is not among `LAYOUTS`."""
+    """The layout of a checkpoint with the config.json `source`; raises ValueError if it is not among `LAYOUTS`."""
     return LAYOUTS[_kind(source)]
 
 
@@ -145,7 +145,7 @@ def _kind(source: dict) -> str:
 def convert_vision(
     name: str, value: Tensor, layout: VisionLayout, config: HydraTokConfig, owner: str = ""
 ) -> dict[str, Tensor] | None:
-    """A tensor of theirs as ours, by name; {} for a name that has no place in HYDRA-TOK, None for an unknown one.
+    """A source tensor under this package's name; {} if HYDRA-TOK does not need it, None if the name is unknown.
 
     `owner` is put in front of our names: where the tokenizer is part of HYDRA.
     """
@@ -221,7 +221,7 @@ COMMON_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "inte
 
 
 def _internvit_sizes(fields: dict, layout: VisionLayout) -> dict:
-    """Its own files write every field down, transformers leaves out what is the default."""
+    """Its own files write every field; transformers leaves out defaults."""
     if layout is INTERNVIT_TRANSFORMERS:
         fields = _with_defaults("internvl_vision", fields)
     fields = {"num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-6, **fields}

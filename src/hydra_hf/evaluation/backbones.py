@@ -1,4 +1,4 @@
-"""Frozen networks of other people that judge pictures, from files in safetensors."""
+"""Frozen pretrained networks that judge pictures, read from safetensors."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def to_imagenet(pixel_values: Tensor) -> Tensor:
 
 
 def load_weights(path: str) -> dict[str, Tensor]:
-    """A state dict. Raises ValueError for a file that is not safetensors or not there, with what to do about it."""
+    """A state dict. Raises ValueError, with what to do, if the file is missing or not safetensors."""
     from safetensors.torch import load_file
 
     if Path(path).suffix != ".safetensors":
@@ -33,7 +33,7 @@ def load_weights(path: str) -> dict[str, Tensor]:
 def load_timm(name: str, weights: str | None, **kwargs) -> nn.Module:
     """The frozen timm model `name`, of "timm:NAME"; without `weights` timm fetches its own.
 
-    Raises ValueError for a name that timm does not have, or weights that are not the model's.
+    Raises ValueError if timm has no such model, or if the weights do not fit it.
     """
     import timm  # pip install hydra_hf[train]
 
@@ -65,7 +65,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 class PooledFeatures(nn.Module):
-    """Global features (B, d) of a timm model, for a Frechet distance; `name` says which, to be named beside the number."""
+    """Global features (B, d) of a timm model, for a Frechet distance; `name` says which; report it with the number."""
 
     def __init__(self, backbone: str, weights: str | None):
         super().__init__()

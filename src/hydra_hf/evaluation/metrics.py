@@ -20,7 +20,7 @@ def ssim(pixel_values: Tensor, others: Tensor) -> Tensor:
     """Structural similarity of each pair (B, 3, H, W) in [-1, 1], both rounded to 8 bits; (B,), 1 is equal.
 
     As scikit-image with `gaussian_weights=True, sigma=1.5, use_sample_covariance=False`: a Gaussian window of 11 pixels
-    that stays inside the picture, channels apart. Raises ValueError for two shapes or a side below 11.
+    that stays inside the picture, channels apart. Raises ValueError if the shapes differ or a side is below 11.
     """
     _check_shapes(pixel_values, others)
     if min(pixel_values.shape[-2:]) < 11:
@@ -44,8 +44,8 @@ def ssim(pixel_values: Tensor, others: Tensor) -> Tensor:
 def frechet_distance(features: Tensor, others: Tensor) -> float:
     """Squared Frechet distance of the Gaussians fitted to two feature sets (n, d) and (m, d), in fp64.
 
-    It is FID only for Inception features under FID's protocol; name the backbone beside it. With n <= d the covariance is
-    singular and the distance too large. Raises ValueError for other ranks, other widths or fewer than two features.
+    It is FID only for Inception features under FID's protocol; name the backbone with it. With n <= d the covariance is
+    singular and the distance too large. Raises ValueError if ranks or widths differ, or there are fewer than two features.
     """
     if features.ndim != 2 or others.ndim != 2 or features.shape[1] != others.shape[1]:
         raise ValueError(f"Features {tuple(features.shape)} and {tuple(others.shape)} must be (n, d) and (m, d).")

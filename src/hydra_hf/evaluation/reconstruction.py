@@ -13,12 +13,13 @@ from .metrics import frechet_distance, psnr, ssim
 
 @torch.no_grad()
 def reconstruct(model: HydraTokModel, pixel_values: Tensor, seed: int = 0, batch_size: int = 64) -> Tensor:
-    """Pixels (B, 3, H, W) through the mean of the posterior and back."""
+    """Pixels (B, 3, H, W) through the mean of the posterior and back; the copies are where the originals are."""
     generator = torch.Generator().manual_seed(seed)
     parts = [
-        model.decode(model.encode(part).latent, generator=generator).sample for part in pixel_values.split(batch_size)
+        model.decode(model.encode(part.to(model.device)).latent, generator=generator).sample
+        for part in pixel_values.split(batch_size)
     ]
-    return torch.cat(parts)
+    return torch.cat(parts).to(pixel_values)
 
 
 def score_reconstructions(

@@ -29,15 +29,24 @@ from .grid import (
 from .prefix_cache import FrozenPrefixCache
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor, rescale: Tensor) -> Tensor:
-    """Classifier-free guidance of velocities (B, ...), each sample by itself; `scale` and `rescale` (B,).
+def guide(velocities: list[Tensor], weights: list[Tensor], rescale: Tensor) -> Tensor:
+    """Guided velocity (B, ...) of the branches' velocities, each sample by itself; `weights` and `rescale` are (B,).
 
-    `rescale` in [0, 1] draws the spread of a guided sample back to that of its condition (Lin et al. 2023, section 3.4).
+    The sum over branches of weight (velocity - velocity of the branch before), where zero comes before the first. Two
+    branches of weights 1 and s are classifier-free guidance of scale s, the negative prompt first.
+    `rescale` in [0, 1] draws the spread of a guided sample back to that of the last branch (Lin et al. 2023, section 3.4).
     """
-    scale, rescale = expand_sigma(scale, conditional), expand_sigma(rescale, conditional)
-    guided = unconditional + scale * (conditional - unconditional)
-    ratio = _spread(conditional) / _spread(guided).clamp(min=1e-8)  # a new head says 0 everywhere
-    return guided * (1 + rescale * (ratio - 1))
+    guided = expand_sigma(weights[0], velocities[0]) * velocities[0]
+    for before, velocity, weight in zip(velocities, velocities[1:], weights[1:]):
+        guided = guided + expand_sigma(weight, velocity) * (velocity - before)
+    ratio = _spread(velocities[-1]) / _spread(guided).clamp(min=1e-8)  # a new head says 0 everywhere
+    return guided * (1 + expand_sigma(rescale, guided) * (ratio - 1))
+
+
+def _guide_rows(*rows: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """`guide` of as many velocities as weights, and the rescale."""
+    number = len(rows) // 2
+    return guide(list(rows[:number]), list(rows[number : 2 * number]), rows[-1])
 
 
 def _spread(samples: Tensor) -> Tensor:
@@ -64,6 +73,19 @@ class ImagePrefix:
 
     def __len__(self) -> int:
         return len(self.attention_mask)
+
+
+@dataclass
+class GuidanceBranch:
+    """Prompts and the weight of what they add to the branch before, one for all images or (B,); see `guide`."""
+
+    prefix: ImagePrefix
+    weight: float | Tensor = 1.0
+
+
+def classifier_free(prefix: ImagePrefix, negative_prefix: ImagePrefix, scale: float | Tensor) -> list[GuidanceBranch]:
+    """The branches of plain guidance: from the negative prompts to the prompts, `scale` times the way."""
+    return [GuidanceBranch(negative_prefix), GuidanceBranch(prefix, scale)]
 
 
 class ImageGenerationMixin:
@@ -102,35 +124,37 @@ class ImageGenerationMixin:
         self,
         latents: Tensor,
         sigma: Tensor,
-        prefix: ImagePrefix,
-        negative_prefix: ImagePrefix | None = None,
-        guidance_scale: float | Tensor = 1.0,
+        branches: list[GuidanceBranch],
         guidance_rescale: float | Tensor = 0.0,
         image_grid_thw: Tensor | None = None,
     ) -> Tensor:
         """Velocity of latents (B, C, h, w), or packed (total_tokens, C) of any sizes, at `sigma` (B,), in the latents' form.
 
-        Guided when there are negative prompts. Only image tokens run; Sem-ViT runs once for both branches and the language
-        head not at all. A branch is as long as its own prompts: an empty negative prompt reads no padding of a long prompt.
+        Guided from branch to branch, the whole condition last. Only image tokens run; Sem-ViT runs once for all branches and
+        the language head not at all. A branch is as long as its own prompts: an empty negative prompt reads no padding of a
+        long prompt.
 
         Args:
-            guidance_scale, guidance_rescale: one for all, or (B,); see `guide`.
+            guidance_rescale: one for all, or (B,); see `guide`.
             image_grid_thw: (B, 3), the grids of packed latents.
 
         Raises:
-            ValueError: for a prefix or guidance that is not of as many rows as there are latents.
+            ValueError: if there is no branch, or a prefix or weight has another number of rows than the latents.
         """
+        if not branches:
+            raise ValueError("Got no branches, expected at least one prefix to draw from.")
         tokens, grids = pack_latents(latents, image_grid_thw)
-        prefixes = [prefix] if negative_prefix is None else [prefix, negative_prefix]
-        for branch in prefixes:
-            if len(branch) != len(grids):
-                raise ValueError(f"A prefix of {len(branch)} rows does not fit latents of {len(grids)} images.")
+        prefixes = [branch.prefix for branch in branches]
+        for prefix in prefixes:
+            if len(prefix) != len(grids):
+                raise ValueError(f"A prefix of {len(prefix)} rows does not fit latents of {len(grids)} images.")
         lengths = tuple(self.config.num_time_tokens + num_tokens(grid) for grid in grids)
-        masks = [self._get_step_mask(branch, lengths) for branch in prefixes]
-        scale, rescale = (
-            _per_sample(value, len(grids), latents.device) for value in (guidance_scale, guidance_rescale)
+        masks = [self._get_step_mask(prefix, lengths) for prefix in prefixes]
+        *weights, rescale = (
+            _per_sample(value, len(grids), latents.device)
+            for value in (*(branch.weight for branch in branches), guidance_rescale)
         )
-        velocity = self._guided_velocity(tokens, grids, sigma, prefixes, masks, scale, rescale)
+        velocity = self._guided_velocity(tokens, grids, sigma, prefixes, masks, weights, rescale)
         if image_grid_thw is not None:
             return velocity
         return tokens_to_latents(velocity.unflatten(0, (len(grids), -1)), grids[0])
@@ -143,15 +167,13 @@ class ImageGenerationMixin:
         step = torch.compile(type(self)._guided_velocity, **{"fullgraph": True, **kwargs})
         self._guided_velocity = MethodType(step, self)  # a method, so that a deep copy compiles its own weights
 
-    def _guided_velocity(self, tokens, grids, sigma, prefixes, masks, scale, rescale) -> Tensor:
+    def _guided_velocity(self, tokens, grids, sigma, prefixes, masks, weights, rescale) -> Tensor:
         embeds = self.model.get_image_embeds(tokens, sigma, grids)  # packed ([B +] total_tokens, D_llm)
         velocities = []
         for prefix, mask in zip(prefixes, masks):
             states = self._image_states(embeds, grids, prefix, mask)  # (total_tokens, D_llm)
             velocities.append(self._draw(states, tokens, sigma, grids))
-        if len(velocities) == 1:
-            return velocities[0]
-        return run_by_grid(lambda *rows, grids: guide(*rows), grids, velocities, [scale, rescale])
+        return run_by_grid(_guide_rows, grids, velocities, [*weights, rescale])
 
     def _image_states(self, embeds: Tensor, grids: Sequence[Grid], prefix: ImagePrefix, mask: Tensor) -> Tensor:
         """States of the images' patches, each image in a row of its own behind its prompt; shorter ones are padded."""
@@ -236,6 +258,7 @@ class ImageGenerationMixin:
         Args:
             pixel_values, image_grid_thw: of images in the prompts, see `HydraModel.forward`.
             height, width: in pixels, of all images, or of each; images of several sizes come as a list.
+            guidance_scale: 1 or less is no guidance, as in diffusers.
             generator: one, or one for each image; it draws the latents, then the decoder's noise. None is torch's global
                 generator, as in `generate`.
         """
@@ -245,19 +268,19 @@ class ImageGenerationMixin:
             start = input_ids.new_full((len(input_ids), 1), config.vision_start_token_id)
             input_ids = torch.cat([input_ids, start], dim=1)
             attention_mask = torch.cat([attention_mask, torch.ones_like(start)], dim=1)
-        if guidance_scale != 1 and pixel_values is not None:
+        if guidance_scale > 1 and pixel_values is not None:
             raise ValueError("Guidance for prompts with images is not supported yet; use guidance_scale=1.")
         grids = self._get_latent_grids(height, width, len(input_ids))
         prefix = self.prefill(input_ids, attention_mask, pixel_values, image_grid_thw)
-        negative_prefix = None if guidance_scale == 1 else self._prefill_null_prompts(input_ids)
+        branches = [GuidanceBranch(prefix)]
+        if guidance_scale > 1:
+            branches = classifier_free(prefix, self._prefill_null_prompts(input_ids), guidance_scale)
         sigmas = [inference_sigmas(num_inference_steps, self.get_sigma_shift(num_tokens(grid))) for grid in grids]
         sigmas = nn.functional.pad(torch.stack(sigmas, dim=1), (0, 0, 0, 1)).to(device)  # (steps + 1, B)
         tokens = noise_tokens(grids, config.vision_config.latent_channels, generator, device)
         grid_thw = torch.tensor(grids)  # on the CPU: it is read at each step
         for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
-            velocity = self.denoise_step(
-                tokens, sigma, prefix, negative_prefix, guidance_scale, image_grid_thw=grid_thw
-            )
+            velocity = self.denoise_step(tokens, sigma, branches, image_grid_thw=grid_thw)
             tokens = euler_step(tokens, velocity, *(per_token(each, grids)[:, None] for each in (sigma, next_sigma)))
         if not is_one_grid(grids):
             return self.decode_latents(tokens, grid_thw, generator=generator)

@@ -2,9 +2,12 @@
 
 import torch
 from PIL import Image
+from torch import Tensor
+from transformers import LogitsProcessor
 
 from ..modeling.modeling_hydra import HydraForConditionalGeneration
 from ..modeling.processing_hydra import HydraProcessor
+from .arguments import check_integer, check_processor, check_texts
 
 
 @torch.no_grad()
@@ -15,11 +18,19 @@ def answer(
     questions: list[str],
     max_new_tokens: int = 32,
 ) -> list[str]:
-    """Greedy answers to one question about each image. ValueError for lists of different lengths or an empty question."""
-    if len(images) != len(questions) or not questions:
-        raise ValueError(
-            f"Got {len(images)} images and {len(questions)} questions, expected as many, and at least one."
-        )
+    """Greedy answers to one question about each image.
+
+    Raises ValueError if the lists differ in length, a question is empty or longer than the context, the processor does not
+    belong to the model, or the model computes NaN.
+    """
+    check_processor(model, processor)
+    max_new_tokens = check_integer("max_new_tokens", max_new_tokens)
+    if not isinstance(images, list | tuple):
+        raise ValueError(f"Got images={images!r:.100}, expected a list.")
+    if isinstance(questions, str):
+        raise ValueError(f"Got questions={questions!r:.100}, expected a list of strings.")
+    if len(images) != len(check_texts("questions", questions)):
+        raise ValueError(f"Got {len(images)} images and {len(questions)} questions, expected as many.")
     if empty := [index for index, question in enumerate(questions) if not question.strip()]:
         raise ValueError(f"The questions {empty} are empty.")
     chats = [
@@ -30,6 +41,25 @@ def answer(
         chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
         processor_kwargs={"padding": True},
     ).to(model.device, model.dtype)  # fmt: skip
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    _check_lengths(inputs["attention_mask"], max_new_tokens, model.config.text_config.max_position_embeddings)
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=[FiniteLogits()])
     texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def _check_lengths(attention_mask: Tensor, max_new_tokens: int, context: int) -> None:
+    for index, length in enumerate(attention_mask.sum(-1).tolist()):
+        if length + max_new_tokens > context:
+            raise ValueError(
+                f"Question {index} takes {length} tokens with its image, expected at most {context - max_new_tokens}: the"
+                f" context has {context}, and max_new_tokens={max_new_tokens} of them are for the answer."
+            )
+
+
+class FiniteLogits(LogitsProcessor):
+    """Raises ValueError for NaN, which greedy decoding would turn into the first token of the vocabulary."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.isnan().any():
+            raise ValueError("The logits that the model computed are not finite: its weights are damaged.")
+        return scores

@@ -1,16 +1,19 @@
 """Text to image with HYDRA, in the form of diffusers. HYDRA, section 2.2.
 
-prompt          -> prefill, once -> prefix ----------.
-negative prompt -> prefill, once -> negative prefix -+
-                                   noise -> latents -+-> denoise_step -> scheduler -> latents, step by step
-                                                                      last of the latents -> decode -> picture
+negative prompt -> prefill, once -> branch -.
+prompt          -> prefill, once -> branch -+
+                          noise -> latents -+-> denoise_step -> scheduler -> latents, step by step
+                                                             last of the latents -> decode -> picture
 """
 
+import math
 import os
 from collections.abc import Callable
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -18,31 +21,50 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 from huggingface_hub import snapshot_download
+from PIL import Image
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from ..hub import HUB_OPTIONS, check_repo_id
+from ..hub import HUB_OPTIONS, check_model_name
 from ..modeling.flow import inference_sigmas
 from ..modeling.grid import Grid, num_tokens
-from ..modeling.image_generation import ImagePrefix
+from ..modeling.image_generation import GuidanceBranch, ImagePrefix, classifier_free
 from ..modeling.modeling_hydra import HydraForConditionalGeneration
 from ..modeling.processing_hydra import HydraProcessor
+from .arguments import (
+    check_choice,
+    check_finite,
+    check_generator,
+    check_integer,
+    check_number,
+    check_path,
+    check_processor,
+    check_tensor,
+    check_texts,
+)
+
+
+MAX_STEPS, MAX_IMAGES, MAX_GUIDANCE = 10_000, 10_000, 1000.0  # more is a mistake
+SCHEDULER_OPTIONS = {
+    "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "invert_sigmas": False,
+    "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
+}  # fmt: skip  # the options under which the noise levels stay the pipeline's
 
 
 class HydraDiffusionPipeline(DiffusionPipeline):
-    """What our pipelines share: loading and saving classes that diffusers does not ship."""
+    """What the pipelines share: loading and saving classes that diffusers does not ship."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """As in diffusers. Raises ValueError for what is neither a folder nor a repo id, and for an incomplete folder."""
-        path = os.fspath(pretrained_model_name_or_path)
+        """As in diffusers. Raises ValueError if the name is neither a folder nor a repo id, or the folder is incomplete."""
+        path = check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         components, _ = cls._get_signature_keys(cls)
         if os.path.isdir(path):
             expected = ["model_index.json", *sorted(set(components) - set(kwargs))]
             if missing := [name for name in expected if not (Path(path) / name).exists()]:
                 raise ValueError(f"{path!r} is no {cls.__name__}: it has no {missing}, expected {expected}.")
         else:
-            check_repo_id(path)
+            check_model_name(path)
         return super().from_pretrained(path, **kwargs)
 
     @classmethod
@@ -54,7 +76,8 @@ class HydraDiffusionPipeline(DiffusionPipeline):
         return snapshot_download(pretrained_model_name, allow_patterns=patterns, **options)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As in diffusers. Raises ValueError for a model with adapters, which diffusers would leave out silently."""
+        """As in diffusers. Raises ValueError if the model has adapters, which diffusers would leave out silently."""
+        check_path("save_directory", save_directory)
         for name, component in self.components.items():
             if is_compiled_module(component):
                 component = component._orig_mod
@@ -89,6 +112,9 @@ class HydraPipeline(HydraDiffusionPipeline):
         default_guidance_scale: float = 4.5,
     ):
         super().__init__()
+        check_processor(model, processor)
+        check_integer("default_num_inference_steps", default_num_inference_steps, MAX_STEPS)
+        check_number("default_guidance_scale", default_guidance_scale, high=MAX_GUIDANCE)
         self.register_modules(model=model, processor=processor, scheduler=scheduler)
         self.register_to_config(
             default_num_inference_steps=default_num_inference_steps, default_guidance_scale=default_guidance_scale
@@ -101,7 +127,7 @@ class HydraPipeline(HydraDiffusionPipeline):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale != 1
+        return self._guidance_scale > 1  # as in diffusers
 
     @property
     def num_timesteps(self) -> int:
@@ -141,19 +167,21 @@ class HydraPipeline(HydraDiffusionPipeline):
 
         Args:
             prompt: may be an empty string.
-            negative_prompt: what guidance leads away from; None is the empty prompt, a string counts for every prompt.
+            negative_prompt: what guidance leads away from; None is the empty prompt, a string applies to every prompt.
             height, width: in pixels; None is the size at which the tokenizer was trained.
-            num_inference_steps, guidance_scale: None is the pipeline's default; a scale of 1 is no guidance.
+            num_inference_steps, guidance_scale: None is the pipeline's default; a scale of 1 or less is no guidance.
             guidance_interval: (low, high): guidance only while low < sigma <= high, noise being sigma 1.
             guidance_rescale: from 0, plain guidance, to 1, as much contrast as without guidance (Lin et al. 2023, 3.4).
             generator: one, or one for each picture; it draws the latents, then the decoder's noise.
-            latents: noise to start from, (B, C, h, w), instead of the generator's.
+            latents: noise to start from, (B, C, h, w), torch or numpy, instead of the generator's.
             output_type: "pil", "np", "pt" or "latent".
+            callback_on_step_end: called with pipeline, step, timestep and the requested tensors; returns a dict of those that
+                change, or None.
             max_sequence_length: longest prompt in tokens, the chat around it included; None is what the context leaves.
             pad_to_multiple_of: prompts of several lengths then share a compiled step, see `model.compile_denoise_step`.
 
         Raises:
-            ValueError: see `check_inputs`.
+            ValueError: as `check_inputs`, or if latents or pictures are not finite.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -162,120 +190,108 @@ class HydraPipeline(HydraDiffusionPipeline):
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
         self.check_inputs(
-            prompt, negative_prompt, height, width, num_inference_steps, guidance_interval, guidance_rescale,
-            num_images_per_prompt, generator, latents, output_type, callback_on_step_end_tensor_inputs,
-            max_sequence_length, pad_to_multiple_of,
+            prompt, negative_prompt, height, width, num_inference_steps, guidance_scale, guidance_interval,
+            guidance_rescale, num_images_per_prompt, generator, latents, output_type, return_dict, callback_on_step_end,
+            callback_on_step_end_tensor_inputs, max_sequence_length, pad_to_multiple_of,
         )  # fmt: skip
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._guidance_scale, self._interrupt = float(guidance_scale), False
 
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = check_texts("prompt", prompt)
+        num_images_per_prompt = int(num_images_per_prompt)
         batch_size = len(prompts) * num_images_per_prompt
-        grid = self.model.get_latent_grid(height, width)
-        prefix_options = grid, num_images_per_prompt, max_sequence_length, pad_to_multiple_of
-        prefix = self.prepare_prefix(prompts, *prefix_options)
-        negative_prefix = None
-        if self.do_classifier_free_guidance:
-            negative_prompts = self._negative_prompts(negative_prompt, len(prompts))
-            negative_prefix = self.prepare_prefix(negative_prompts, *prefix_options)
+        grid = self.get_grid(height, width)
+        texts = [self._negative_prompts(negative_prompt, len(prompts))] if self.do_classifier_free_guidance else []
+        prefixes = [
+            self.prepare_prefix(branch, grid, num_images_per_prompt, max_sequence_length, pad_to_multiple_of)
+            for branch in [*texts, prompts]
+        ]
         latents = self.prepare_latents(batch_size, grid, generator, latents)
-        sigmas = self.prepare_sigmas(num_inference_steps, grid)
+        sigmas = self.prepare_sigmas(int(num_inference_steps), grid)
         with self.progress_bar(total=len(sigmas)) as progress_bar:
             for step, (timestep, sigma) in enumerate(zip(self.scheduler.timesteps, sigmas)):
                 if self.interrupt:
                     break
-                is_guided = self.do_classifier_free_guidance and guidance_interval[0] < sigma <= guidance_interval[1]
-                if is_guided and negative_prefix is None:
-                    raise ValueError(
-                        "A callback turned guidance on, which needs a call that starts with a scale other than 1."
-                    )
-                velocity = self.model.denoise_step(
-                    latents,
-                    latents.new_full((batch_size,), sigma),
-                    prefix,
-                    negative_prefix if is_guided else None,
-                    self.guidance_scale,
-                    guidance_rescale,
-                )
-                latents = self.scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
+                branches = self.get_branches(prefixes, guidance_interval[0] < sigma <= guidance_interval[1])
+                latents = self.denoise_step(latents, sigma, timestep, branches, guidance_rescale)
                 if callback_on_step_end is not None:
-                    tensors = {"latents": latents}
-                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs or (), latents)
+                    latents = _changed_latents(latents, callback_on_step_end(self, step, timestep, tensors))
                 progress_bar.update()
-        images = latents
-        if output_type != "latent":
-            images = self.model.decode_latents(latents, generator=generator)
-            images = self.image_processor.postprocess(images.float(), output_type=output_type)
+        images = self.decode(latents, output_type, generator)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    # The stages of a call, which an engine may run by itself
+
     def check_inputs(
-        self, prompt, negative_prompt, height, width, num_inference_steps, guidance_interval, guidance_rescale,
-        num_images_per_prompt, generator, latents, output_type, callback_on_step_end_tensor_inputs,
-        max_sequence_length, pad_to_multiple_of,
+        self, prompt, negative_prompt=None, height=None, width=None, num_inference_steps=1, guidance_scale=1.0,
+        guidance_interval=(0.0, 1.0), guidance_rescale=0.0, num_images_per_prompt=1, generator=None, latents=None,
+        output_type="pil", return_dict=True, callback_on_step_end=None, callback_on_step_end_tensor_inputs=("latents",),
+        max_sequence_length=None, pad_to_multiple_of=None,
     ) -> None:  # fmt: skip
         """Raises ValueError, with what came and what was expected, for arguments of `__call__` that cannot be drawn."""
-        if not isinstance(prompt, str) and not (_is_list_of_strings(prompt) and prompt):
-            raise ValueError(f"Got {prompt=}, expected a string or a list of at least one string.")
-        num_prompts = 1 if isinstance(prompt, str) else len(prompt)
-        if not (negative_prompt is None or isinstance(negative_prompt, str) or _is_list_of_strings(negative_prompt)):
-            raise ValueError(f"Got {negative_prompt=}, expected a string, a list of strings or None.")
-        if isinstance(negative_prompt, list | tuple) and len(negative_prompt) != num_prompts:
-            raise ValueError(
-                f"Got {len(negative_prompt)} negative prompts for {num_prompts} prompts, expected as many."
-            )
-        for name, value in {
-            "num_inference_steps": num_inference_steps,
-            "num_images_per_prompt": num_images_per_prompt,
-            "max_sequence_length": 1 if max_sequence_length is None else max_sequence_length,
-            "pad_to_multiple_of": 1 if pad_to_multiple_of is None else pad_to_multiple_of,
-        }.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"Got {name}={value!r}, expected an integer of at least 1.")
-        patch_size = self.model.config.vision_config.patch_size
-        for name, value in {"height": height, "width": width}.items():
-            if value is not None and (not isinstance(value, int) or value < 1 or value % patch_size):
-                raise ValueError(f"Got {name}={value!r}, expected a positive multiple of the patch size {patch_size}.")
-        is_pair = isinstance(guidance_interval, list | tuple) and len(guidance_interval) == 2
-        if not is_pair or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-            raise ValueError(f"Got {guidance_interval=}, expected (low, high) with 0 <= low <= high <= 1.")
-        if not isinstance(guidance_rescale, int | float) or not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"Got {guidance_rescale=}, expected a number from 0 to 1.")
-        batch_size = num_prompts * num_images_per_prompt
-        if isinstance(generator, list | tuple) and len(generator) != batch_size:
-            raise ValueError(
-                f"Got {len(generator)} generators, expected one, or one for each of {batch_size} pictures."
-            )
-        shape = self._latents_shape(batch_size, self.model.get_latent_grid(height, width))
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"Got latents of shape {tuple(latents.shape)}, expected {shape}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"Got {output_type=}, expected 'pil', 'np', 'pt' or 'latent'.")
-        for name in callback_on_step_end_tensor_inputs:
-            if name not in self._callback_tensor_inputs:
+        num_prompts = len(check_texts("prompt", prompt))
+        if negative_prompt is not None:
+            num_negative = len(check_texts("negative_prompt", negative_prompt))
+            if not isinstance(negative_prompt, str) and num_negative != num_prompts:
                 raise ValueError(
-                    f"Got {name!r} in callback_on_step_end_tensor_inputs, expected some of {self._callback_tensor_inputs}."
+                    f"Got {num_negative} negative prompts for {num_prompts} prompts, expected negative_prompt to be as many."
                 )
-        if self.scheduler.config.shift != 1 or self.scheduler.config.use_dynamic_shifting:
-            raise ValueError(
-                f"Got a scheduler with shift={self.scheduler.config.shift} and use_dynamic_shifting="
-                f"{self.scheduler.config.use_dynamic_shifting}, expected 1.0 and False: the pipeline shifts by itself."
-            )
+        batch_size = num_prompts * check_integer("num_images_per_prompt", num_images_per_prompt, MAX_IMAGES)
+        check_integer("num_inference_steps", num_inference_steps, MAX_STEPS)
+        if max_sequence_length is not None:
+            check_integer("max_sequence_length", max_sequence_length)
+        if pad_to_multiple_of is not None:
+            context = self.model.config.text_config.max_position_embeddings
+            check_integer("pad_to_multiple_of", pad_to_multiple_of, context)
+        check_number("guidance_scale", guidance_scale, high=MAX_GUIDANCE)
+        check_number("guidance_rescale", guidance_rescale, high=1)
+        _check_interval(guidance_interval)
+        check_generator(generator, batch_size)
+        shape = self._latents_shape(batch_size, self.get_grid(height, width))
+        if latents is not None:
+            check_tensor("latents", latents, shape)
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        check_choice("return_dict", return_dict, (True, False))
+        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        _check_scheduler(self.scheduler)
 
+    def get_grid(self, height: int | None, width: int | None) -> Grid:
+        """Of the latents of a picture. Raises ValueError off the patch grid, and for one larger than the context."""
+        config = self.model.config
+        patch_size = config.vision_config.patch_size
+        for name, value in {"height": height, "width": width}.items():
+            is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+            if value is not None and (not is_integer or value < 1 or value % patch_size):
+                raise ValueError(
+                    f"Got {name}={value!r:.100}, expected a positive multiple of the patch size {patch_size}."
+                )
+        grid = self.model.get_latent_grid(*(None if size is None else int(size) for size in (height, width)))
+        context = config.text_config.max_position_embeddings
+        room = context - config.num_time_tokens - len(config.null_prompt_ids)
+        if num_tokens(grid) > room:
+            side = math.isqrt(max(room, 0)) * patch_size
+            raise ValueError(
+                f"Got {height=} and {width=}, a picture of {num_tokens(grid)} tokens, expected at most {room}: the context"
+                f" has {context}. The largest square that fits is {side}x{side} pixels."
+            )
+        return grid
+
+    @torch.no_grad()
     def prepare_prefix(
         self,
         texts: list[str],
         grid: Grid,
-        num_images_per_prompt: int,
-        max_sequence_length: int | None,
-        pad_to_multiple_of: int | None,
+        num_images_per_prompt: int = 1,
+        max_sequence_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
     ) -> ImagePrefix:
-        """Prompts, or negative prompts, read once, each row repeated for its pictures. ValueError for a text too long."""
+        """Prompts, or negative prompts, read once, each row repeated for its pictures. Raises ValueError for a text that is too long."""
         config = self.model.config
         num_image_tokens = config.num_time_tokens + num_tokens(grid)
         longest = config.text_config.max_position_embeddings - num_image_tokens
         longest = longest if max_sequence_length is None else min(longest, max_sequence_length)
-        chats = [self.processor.build_image_prompt(text) for text in texts]
+        chats = [self.processor.build_image_prompt(text) for text in check_texts("texts", texts)]
         inputs = self.processor.tokenizer(
             chats, padding=True, padding_side="left", pad_to_multiple_of=pad_to_multiple_of, return_tensors="pt"
         )
@@ -297,23 +313,76 @@ class HydraPipeline(HydraDiffusionPipeline):
         self,
         batch_size: int,
         grid: Grid,
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
     ) -> Tensor:
         """Noise (B, C, h, w) to start from, in fp32 whatever the weights are."""
-        device = self._execution_device
+        device, shape = self._execution_device, self._latents_shape(batch_size, grid)
         if latents is not None:
-            return latents.to(device, torch.float32)
-        shape = self._latents_shape(batch_size, grid)
+            return check_tensor("latents", latents, shape).to(device, torch.float32)
+        generator = check_generator(generator, batch_size)
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
     def prepare_sigmas(self, num_inference_steps: int, grid: Grid) -> list[float]:
         """The noise levels of the steps, from 1 down; the scheduler is set to them."""
+        _check_scheduler(self.scheduler)
         sigmas = inference_sigmas(num_inference_steps, self.model.get_sigma_shift(num_tokens(grid))).tolist()
         self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
         self.scheduler.set_begin_index(0)
         self._num_timesteps = len(sigmas)
         return sigmas
+
+    def get_branches(self, prefixes: list[ImagePrefix], is_guided: bool) -> list[GuidanceBranch]:
+        """What a step is drawn from: the prompt, which comes last in `prefixes`; guided, from the negative prompt to it."""
+        if not is_guided or not self.do_classifier_free_guidance:
+            return [GuidanceBranch(prefixes[-1])]
+        if len(prefixes) == 1:
+            raise ValueError("A callback turned guidance on, which needs a call that starts with a scale above 1.")
+        return classifier_free(prefixes[-1], prefixes[0], self.guidance_scale)
+
+    @torch.no_grad()
+    def denoise_step(
+        self,
+        latents: Tensor,
+        sigma: float,
+        timestep: Tensor,
+        branches: list[GuidanceBranch],
+        guidance_rescale: float = 0.0,
+    ) -> Tensor:
+        """Latents (B, C, h, w) at the scheduler's next noise level, from those at `sigma`, its `timestep`."""
+        sigmas = latents.new_full((len(latents),), sigma)
+        velocity = self.model.denoise_step(latents, sigmas, branches, guidance_rescale)
+        return self.scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,
+        output_type: str = "pil",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> list[Image.Image] | np.ndarray | Tensor:
+        """Pictures of clean latents (B, C, h, w). Raises ValueError for latents or pictures that are not finite."""
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        if not isinstance(latents, Tensor) or latents.ndim != 4 or not latents.is_floating_point():
+            raise ValueError(f"Got latents={latents!r:.100}, expected floats (B, C, h, w) as a torch tensor.")
+        check_finite("latents", latents)
+        if output_type == "latent":
+            return latents
+        images = self.model.decode_latents(latents, generator=check_generator(generator, len(latents)))
+        return self.image_processor.postprocess(check_finite("pictures", images.float()), output_type=output_type)
+
+    def _check_callback(self, callback, tensor_inputs) -> None:
+        if callback is not None and not callable(callback):
+            raise ValueError(f"Got callback_on_step_end={callback!r:.100}, expected a function or a PipelineCallback.")
+        if not isinstance(tensor_inputs, list | tuple | None):
+            raise ValueError(
+                f"Got callback_on_step_end_tensor_inputs={tensor_inputs!r:.100}, expected a list of names or None."
+            )
+        for name in tensor_inputs or ():
+            if name not in self._callback_tensor_inputs:
+                raise ValueError(
+                    f"Got {name!r} in callback_on_step_end_tensor_inputs, expected some of {self._callback_tensor_inputs}."
+                )
 
     def _negative_prompts(self, negative_prompt: str | list[str] | None, num_prompts: int) -> list[str]:
         if isinstance(negative_prompt, list | tuple):
@@ -324,5 +393,35 @@ class HydraPipeline(HydraDiffusionPipeline):
         return (batch_size, self.model.config.vision_config.latent_channels, *grid[1:])
 
 
-def _is_list_of_strings(value) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+def _check_interval(interval) -> None:
+    is_pair = isinstance(interval, list | tuple) and len(interval) == 2
+    if not is_pair or not all(isinstance(end, Real) for end in interval) or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"Got guidance_interval={interval!r:.100}, expected (low, high) with 0 <= low <= high <= 1.")
+
+
+def _check_scheduler(scheduler) -> None:
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            f"Got a {type(scheduler).__name__} as scheduler, expected a FlowMatchEulerDiscreteScheduler: the noise levels"
+            " are the pipeline's own."
+        )
+    options = {**scheduler.config, "shift": scheduler.shift}
+    if changed := {name: options[name] for name, value in SCHEDULER_OPTIONS.items() if options[name] != value}:
+        raise ValueError(
+            f"Got a scheduler with {_joined(changed)}, expected {_joined({name: SCHEDULER_OPTIONS[name] for name in changed})}:"
+            " the noise levels are the pipeline's own."
+        )
+
+
+def _joined(options: dict) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def _changed_latents(latents: Tensor, changes) -> Tensor:
+    """The latents after a callback. Raises ValueError if it returned neither a dict nor None."""
+    if changes is None:
+        return latents
+    if not isinstance(changes, dict):
+        raise ValueError(f"callback_on_step_end returned {changes!r:.100}, expected a dict of tensors or None.")
+    changed = changes.get("latents", latents)
+    return check_tensor("latents from callback_on_step_end", changed, tuple(latents.shape)).to(latents)

@@ -8,7 +8,8 @@ from transformers.image_utils import ImageInput
 from ..modeling.grid import unpack_images
 from ..modeling.image_processing_hydra import HydraImageProcessor
 from ..modeling.modeling_hydra_tok import HydraTokModel
-from .pipeline_hydra import HydraDiffusionPipeline
+from .arguments import check_choice, check_finite, check_generator, check_integer
+from .pipeline_hydra import MAX_STEPS, HydraDiffusionPipeline
 
 
 class HydraReconstructionPipeline(HydraDiffusionPipeline):
@@ -18,6 +19,17 @@ class HydraReconstructionPipeline(HydraDiffusionPipeline):
 
     def __init__(self, vision_tower: HydraTokModel, image_processor: HydraImageProcessor):
         super().__init__()
+        if not isinstance(vision_tower, HydraTokModel):
+            raise ValueError(f"Got a {type(vision_tower).__name__} as vision_tower, expected a HydraTokModel.")
+        if not isinstance(image_processor, HydraImageProcessor):
+            raise ValueError(
+                f"Got a {type(image_processor).__name__} as image_processor, expected a HydraImageProcessor."
+            )
+        if image_processor.patch_size != vision_tower.config.patch_size:
+            raise ValueError(
+                f"The image_processor does not belong to the model: its patch_size is {image_processor.patch_size}, expected"
+                f" {vision_tower.config.patch_size} as in the model's config."
+            )
         self.register_modules(vision_tower=vision_tower, image_processor=image_processor)
 
     @torch.no_grad()
@@ -39,27 +51,25 @@ class HydraReconstructionPipeline(HydraDiffusionPipeline):
             output_type: "pil", "np" or "pt".
 
         Raises:
-            ValueError: for images that the processor refuses, another output type, steps below 1, or generators that
-                are not as many as the images.
+            ValueError: for wrong arguments, or if the pictures are not finite.
         """
-        if num_inference_steps is not None and num_inference_steps < 1:
-            raise ValueError(f"Got {num_inference_steps=}, expected at least 1.")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"Got {output_type=}, expected 'pil', 'np' or 'pt'.")
+        if num_inference_steps is not None:
+            num_inference_steps = check_integer("num_inference_steps", num_inference_steps, MAX_STEPS)
+        check_choice("output_type", output_type, ("pil", "np", "pt"))
+        check_choice("return_dict", return_dict, (True, False))
         processed = self.image_processor(image, return_tensors="pt").to(self._execution_device)
         originals = unpack_images(**processed, patch_size=self.image_processor.patch_size)
-        if isinstance(generator, list | tuple) and len(generator) != len(originals):
-            raise ValueError(
-                f"Got {len(generator)} generators, expected one, or one for each of {len(originals)} images."
-            )
+        generator = check_generator(generator, len(originals))
         if len({original.shape for original in originals}) == 1:
             images = self._reconstruct(torch.stack(originals), num_inference_steps, generator)
         else:
-            generators = generator if isinstance(generator, list | tuple) else [generator] * len(originals)
+            generators = generator if isinstance(generator, list) else [generator] * len(originals)
             images = [
                 self._reconstruct(original[None], num_inference_steps, one)[0]
                 for original, one in zip(originals, generators)
             ]
+        for reconstruction in images:
+            check_finite("pictures", reconstruction)
         images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -37,7 +37,7 @@ def evaluate_generation(
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             texts = [prompt.text for prompt in batch]
-            images = pipeline(texts, generator=generator, output_type="pt", **kwargs).images * 2 - 1
+            images = pipeline(texts, generator=generator, output_type="pt", **kwargs).images.cpu() * 2 - 1
             verdicts += [checker.check(image, prompt) for image, prompt in zip(images, batch)]
         scores[f"t2i/{category}"] = sum(verdicts) / len(verdicts)
     return {**scores, "t2i/mean": sum(scores.values()) / len(scores)}

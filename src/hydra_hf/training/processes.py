@@ -2,11 +2,13 @@
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 
 def partial_state() -> PartialState:
     """Which process this is; on CPUs, several talk through gloo."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    use_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    return PartialState(cpu=use_cpu)
 
 
 def split_batch(batch_size: int, num_processes: int, micro_batch_size: int | None) -> tuple[int, int]:
