@@ -14,7 +14,7 @@ from hydra_hf.data.seeds import hashed_generator
 from hydra_hf.modeling import HydraProcessor
 
 from .language import ToyLanguage
-from .world import ToyWorld
+from .world import CANVAS, ToyWorld
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,15 @@ class ToyData:
 
     Args:
         max_objects: scenes have at most so many objects (a curriculum).
+        canvases: (height, width) of the pictures. A step has one: the first half of the time, else another, the less
+            often the larger it is, since a step takes as many pictures of any.
         questions_per_image: at most so many turns about one picture.
         question_weights: type -> how often it is asked; None is every type alike.
         is_held_out: pictures that training never shows, the same at every step.
     """
 
     difficulty: int = 1
+    canvases: tuple[tuple[int, int], ...] = (CANVAS,)
     max_objects: int = 4
     questions_per_image: int = 4
     question_weights: dict[str, int] | None = None
@@ -43,8 +46,16 @@ class ToyData:
 
     def images(self, image_size: int, batch_size: int, seed: int) -> Batches:
         """Pictures to train a vision tower on, or to measure it on."""
-        world = ToyWorld(self.difficulty)
-        return ToyHeldOut(world, batch_size, seed) if self.is_held_out else ToyBatches(world, batch_size, seed)
+        return ToyHeldOut(self, batch_size, seed) if self.is_held_out else ToyBatches(self, batch_size, seed)
+
+    def canvas(self, generator: torch.Generator) -> tuple[int, int]:
+        """The canvas of a step."""
+        if len(self.canvases) == 1:
+            return self.canvases[0]
+        areas = torch.tensor([height * width for height, width in self.canvases], dtype=torch.float32)
+        weights = areas.reciprocal()
+        weights[0] = weights[1:].sum()
+        return self.canvases[int(torch.multinomial(weights, 1, generator=generator))]
 
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
         """Held-out prompts to draw while training."""
@@ -53,10 +64,12 @@ class ToyData:
         return tuple(prompt.text for prompt in prompts)
 
 
-def toy_images(world: ToyWorld, num_images: int, generator: torch.Generator) -> Tensor:
+def toy_images(
+    world: ToyWorld, num_images: int, generator: torch.Generator, canvas: tuple[int, int] = CANVAS
+) -> Tensor:
     """A batch (B, 3, H, W) of scenes: three fifths as they look, one fifth depth maps, one fifth segmentations."""
     num_maps = num_images // 5
-    scenes = world.sample_scenes(num_images, generator)
+    scenes = world.sample_scenes(num_images, generator, canvas=canvas)
     depth, segments = world.render_depth(scenes[:num_maps]), world.render_segmentation(scenes[num_maps : 2 * num_maps])
     return torch.cat([depth, segments, world.render(scenes[2 * num_maps :])])
 
@@ -64,20 +77,23 @@ def toy_images(world: ToyWorld, num_images: int, generator: torch.Generator) -> 
 class ToyBatches:
     """`toy_images` as training data."""
 
-    def __init__(self, world: ToyWorld, batch_size: int, seed: int):
-        self.world, self.batch_size, self.seed = world, batch_size, seed
-        self.num_skipped = {}
+    def __init__(self, data: ToyData, batch_size: int, seed: int):
+        self.data, self.world = data, ToyWorld(data.difficulty)
+        self.batch_size, self.seed, self.num_skipped = batch_size, seed, {}
 
     def __call__(self, step: int, rows: range) -> Tensor:
-        return toy_images(self.world, self.batch_size, hashed_generator(self.seed, step))[rows.start : rows.stop]
+        generator = hashed_generator(self.seed, step)
+        canvas = self.data.canvas(generator)
+        return toy_images(self.world, self.batch_size, generator, canvas)[rows.start : rows.stop]
 
 
 class ToyHeldOut:
-    """Scenes that the toy world never shows in training, the same at every step."""
+    """Scenes of the first canvas that the toy world never shows in training, the same at every step."""
 
-    def __init__(self, world: ToyWorld, num_images: int, seed: int):
-        self.world, self.num_skipped = world, {}
-        self.scenes = world.sample_scenes(num_images, hashed_generator(seed, 0), split="test")
+    def __init__(self, data: ToyData, num_images: int, seed: int):
+        self.world, self.num_skipped = ToyWorld(data.difficulty), {}
+        generator = hashed_generator(seed, 0)
+        self.scenes = self.world.sample_scenes(num_images, generator, split="test", canvas=data.canvases[0])
 
     def __call__(self, step: int, rows: range) -> Tensor:
         return self.world.render(self.scenes[rows.start : rows.stop])
@@ -110,9 +126,10 @@ class ToyBundles(Dataset):
     def __getitem__(self, index: int) -> dict:
         step, micro_step = divmod(index, self.accumulation)
         generator = hashed_generator(self.seed, step)
+        canvas = self.data.canvas(generator)
         bundle, rows = {}, {}
         for task, count in self.stage.tasks.items():
-            samples = self.samples(task, generator)
+            samples = self.samples(task, generator, canvas)
             first = self.process_index + micro_step * self.num_processes
             mine = list(range(first, count, self.num_processes * self.accumulation))
             rows[task] = mine or [count]  # a blank one, so that every process runs the same forwards
@@ -124,16 +141,17 @@ class ToyBundles(Dataset):
         """Nothing: the step is all that a resumed run needs."""
         return {}
 
-    def samples(self, task: str, generator: torch.Generator) -> list[Sample]:
+    def samples(self, task: str, generator: torch.Generator, canvas: tuple[int, int] = CANVAS) -> list[Sample]:
         data, count = self.data, self.stage.tasks[task]
         if task == "generate":
             return self.language.generate_samples(
-                count, generator, max_objects=data.max_objects, drop_prompt=self.stage.drop_prompt
+                count, generator, max_objects=data.max_objects, drop_prompt=self.stage.drop_prompt, canvas=canvas
             )
         if task == "understand":
             return self.language.understand_samples(
-                count, generator, data.questions_per_image, max_objects=data.max_objects, weights=data.question_weights
-            )
+                count, generator, data.questions_per_image, max_objects=data.max_objects, canvas=canvas,
+                weights=data.question_weights,
+            )  # fmt: skip
         raise ValueError(
             f"{task=} of stage {self.stage.name!r} is not one that the toy world has: generate, understand."
         )

@@ -55,10 +55,10 @@ def plural(name: str) -> str:
     return f"{head} {last}".strip()
 
 
-def place_of(center: tuple[int, int]) -> str:
-    """Where an object with this center (x, y) stands, in words."""
-    third = CANVAS // 8
-    column, row = (0 if c < CANVAS // 2 - third else 2 if c > CANVAS // 2 + third else 1 for c in center)
+def place_of(center: tuple[int, int], canvas: tuple[int, int] = CANVAS) -> str:
+    """Where an object with this center (x, y) on a canvas (height, width) is, in words."""
+    shares = (at / side for at, side in zip(center, reversed(canvas)))
+    column, row = (0 if share < 3 / 8 else 2 if share > 5 / 8 else 1 for share in shares)
     if row == column == 1:
         return "in the middle"
     if row == 1:
@@ -84,6 +84,7 @@ class ToyLanguage:
         *,
         split: str = "train",
         categories: tuple[str, ...] = CATEGORIES,
+        canvas: tuple[int, int] = CANVAS,
     ) -> tuple[list[Prompt], Scenes]:
         """Prompts of one split, and for each a scene that fulfils it; given the prompt only the background is open."""
         check_split(split)
@@ -95,9 +96,9 @@ class ToyLanguage:
             prompt, is_test = self._propose_prompt(rng.choice(categories), rng)
             if is_test == (split == "test"):
                 prompts.append(prompt)
-        scenes = self.scenes_of(prompts, generator)
+        scenes = self.scenes_of(prompts, generator, canvas)
         while split == "train" and (held_out := self.world.is_test(scenes)).any():  # as pictures of the other task
-            scenes = self.scenes_of(prompts, generator).where(held_out, scenes)
+            scenes = self.scenes_of(prompts, generator, canvas).where(held_out, scenes)
         return prompts, scenes
 
     def _propose_prompt(self, category: str, rng: random.Random) -> tuple[Prompt, bool]:
@@ -132,11 +133,12 @@ class ToyLanguage:
     def _differ_in_color_and_shape(self, first: int, second: int) -> bool:
         return all(a != b for a, b in zip(self.world.names[first].split(), self.world.names[second].split()))
 
-    def scenes_of(self, prompts: list[Prompt], generator: torch.Generator) -> Scenes:
+    def scenes_of(self, prompts: list[Prompt], generator: torch.Generator, canvas: tuple[int, int] = CANVAS) -> Scenes:
         """Near objects in the layout that the prompts ask for."""
         objects = torch.tensor([[*prompt.objects, *[-1] * (MAX_OBJECTS - len(prompt.objects))] for prompt in prompts])
         is_column = torch.tensor([prompt.relation in ("above", "below") for prompt in prompts])
-        return self.world.arrange(objects, is_column, torch.full(objects.shape, NEAR), generator)
+        distances = torch.full(objects.shape, NEAR)
+        return self.world.arrange(objects, is_column, distances, generator, canvas=canvas)
 
     # Questions
 
@@ -170,7 +172,7 @@ class ToyLanguage:
         The name comes first, so that its distance and place must be looked up by it.
         """
         parts = [
-            f"{with_article(name)} {'near' if distance == NEAR else 'far'} {place_of(center)}"
+            f"{with_article(name)} {'near' if distance == NEAR else 'far'} {place_of(center, scene.canvas)}"
             for name, distance, center in zip(scene.names, scene.distances, scene.centers)
         ]
         rng.shuffle(parts)
@@ -209,9 +211,8 @@ class ToyLanguage:
         return Question("exist", f"is there {with_article(name)}?", "yes" if name in scene.names else "no")
 
     def _ask_place(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
-        return self._ask_of_one(
-            "place", "where is the {}?", [place_of(center) for center in scene.centers], scene, rng
-        )
+        places = [place_of(center, scene.canvas) for center in scene.centers]
+        return self._ask_of_one("place", "where is the {}?", places, scene, rng)
 
     def _ask_distance(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
         answers = ["near" if distance == NEAR else "far" for distance in scene.distances]
@@ -259,10 +260,13 @@ class ToyLanguage:
         max_objects: int = MAX_OBJECTS,
         drop_prompt: float = 0.0,
         split: str = "train",
+        canvas: tuple[int, int] = CANVAS,
     ) -> list[Sample]:
         """Text to image; the prompt is empty with probability `drop_prompt`."""
         categories = CATEGORIES if max_objects > 1 else ("single_object", "colors")
-        prompts, scenes = self.sample_prompts(num_samples, generator, split=split, categories=categories)
+        prompts, scenes = self.sample_prompts(
+            num_samples, generator, split=split, categories=categories, canvas=canvas
+        )
         is_dropped = torch.rand(num_samples, generator=generator) < drop_prompt
         return [
             _chat("generate", [("user", "" if dropped else prompt.text), ("assistant", image)])
@@ -278,13 +282,16 @@ class ToyLanguage:
         max_objects: int = MAX_OBJECTS,
         weights: dict[str, int] | None = None,
         split: str = "train",
+        canvas: tuple[int, int] = CANVAS,
     ) -> list[Sample]:
         """Conversations about one image each, of at most `questions_per_image` turns: nothing is asked twice.
 
         `weights` is as in `questions`, None all of `TRAINING_TYPES`; a scene that allows none of them is described. Half
         of the scenes are scattered, else the place of a lone object would be known unseen.
         """
-        scenes = self.world.sample_scenes(num_samples, generator, split=split, max_objects=max_objects, scattered=0.5)
+        scenes = self.world.sample_scenes(
+            num_samples, generator, split=split, max_objects=max_objects, scattered=0.5, canvas=canvas
+        )
         rng, samples = _random_from(generator), []
         weights = dict.fromkeys(TRAINING_TYPES, 1) if weights is None else weights
         for index, image in enumerate(self.world.render(scenes)):
@@ -327,6 +334,7 @@ class _SceneFacts:
     def __init__(self, world: ToyWorld, scenes: Scenes, index: int):
         objects = [i for i in scenes.objects[index].tolist() if i >= 0]
         self.names = [world.names[i] for i in objects]
+        self.canvas = scenes.canvas
         self.distances = scenes.distances[index].tolist()
         half = (scenes.sizes[index, :, None] // 2).expand(-1, 2)
         self.centers = (scenes.positions[index] + half).tolist()

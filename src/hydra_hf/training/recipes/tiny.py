@@ -21,7 +21,7 @@ from hydra_hf.toy.batches import ToyData
 from hydra_hf.toy.language import ToyLanguage
 from hydra_hf.toy.teacher import ToyTeacher
 from hydra_hf.toy.text_tokenizer import train_toy_tokenizer
-from hydra_hf.toy.world import ToyWorld
+from hydra_hf.toy.world import CANVASES, ToyWorld
 from hydra_hf.training.recipe import HydraRecipe, HydraStage, Recipe, TokenizerLossWeights, TokenizerStage
 
 
@@ -29,7 +29,7 @@ ATTENTION = "eager"  # torch 2.15's fused attention takes 5 to 20 times as long 
 
 
 def tokenizer_config() -> HydraTokConfig:
-    """2.9M parameters without decoder; 16 tokens of 64 channels for a 64 px picture."""
+    """A preset in small: 2.9M parameters without decoder; 16 tokens of 64 channels for a 64 px picture."""
     return HydraTokConfig(
         hidden_size=192,
         num_gen_layers=3,
@@ -38,10 +38,6 @@ def tokenizer_config() -> HydraTokConfig:
         intermediate_size=576,
         image_size=64,
         patch_size=16,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-        use_cls_token=False,
-        layer_scale_init_value=None,
     )
 
 
@@ -49,7 +45,7 @@ def tokenizer() -> Recipe:
     """Foundation with a regressing decoder, Sem-ViT after the toy teacher, then the flow decoder on the frozen encoder."""
     foundation = TokenizerStage(
         name="foundation",
-        data=ToyData(),
+        data=ToyData(canvases=CANVASES),
         held_out=ToyData(is_held_out=True),
         num_steps=3000,
         batch_size=32,
@@ -73,7 +69,7 @@ def tokenizer() -> Recipe:
     )
     decoder = TokenizerStage(
         name="decoder",
-        data=ToyData(),
+        data=ToyData(canvases=CANVASES),
         held_out=ToyData(is_held_out=True),
         num_steps=6000,
         batch_size=32,
@@ -85,7 +81,6 @@ def tokenizer() -> Recipe:
             num_flow_layers=4,
             num_attention_heads=6,
             intermediate_size=576,
-            layer_scale_init_value=None,
             patch_size=16,
             prediction_type="sample",
             num_inference_steps=4,
