@@ -27,6 +27,7 @@ class ToyData:
             often the larger it is, since a step takes as many pictures of any.
         questions_per_image: at most so many turns about one picture.
         question_weights: type -> how often it is asked; None is every type alike.
+        unknown_share: so many prompts have a word that nobody knows, and a picture of known things.
         is_held_out: pictures that training never shows, the same at every step.
     """
 
@@ -35,6 +36,7 @@ class ToyData:
     max_objects: int = 4
     questions_per_image: int = 4
     question_weights: dict[str, int] | None = None
+    unknown_share: float = 0.0
     is_held_out: bool = False
     is_streaming: ClassVar[bool] = False
 
@@ -145,8 +147,9 @@ class ToyBundles(Dataset):
         data, count = self.data, self.stage.tasks[task]
         if task == "generate":
             return self.language.generate_samples(
-                count, generator, max_objects=data.max_objects, drop_prompt=self.stage.drop_prompt, canvas=canvas
-            )
+                count, generator, max_objects=data.max_objects, drop_prompt=self.stage.drop_prompt,
+                unknown_share=data.unknown_share, canvas=canvas,
+            )  # fmt: skip
         if task == "understand":
             return self.language.understand_samples(
                 count, generator, data.questions_per_image, max_objects=data.max_objects, canvas=canvas,
