@@ -26,7 +26,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from hydra_hf.files import write_text
-    from hydra_hf.toy.evaluation import evaluate_generation, evaluate_reconstruction, evaluate_understanding
+    from hydra_hf.toy.evaluation import (
+        evaluate_generation,
+        evaluate_phrasing,
+        evaluate_reconstruction,
+        evaluate_sizes,
+        evaluate_understanding,
+    )
     from hydra_hf.toy.language import ToyLanguage
     from hydra_hf.toy.world import ToyWorld
 
@@ -39,11 +45,15 @@ def run(options: argparse.Namespace) -> None:
     language, seed = ToyLanguage(ToyWorld(options.difficulty)), options.seed
     scores = {
         **evaluate_generation(pipeline, language, options.prompts_per_category, seed),
+        **(evaluate_phrasing(pipeline, language, options.prompts_per_kind, seed) if options.prompts_per_kind else {}),
+        **(evaluate_sizes(pipeline, language, options.prompts_per_size, seed) if options.prompts_per_size else {}),
         **evaluate_understanding(pipeline.model, pipeline.processor, language, options.num_questions, seed),
         **evaluate_reconstruction(pipeline.model.model.vision_tower, language, options.num_scenes, seed),
         "seed": seed,
         "difficulty": options.difficulty,
         "prompts_per_category": options.prompts_per_category,
+        "prompts_per_kind": options.prompts_per_kind,
+        "prompts_per_size": options.prompts_per_size,
         "num_questions": options.num_questions,
         "num_scenes": options.num_scenes,
     }

@@ -6,7 +6,7 @@ example: hydra generate "a cat" --out cat.png --seed 1
 import argparse
 from pathlib import Path
 
-from .common import add_model, check_ending, load_pipeline, save_image
+from .common import add_model, check_ending, load_pipeline, save_image, tell_unknown_words
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -25,7 +25,9 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     check_ending(options.out)
-    image = load_pipeline(options.model)(
+    pipeline = load_pipeline(options.model)
+    tell_unknown_words(pipeline.processor, options.prompt)
+    image = pipeline(
         options.prompt,
         negative_prompt=options.negative_prompt,
         height=options.height,

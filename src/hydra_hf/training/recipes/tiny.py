@@ -82,8 +82,6 @@ def tokenizer() -> Recipe:
             num_attention_heads=6,
             intermediate_size=576,
             patch_size=16,
-            prediction_type="sample",
-            num_inference_steps=4,
         ),
         loss_weights=TokenizerLossWeights(kl=0.0, cosine=0.0),
     )
@@ -96,7 +94,7 @@ def tokenizer() -> Recipe:
 
 
 def hydra_config(vision_config: HydraTokConfig, tokenizer) -> HydraConfig:
-    """A Qwen2 of 6 layers over a tokenizer of the toy world's words."""
+    """`HydraConfig.hydra_1_5b` in small: a Qwen2 of 6 layers over the toy world's words."""
     image_token_id, start_id, end_id = tokenizer.convert_tokens_to_ids(
         ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"]
     )
@@ -110,6 +108,7 @@ def hydra_config(vision_config: HydraTokConfig, tokenizer) -> HydraConfig:
             num_attention_heads=8,
             num_key_value_heads=4,
             max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -117,11 +116,8 @@ def hydra_config(vision_config: HydraTokConfig, tokenizer) -> HydraConfig:
         ),
         vision_config=vision_config,
         vision_head_config=VisionHeadConfig(
-            hidden_size=256, num_hidden_layers=2, num_attention_heads=8, intermediate_size=768, use_latent_skip=True
+            hidden_size=256, num_hidden_layers=2, num_attention_heads=8, intermediate_size=768
         ),
-        projector_position_period=2,
-        sigma_shift=3.3,
-        sigma_logit_std=1.6,
         null_prompt_ids=tokenizer(null_prompt).input_ids,
         image_token_id=image_token_id,
         vision_start_token_id=start_id,
@@ -129,10 +125,10 @@ def hydra_config(vision_config: HydraTokConfig, tokenizer) -> HydraConfig:
     )
 
 
-def processor(vision_config: HydraTokConfig, tokenizer) -> HydraProcessor:
+def processor(vision_config: HydraTokConfig, tokenizer, known_words: frozenset[str]) -> HydraProcessor:
     size, patch_size = vision_config.image_size, vision_config.patch_size
     image_processor = HydraImageProcessor(size={"height": size, "width": size}, patch_size=patch_size)
-    return HydraProcessor(image_processor, tokenizer, patch_size=patch_size)
+    return HydraProcessor(image_processor, tokenizer, patch_size=patch_size, known_words=sorted(known_words))
 
 
 def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
@@ -143,11 +139,12 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     things: among descriptions, whose order is chance, it does not learn that. Sem-ViT, which knows the words from its
     teacher, follows at a tenth of the rate once drawing begins. Stage III is mostly questions.
     """
-    text_tokenizer = train_toy_tokenizer(ToyLanguage(ToyWorld(difficulty=1)).corpus())
+    language = ToyLanguage(ToyWorld(difficulty=1))
+    text_tokenizer = train_toy_tokenizer(language.corpus())
     vision_config = HydraTokConfig.from_pretrained(tokenizer)
     heads = {"vision_head": 1e-3, "model.multi_modal_projector": 1e-3, "model.time_embedding": 1e-3}
-    language = {**heads, "model.language_model": 1e-3}
-    everything = {**language, "model.vision_tower.sem_vit": 1e-4,
+    language_model = {**heads, "model.language_model": 1e-3}
+    everything = {**language_model, "model.vision_tower.sem_vit": 1e-4,
                   "model.vision_tower.bottleneck.semantic_up_proj": 1e-4}  # fmt: skip
     stage1 = HydraStage(
         name="stage1",
@@ -159,7 +156,7 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
         data=ToyData(max_objects=1, questions_per_image=1, question_weights={"describe": 1}),
     )
     describe = replace(
-        stage1, name="stage2_describe", num_steps=400, tasks={"understand": 64, "generate": 4}, learning_rates=language,
+        stage1, name="stage2_describe", num_steps=400, tasks={"understand": 64, "generate": 4}, learning_rates=language_model,
         decay_share=0.3, data=replace(stage1.data, max_objects=4),
     )  # fmt: skip
     find = replace(
@@ -170,7 +167,9 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
                  "distance": 1, "describe": 1}  # fmt: skip
     stage2 = replace(
         find, name="stage2", num_steps=700, tasks={"understand": 24, "generate": 24}, learning_rates=everything,
-        data=replace(find.data, question_weights=questions),
+        data=ToyData(
+            canvases=CANVASES, questions_per_image=6, question_weights=questions, unknown_share=0.05
+        ),
     )  # fmt: skip
     stage3 = replace(stage2, name="stage3", num_steps=700, tasks={"understand": 32, "generate": 12}, decay_share=0.7)
     return HydraRecipe(
@@ -181,5 +180,5 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
         save_every=200,
         sample_every=500,
         tokenizer=tokenizer,
-        processor=processor(vision_config, text_tokenizer),
+        processor=processor(vision_config, text_tokenizer, language.known_words),
     )
