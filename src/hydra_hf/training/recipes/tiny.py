@@ -71,7 +71,7 @@ def tokenizer() -> Recipe:
         name="decoder",
         data=ToyData(canvases=CANVASES),
         held_out=ToyData(is_held_out=True),
-        num_steps=6000,
+        num_steps=3000,
         batch_size=32,
         learning_rates={"model.pixel_decoder": 1e-3, "model.bottleneck.decoder_up_proj": 1e-3},
         muon_scale=3.0,
@@ -137,7 +137,8 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     The language model starts from nothing, so stage I is short and stage II has to teach it to look. Descriptions come
     first, for the words; then only questions of the place and distance of one thing by its name, which make it find
     things: among descriptions, whose order is chance, it does not learn that. Sem-ViT, which knows the words from its
-    teacher, follows at a tenth of the rate once drawing begins. Stage III is mostly questions.
+    teacher, follows at a tenth of the rate once drawing begins. Other canvases than 64 px come with it. Stage III is mostly
+    questions.
     """
     language = ToyLanguage(ToyWorld(difficulty=1))
     text_tokenizer = train_toy_tokenizer(language.corpus())
@@ -166,12 +167,12 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     questions = {"what": 2, "color": 2, "count": 2, "exist": 2, "horizontal": 3, "vertical": 3, "nearer": 3, "place": 2,
                  "distance": 1, "describe": 1}  # fmt: skip
     stage2 = replace(
-        find, name="stage2", num_steps=700, tasks={"understand": 24, "generate": 24}, learning_rates=everything,
+        find, name="stage2", num_steps=1500, tasks={"understand": 20, "generate": 28}, learning_rates=everything,
         data=ToyData(
             canvases=CANVASES, questions_per_image=6, question_weights=questions, unknown_share=0.05
         ),
     )  # fmt: skip
-    stage3 = replace(stage2, name="stage3", num_steps=700, tasks={"understand": 32, "generate": 12}, decay_share=0.7)
+    stage3 = replace(stage2, name="stage3", num_steps=1400, tasks={"understand": 28, "generate": 16}, decay_share=0.7)
     return HydraRecipe(
         name="tiny.hydra",
         config=hydra_config(vision_config, text_tokenizer),
