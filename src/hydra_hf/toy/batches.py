@@ -48,22 +48,25 @@ class ToyData:
 
     def images(self, image_size: int, batch_size: int, seed: int) -> Batches:
         """Pictures to train a vision tower on, or to measure it on."""
-        return ToyHeldOut(self, batch_size, seed) if self.is_held_out else ToyBatches(self, batch_size, seed)
-
-    def canvas(self, generator: torch.Generator) -> tuple[int, int]:
-        """The canvas of a step."""
-        if len(self.canvases) == 1:
-            return self.canvases[0]
-        areas = torch.tensor([height * width for height, width in self.canvases], dtype=torch.float32)
-        weights = areas.reciprocal()
-        weights[0] = weights[1:].sum()
-        return self.canvases[int(torch.multinomial(weights, 1, generator=generator))]
+        world = ToyWorld(self.difficulty)
+        if self.is_held_out:
+            return ToyHeldOut(world, batch_size, seed)
+        return ToyBatches(world, batch_size, seed, self.canvases)
 
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
         """Held-out prompts to draw while training."""
         generator = hashed_generator(seed, 0)
         prompts, _ = ToyLanguage(ToyWorld(self.difficulty)).sample_prompts(24, generator, split="test")
         return tuple(prompt.text for prompt in prompts)
+
+
+def choose_canvas(canvases: tuple[tuple[int, int], ...], generator: torch.Generator) -> tuple[int, int]:
+    """The canvas of a step, see `ToyData`."""
+    if len(canvases) == 1:
+        return canvases[0]
+    weights = torch.tensor([1 / (height * width) for height, width in canvases])
+    weights[0] = weights[1:].sum()
+    return canvases[int(torch.multinomial(weights, 1, generator=generator))]
 
 
 def toy_images(
@@ -79,23 +82,22 @@ def toy_images(
 class ToyBatches:
     """`toy_images` as training data."""
 
-    def __init__(self, data: ToyData, batch_size: int, seed: int):
-        self.data, self.world = data, ToyWorld(data.difficulty)
-        self.batch_size, self.seed, self.num_skipped = batch_size, seed, {}
+    def __init__(self, world: ToyWorld, batch_size: int, seed: int, canvases: tuple[tuple[int, int], ...] = (CANVAS,)):
+        self.world, self.batch_size, self.seed, self.canvases = world, batch_size, seed, canvases
+        self.num_skipped = {}
 
     def __call__(self, step: int, rows: range) -> Tensor:
         generator = hashed_generator(self.seed, step)
-        canvas = self.data.canvas(generator)
+        canvas = choose_canvas(self.canvases, generator)
         return toy_images(self.world, self.batch_size, generator, canvas)[rows.start : rows.stop]
 
 
 class ToyHeldOut:
-    """Scenes of the first canvas that the toy world never shows in training, the same at every step."""
+    """Scenes that the toy world never shows in training, the same at every step."""
 
-    def __init__(self, data: ToyData, num_images: int, seed: int):
-        self.world, self.num_skipped = ToyWorld(data.difficulty), {}
-        generator = hashed_generator(seed, 0)
-        self.scenes = self.world.sample_scenes(num_images, generator, split="test", canvas=data.canvases[0])
+    def __init__(self, world: ToyWorld, num_images: int, seed: int):
+        self.world, self.num_skipped = world, {}
+        self.scenes = world.sample_scenes(num_images, hashed_generator(seed, 0), split="test")
 
     def __call__(self, step: int, rows: range) -> Tensor:
         return self.world.render(self.scenes[rows.start : rows.stop])
@@ -128,7 +130,7 @@ class ToyBundles(Dataset):
     def __getitem__(self, index: int) -> dict:
         step, micro_step = divmod(index, self.accumulation)
         generator = hashed_generator(self.seed, step)
-        canvas = self.data.canvas(generator)
+        canvas = choose_canvas(self.data.canvases, generator)
         bundle, rows = {}, {}
         for task, count in self.stage.tasks.items():
             samples = self.samples(task, generator, canvas)
