@@ -167,12 +167,12 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     questions = {"what": 2, "color": 2, "count": 2, "exist": 2, "horizontal": 3, "vertical": 3, "nearer": 3, "place": 2,
                  "distance": 1, "describe": 1}  # fmt: skip
     stage2 = replace(
-        find, name="stage2", num_steps=1500, tasks={"understand": 20, "generate": 28}, learning_rates=everything,
+        find, name="stage2", num_steps=800, tasks={"understand": 20, "generate": 28}, learning_rates=everything,
         data=ToyData(
             canvases=CANVASES, questions_per_image=6, question_weights=questions, unknown_share=0.05
         ),
     )  # fmt: skip
-    stage3 = replace(stage2, name="stage3", num_steps=1400, tasks={"understand": 28, "generate": 16}, decay_share=0.7)
+    stage3 = replace(stage2, name="stage3", num_steps=800, tasks={"understand": 28, "generate": 16}, decay_share=0.7)
     return HydraRecipe(
         name="tiny.hydra",
         config=hydra_config(vision_config, text_tokenizer),
