@@ -20,6 +20,7 @@ import hydra_hf
 from hydra_hf import HydraForConditionalGeneration, HydraTokModel
 from hydra_hf.data.collate import collate
 from hydra_hf.modeling.flow import add_noise, velocity_target
+from hydra_hf.modeling.grid import image_grids, per_token
 from hydra_hf.toy.batches import ToyData
 from hydra_hf.toy.language import ToyLanguage
 from hydra_hf.toy.world import ToyWorld
@@ -34,6 +35,18 @@ STAGE1 = {
     "model.vision_tower.sem_vit": 3e-4,
 }  # fmt: skip
 RATES = {"stage1": STAGE1, "stage2": {**STAGE1, "model.language_model": 1e-3}}
+
+
+def make_tower(use_sem_positions: bool) -> HydraTokModel:
+    """The embedded checkpoint's, with positions at their first value, zero, or without."""
+    embedded = HydraTokModel.from_pretrained(hydra_hf.TINY, subfolder="model")
+    embedded.config.use_sem_positions = use_sem_positions
+    tower = HydraTokModel(embedded.config)
+    tower.load_state_dict(embedded.state_dict(), strict=False)
+    if use_sem_positions:
+        for parameter in tower.sem_vit.position_proj.parameters():
+            parameter.data.zero_()
+    return tower
 
 
 def recipe_of(tower: Path, stage: str, use_latent_skip: bool, num_steps: int, seed: int) -> HydraRecipe:
@@ -54,18 +67,15 @@ def flow_losses(model: HydraForConditionalGeneration, processor, num_prompts: in
     generator = torch.Generator().manual_seed(0)
     samples = ToyLanguage(ToyWorld()).generate_samples(num_prompts, generator, split="test")
     batch = collate(samples, processor)
-    batch = {
-        name: batch[name]
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "is_generated", "pixel_values")
-    }
-    latents = model.encode_images(batch.pop("pixel_values"))
+    batch.pop("labels")
+    latents = model.encode_images(batch.pop("pixel_values"), batch["image_grid_thw"])  # packed
+    grids = image_grids(batch["image_grid_thw"])
     noise = torch.randn(latents.shape, generator=generator)
     target, losses = velocity_target(latents, noise), []
     for level in SIGMAS:
         sigma = torch.full((num_prompts,), level)
-        outputs = model(
-            **batch, latents=add_noise(latents, noise, sigma), sigma=sigma, velocity_target=target, logits_to_keep=1
-        )
+        noisy_latents = add_noise(latents, noise, per_token(sigma, grids))
+        outputs = model(**batch, latents=noisy_latents, sigma=sigma, velocity_target=target, logits_to_keep=1)
         losses.append(outputs.flow_loss.item())
     return losses, [target.square().mean().item()] * len(SIGMAS)
 
@@ -83,9 +93,7 @@ def main() -> None:
     for stage, seed, skip, positions in product(options.stages, options.seeds, (False, True), (False, True)):
         with tempfile.TemporaryDirectory() as folder:
             tower = Path(folder) / "tower"
-            HydraTokModel.from_pretrained(
-                hydra_hf.TINY, subfolder="model", use_sem_positions=positions
-            ).save_pretrained(tower)
+            make_tower(positions).save_pretrained(tower)
             recipe = recipe_of(tower, stage, skip, options.num_steps, seed)
             model = HydraForConditionalGeneration.from_pretrained(
                 train_hydra(recipe, Path(folder) / "run"), subfolder="model"
