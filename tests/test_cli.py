@@ -85,6 +85,13 @@ def test_one_seed_draws_one_picture(model, tmp_path):
     assert first != other
 
 
+def test_words_that_the_model_does_not_know_are_named_in_one_line(model, tmp_path, capsys):
+    main(["generate", "a Zeppelin and a cat, please", "--model", model, "--out", str(tmp_path / "a.png")])
+    assert capsys.readouterr().err == "words that this model does not know: zeppelin\n"
+    main(["ask", str(tmp_path / "a.png"), "is there a cat?", "--model", model])
+    assert capsys.readouterr().err == ""
+
+
 def test_generate_draws_other_sizes(model, tmp_path):
     out = tmp_path / "wide.jpg"
     arguments = ["--height", "32", "--width", "80", "--num_inference_steps", "1"]

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import hydra_hf
-from hydra_hf import HydraForConditionalGeneration, HydraPipeline
+from hydra_hf import HydraConfig, HydraForConditionalGeneration, HydraPipeline
 from hydra_hf.toy.checker import ToyChecker
 from hydra_hf.toy.evaluation import evaluate_reconstruction, evaluate_understanding
 from hydra_hf.toy.language import CATEGORIES, QUESTION_TYPES, Prompt, ToyLanguage
 from hydra_hf.toy.world import ToyWorld
+from hydra_hf.training.recipes import tiny
+from toy_models import toy_tokenizer
 
 
 TINY = Path(hydra_hf.TINY)
@@ -27,6 +29,33 @@ def pipeline() -> HydraPipeline:
 @pytest.fixture(scope="module")
 def language() -> ToyLanguage:
     return ToyLanguage(ToyWorld(difficulty=1))
+
+
+SIZE_FIELDS = {
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "layer_types",
+    "num_gen_layers", "num_sem_layers", "num_global_layers", "num_flow_layers", "image_size", "patch_size",
+    "max_position_embeddings", "max_window_layers", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id",
+    "image_token_id", "vision_start_token_id", "vision_end_token_id", "null_prompt_ids",
+}  # fmt: skip
+
+
+def different_fields(ours: dict, theirs: dict) -> set[str]:
+    """Names of the fields, at any depth, whose values differ."""
+    names = set()
+    for name in ours.keys() | theirs.keys():
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names |= different_fields(a, b)
+        elif a != b:
+            names.add(name)
+    return names
+
+
+def test_its_recipe_makes_a_preset_that_differs_in_sizes_only():
+    vision_config = tiny.tokenizer_config()
+    vision_config.decoder_config = tiny.tokenizer().stages[-1].decoder_config
+    config = tiny.hydra_config(vision_config, toy_tokenizer())
+    assert different_fields(config.to_dict(), HydraConfig.hydra_1_5b().to_dict()) <= SIZE_FIELDS
 
 
 def test_it_is_small_and_holds_no_pickle():

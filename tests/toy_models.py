@@ -27,7 +27,7 @@ SIZES = {
     "patch_size": 16,
     "initializer_range": 0.1,
 }
-FLOW_DECODER = PixelFlowDecoderConfig(num_global_layers=1, num_flow_layers=1, prediction_type="sample", **SIZES)
+FLOW_DECODER = PixelFlowDecoderConfig(num_global_layers=1, num_flow_layers=1, **SIZES)
 TOK_CONFIG = HydraTokConfig(
     num_gen_layers=1, num_sem_layers=1, image_size=64, latent_channels=4, decoder_config=FLOW_DECODER, **SIZES
 )
@@ -48,12 +48,12 @@ def toy_config() -> HydraConfig:
     config["text_config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                               "num_key_value_heads": 2, "layer_types": None, "initializer_range": 0.1}  # fmt: skip
     head = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config["vision_head_config"] = VisionHeadConfig(**head, use_latent_skip=True).to_dict()
+    config["vision_head_config"] = VisionHeadConfig(**head).to_dict()
     return HydraConfig.from_dict({**config, "initializer_range": 0.1})
 
 
 def toy_processor():
-    return tiny.processor(TOK_CONFIG, toy_tokenizer())
+    return tiny.processor(TOK_CONFIG, toy_tokenizer(), toy_language().known_words)
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import gaussian
 
+from hydra_hf.modeling import HydraConfig
 from hydra_hf.modeling.flow import (
     add_noise,
     euler_step,
@@ -88,10 +90,34 @@ def test_shift_keeps_the_ends_and_moves_the_middle_towards_noise():
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "channels", "expected"), [(1024, 64, 4.0), (256, 64, 2.0), (4, 6, 1.0), (16_384, 64, 8.0)]
+    ("num_tokens", "channels", "expected"), [(1024, 64, 4.0), (256, 64, 3.0), (4, 6, 3.0), (16_384, 64, 8.0)]
 )
-def test_resolution_shift_is_the_root_of_the_latent_size_between_1_and_8(num_tokens, channels, expected):
+def test_resolution_shift_is_the_root_of_the_latent_size_between_3_and_8(num_tokens, channels, expected):
     assert resolution_shift(num_tokens * channels) == expected
+
+
+def training_share_above(sigma: float, shift: float, logit_std: float) -> float:
+    """How often a logit-normal level, shifted, is above `sigma`; in closed form."""
+    unshifted = sigma / (shift - (shift - 1) * sigma)
+    return 1 - NormalDist().cdf(math.log(unshifted / (1 - unshifted)) / logit_std)
+
+
+@pytest.mark.parametrize("image_size", [256, 448, 896])
+def test_the_samplers_first_steps_are_trained_for(image_size):
+    """The first five of 50 steps, one in ten, are where an image's layout is decided; a spread of 1 hardly sees them."""
+    config = HydraConfig.hydra_1_5b()
+    tower = config.vision_config
+    shift = resolution_shift((image_size // tower.patch_size) ** 2 * tower.latent_channels)
+    first, second, *_, fifth = inference_sigmas(50, shift)[:5].tolist()
+    share = {sigma: training_share_above(sigma, shift, config.sigma_logit_std) for sigma in (second, fifth)}
+    assert first == 1
+    assert share[second] > 0.005
+    assert share[fifth] > 0.06
+    assert training_share_above(fifth, shift, logit_std=1.0) < 0.01
+    drawn = sample_sigma(
+        20_000, shift=shift, logit_std=config.sigma_logit_std, generator=torch.Generator().manual_seed(0)
+    )
+    assert (drawn >= fifth).float().mean().item() == pytest.approx(share[fifth], rel=0.1)
 
 
 @pytest.mark.parametrize("shift", [1.0, 4.0])

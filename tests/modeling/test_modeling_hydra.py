@@ -1018,9 +1018,9 @@ PRESETS = {
             "model.multi_modal_projector": 1_576_448,
             "model.time_embedding": 2_755_584,
             "model.language_model": 1_543_714_304,
-            "vision_head": 179_902_016,
+            "vision_head": 180_001_856,
         },
-        2_176_614_668,
+        2_176_714_508,
     ),
     "hydra_7b": (
         {
@@ -1028,10 +1028,10 @@ PRESETS = {
             "model.multi_modal_projector": 3_675_648,
             "model.time_embedding": 13_769_728,
             "model.language_model": 7_070_619_136,
-            "vision_head": 183_051_840,
+            "vision_head": 183_151_680,
             "lm_head": 544_997_376,
         },
-        8_264_780_044,
+        8_264_879_884,
     ),
 }
 

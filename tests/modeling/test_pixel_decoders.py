@@ -59,7 +59,9 @@ def test_the_flow_decoder_has_the_parameters_of_the_paper(size, expected):
 
 
 def test_a_fresh_flow_decoder_predicts_zero():
-    decoder = flow_decoder()
+    """Zero velocity, and by default zero pixels: the noise is all that it wants to lose."""
+    assert not flow_decoder().decode(STATES, GRID, noise=NOISE, num_inference_steps=1).any()
+    decoder = flow_decoder(prediction_type="velocity")
     sigma = torch.tensor([0.3, 1.0])
     assert not decoder(NOISE, sigma, decoder.get_conditions(STATES, GRIDS)).any()
     assert torch.equal(decoder.decode(STATES, GRIDS, noise=NOISE), NOISE)
@@ -99,7 +101,7 @@ def test_the_condition_of_one_patch_reaches_every_patch():
 
 def test_a_sample_prediction_is_read_as_the_clean_pixels():
     sample = randomized(flow_decoder(prediction_type="sample"))
-    velocity = PixelFlowDecoder(flow_decoder_config()).eval()
+    velocity = PixelFlowDecoder(flow_decoder_config(prediction_type="velocity")).eval()
     velocity.config._attn_implementation = "sdpa"
     velocity.load_state_dict(sample.state_dict())
     sigma = torch.tensor([0.4, 1.0])

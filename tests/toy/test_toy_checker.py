@@ -7,7 +7,7 @@ import torch
 
 from hydra_hf.toy.checker import ToyChecker
 from hydra_hf.toy.language import CATEGORIES, ToyLanguage
-from hydra_hf.toy.world import LAYOUTS, ToyWorld
+from hydra_hf.toy.world import CANVAS, CANVASES, ToyWorld, places_on
 
 
 NUM_PROMPTS = 25
@@ -27,8 +27,8 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def prompts_of(world: ToyWorld, category: str):
-    return ToyLanguage(world).sample_prompts(NUM_PROMPTS, seeded(), categories=(category,))
+def prompts_of(world: ToyWorld, category: str, canvas: tuple[int, int] = CANVAS):
+    return ToyLanguage(world).sample_prompts(NUM_PROMPTS, seeded(), categories=(category,), canvas=canvas)
 
 
 def accepted(checker: ToyChecker, pictures, prompts) -> float:
@@ -46,6 +46,16 @@ def test_true_pictures_pass_also_blurred_or_noisy(world, checker, category):
     assert accepted(checker, blurred, prompts) >= 0.95
 
 
+@pytest.mark.parametrize("canvas", [(48, 48), (48, 80), (128, 64), (96, 112), (128, 128)])
+def test_true_pictures_of_any_canvas_pass_and_those_of_other_prompts_do_not(world, checker, canvas):
+    assert canvas in CANVASES
+    for category in ("counting", "position"):
+        prompts, scenes = prompts_of(world, category, canvas)
+        pictures = world.render(scenes) + 0.1 * torch.randn(NUM_PROMPTS, 3, *canvas, generator=seeded())
+        assert accepted(checker, pictures, prompts) >= 0.95
+        assert accepted(checker, pictures, [*prompts[1:], prompts[0]]) <= 0.04
+
+
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_replaced_removed_and_added_objects_are_rejected(world, checker, category):
     prompts, scenes = prompts_of(world, category)
@@ -56,7 +66,7 @@ def test_replaced_removed_and_added_objects_are_rejected(world, checker, categor
     has_room = added[:, 3] < 0
     slots = (added >= 0).sum(1).clamp(max=3)
     added[has_room, slots[has_room]] = others[has_room]
-    four = torch.tensor(LAYOUTS["four"]).expand(NUM_PROMPTS, -1, -1)
+    four = places_on(CANVAS)[3].expand(NUM_PROMPTS, -1, -1)
     assert accepted(checker, world.render(replace(scenes, objects=replaced)), prompts) <= 0.02
     assert accepted(checker, world.render(replace(scenes, objects=removed)), prompts) <= 0.02
     crowded = world.render(replace(scenes, objects=added, positions=four))[has_room]
@@ -95,5 +105,7 @@ def test_objects_are_found_where_they_stand(world, checker):
 
 
 def test_picture_of_another_size_is_an_error(checker):
-    with pytest.raises(ValueError, match="64"):
+    with pytest.raises(ValueError, match="48 to 128"):
         checker.detect(torch.zeros(3, 32, 32))
+    with pytest.raises(ValueError, match="3, H, W"):
+        checker.detect(torch.zeros(1, 64, 64))

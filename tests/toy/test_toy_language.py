@@ -11,15 +11,13 @@ from hydra_hf.data.sample import Sample
 from hydra_hf.data.tasks import TASKS
 from hydra_hf.toy.language import (
     CATEGORIES,
-    NUMBERS,
     QUESTION_TYPES,
-    TEMPLATES,
     TRAINING_TYPES,
     ToyLanguage,
-    plural,
-    with_article,
+    place_of,
 )
-from hydra_hf.toy.world import Scenes, ToyWorld
+from hydra_hf.toy.phrasing import KINDS, NUMBERS, PHRASINGS, PLAIN, fits, plural, with_article
+from hydra_hf.toy.world import CANVASES, Scenes, ToyWorld, places_on, sprite_size
 
 
 PLACES = {
@@ -44,14 +42,14 @@ def things(world: ToyWorld, scenes: Scenes, index: int) -> list[tuple[str, float
     return [(world.names[o], float(p[0] + s / 2), float(p[1] + s / 2), float(d)) for o, p, s, d in rows if o >= 0]
 
 
-def place_of(x: float, y: float) -> str:
+def seen_place(x: float, y: float) -> str:
     column, row = (("first", "middle", "last")[1 + (at > 40) - (at < 24)] for at in (x, y))
     return PLACES[row, column]
 
 
 def described(answer: str, seen: list[tuple[str, float, float, float]]) -> str:
     """The parts of a true description in the order of `answer`, which is free."""
-    parts = [f"{with_article(name)} {'near' if d == 1 else 'far'} {place_of(x, y)}" for name, x, y, d in seen]
+    parts = [f"{with_article(name)} {'near' if d == 1 else 'far'} {seen_place(x, y)}" for name, x, y, d in seen]
     parts.sort(key=answer.find)
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
@@ -87,7 +85,7 @@ def recomputed_answer(question: str, answer: str, seen: list[tuple[str, float, f
     if match := re.fullmatch(r"is the (.+) near or far\?", question):
         return {1.0: "near", 2.0: "far"}[only(match[1])[3]]
     if match := re.fullmatch(r"where is the (.+)\?", question):
-        return place_of(*only(match[1])[1:3])
+        return seen_place(*only(match[1])[1:3])
     if question == "what do you see?":
         return described(answer, seen)
     match = re.fullmatch(r"which is nearer, the (.+) or the (.+)\?", question)
@@ -163,43 +161,113 @@ def test_every_bare_single_object_is_a_training_prompt(language):
     prompts, _ = language.sample_prompts(3000, seeded(), categories=("single_object", "colors"))
     assert {with_article(name) for name in language.world.names} <= {prompt.text for prompt in prompts}
     test, _ = language.sample_prompts(500, seeded(), split="test", categories=("single_object", "colors"))
-    assert not any(prompt.text.startswith(("a ", "an ")) and prompt.text.count(" ") < 3 and "plain" not in prompt.text
-                   and "picture" not in prompt.text for prompt in test)  # fmt: skip
+    assert not {with_article(name) for name in language.world.names} & {prompt.text.lower() for prompt in test}
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_scene_of_a_prompt_is_what_its_text_says(language, category, split):
-    prompts, scenes = language.sample_prompts(100, seeded(), split=split, categories=(category,))
-    pattern = re.compile("|".join(f"(?:{template.format('(.+)')})" for template in reversed(TEMPLATES)))
+    prompts, scenes = language.sample_prompts(100, seeded(), split=split, categories=(category,), phrasings=("plain",))
     for index, prompt in enumerate(prompts):
         assert prompt.category == category
-        phrase = next(group for group in pattern.fullmatch(prompt.text).groups() if group)
         seen = things(language.world, scenes, index)
         names = [name for name, *_ in seen]
         assert tuple(language.world.names.index(name) for name in names) == prompt.objects
         if category == "counting":
-            assert phrase == f"{NUMBERS[len(names)]} {plural(names[0])}"
+            assert prompt.text == f"{NUMBERS[len(names)]} {plural(names[0])}"
             assert len(set(names)) == 1
         elif category == "position":
-            first, second = re.split(" left of | right of | above | below ", phrase)
+            first, second = re.split(" left of | right of | above | below ", prompt.text)
             a, b = (next(thing for thing in seen if with_article(thing[0]) == name) for name in (first, second))
             truth = {"left of": a[1] < b[1], "right of": a[1] > b[1], "above": a[2] < b[2], "below": a[2] > b[2]}
             assert truth[prompt.relation]
-            assert f" {prompt.relation} " in phrase
+            assert f" {prompt.relation} " in prompt.text
         else:
-            assert phrase == " and ".join(with_article(name) for name in names)
+            assert prompt.text == " and ".join(with_article(name) for name in names)
     if category == "color_attribution":
         pairs = [[language.world.names[i].split() for i in prompt.objects] for prompt in prompts]
         assert all(a[0] != b[0] and a[1] != b[1] for a, b in pairs)
 
 
-def test_bare_phrase_is_about_half_of_the_prompts(language):
+def test_the_middle_of_the_layout_is_the_middle_in_words_on_every_canvas():
+    for canvas in CANVASES:
+        centers = (places_on(canvas) + sprite_size(canvas) // 2).tolist()
+        assert place_of(centers[0][0], canvas) == "in the middle"
+        assert [place_of(center, canvas) for center in centers[3]] == [
+            "top left",
+            "top right",
+            "bottom left",
+            "bottom right",
+        ]
+        assert [place_of(center, canvas) for center in centers[4][:2]] == ["at the top", "at the bottom"]
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]+", text.lower())
+
+
+def said_by(phrasing) -> str:
+    """One text with everything that a phrasing adds to the names."""
+    phrases = [phrasing.one("cat"), phrasing.several(2, "cat"), *phrasing.relations]
+    return " ".join(phrasing.text(phrase) for phrase in phrases)
+
+
+def test_there_are_ten_kinds_of_phrasing_and_none_says_in_training_what_is_held_out():
+    assert len(PHRASINGS) == 10
+    forms = [form for train, test in PHRASINGS.values() for form in (*train, *test)]
+    assert len(set(forms)) == len(forms)
+    known = {word for train, _ in PHRASINGS.values() for form in (PLAIN, *train) for word in words_of(said_by(form))}
+    for train, test in PHRASINGS.values():
+        assert len(train) >= 3 <= len(test) + 1
+        said = {form.text(form.one("cat")) + form.several(2, "cat") + str(form.relations) for form in train}
+        for form in test:
+            assert form.text(form.one("cat")) + form.several(2, "cat") + str(form.relations) not in said
+            assert set(words_of(said_by(form))) <= known, form  # single words are known
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_a_kind_are_in_its_forms_and_a_test_prompt_in_none_of_training(language, kind):
+    """Read back by pattern, from names alone."""
+    names = "|".join(sorted(map(re.escape, language.world.names), key=len, reverse=True))
+    plurals = "|".join(sorted((re.escape(plural(name)) for name in language.world.names), key=len, reverse=True))
+    hollow = re.compile(rf"\b(?:{plurals}|{names})\b", re.IGNORECASE)
+
+    def shapes(split: str) -> set[str]:
+        prompts, _ = language.sample_prompts(400, seeded(), split=split, phrasings=(kind,))
+        assert all(fits(kind, prompt.category) for prompt in prompts)
+        # the name of an object of which there is one after "a" or "an" says no more than the article does
+        return {re.sub(r"\b(an?|An?|AN?) \*", "a *", hollow.sub("*", prompt.text)) for prompt in prompts}
+
+    train, test = shapes("train"), shapes("test")
+    if kind == "plain":
+        assert test <= train
+    elif kind == "plural":  # two dog and two dogs are one shape
+        assert not {shape for shape in test if shape in train and not shape.startswith(tuple(NUMBERS))}
+    else:
+        assert not train & test
+
+
+def test_plain_captions_are_half_of_what_training_says(language):
     prompts, _ = language.sample_prompts(2000, seeded(), categories=("two_objects",))
-    dressed = sum(
-        prompt.text.startswith(("draw", "a picture")) or prompt.text.endswith("background") for prompt in prompts
-    )
-    assert 0.3 < dressed / len(prompts) < 0.5  # half of the time any template, the bare one among them
+    plain = [" and ".join(with_article(language.world.names[index]) for index in prompt.objects) for prompt in prompts]
+    assert 0.45 < sum(prompt.text == text for prompt, text in zip(prompts, plain)) / len(prompts) < 0.55
+
+
+def test_phrasings_that_fit_no_category_or_do_not_exist_are_errors(language):
+    with pytest.raises(ValueError, match="say nothing"):
+        language.sample_prompts(1, seeded(), phrasings=("relation",), categories=("counting",))
+    with pytest.raises(ValueError, match="rude"):
+        language.sample_prompts(1, seeded(), phrasings=("rude",))
+
+
+def test_a_word_that_nobody_knows_replaces_one_object_in_the_text_alone(language):
+    prompts, scenes = language.sample_prompts(300, seeded(), unknown_share=1.0)
+    for prompt, objects in zip(prompts, scenes.objects.tolist()):
+        unknown = [word for word in re.findall(r"\w+", prompt.text.lower()) if word not in language.known_words]
+        assert len(unknown) == 1
+        assert tuple(index for index in objects if index >= 0) == prompt.objects
+    known, _ = language.sample_prompts(300, seeded())
+    assert not {word for prompt in known for word in re.findall(r"\w+", prompt.text.lower())} - language.known_words
 
 
 @pytest.mark.parametrize(
@@ -214,10 +282,15 @@ def test_plurals_are_english(name, expected):
 def test_every_word_that_is_said_is_in_the_corpus():
     for difficulty in (1, 2):
         language = ToyLanguage(ToyWorld(difficulty))
-        known = set(re.findall(r"\w+|[^\w\s]", " ".join(language.corpus())))
+        known = set(re.findall(r"\w+|[^\w\s]", " ".join(language.corpus()).lower()))
         samples = language.generate_samples(400, seeded()) + language.understand_samples(200, seeded(), 4)
         parts = [part for sample in samples for message in sample.messages for part in message["content"]]
-        said = {word for part in parts if part["type"] == "text" for word in re.findall(r"\w+|[^\w\s]", part["text"])}
+        said = {
+            word
+            for part in parts
+            if part["type"] == "text"
+            for word in re.findall(r"\w+|[^\w\s]", part["text"].lower())
+        }
         assert said <= known
         assert language.corpus() == ToyLanguage(ToyWorld(difficulty)).corpus()
 

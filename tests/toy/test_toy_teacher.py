@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hydra_hf.toy.teacher import ToyTeacher
+from hydra_hf.modeling import HydraTokConfig
+from hydra_hf.toy.teacher import ToyTeacher, place_codes
 from hydra_hf.toy.world import ToyWorld
 from hydra_hf.training.teachers import load_teacher
 
@@ -14,8 +15,11 @@ def teacher():
 
 
 def states_of(teacher, pixel_values: torch.Tensor) -> torch.Tensor:
-    (states,) = teacher(pixel_values, (5,))
-    return states.unflatten(1, (4, 4))
+    """Of pixels in [-1, 1], which a teacher gets in the presets' statistics."""
+    config = HydraTokConfig()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.image_mean, config.image_std))
+    (states,) = teacher(((pixel_values + 1) / 2 - mean) / std, (5,))
+    return states.unflatten(1, (pixel_values.shape[-2] // 16, -1))
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +64,21 @@ def test_near_and_far_differ_and_the_name_does_not(teacher):
 def test_every_place_has_its_own_code(teacher):
     places = states_of(teacher, torch.zeros(1, 3, 64, 64))[0, ..., 128:].flatten(0, 1)
     assert (places @ places.T - 2 * torch.eye(16)).amax() < 0.95
+
+
+def test_a_place_is_a_share_of_the_picture():
+    """The middle token of 3, 5 or 7 in a row has one code, apart from the mean that each grid is freed of."""
+    middles = [place_codes((1, width), 64)[width // 2] for width in (3, 5, 7)]
+    edges = [place_codes((1, width), 64)[0] for width in (3, 5, 7)]
+    assert min(middles[0] @ middles[1], middles[1] @ middles[2]) > 0.9 > max(a @ b for a, b in zip(middles, edges))
+
+
+def test_a_small_object_has_the_name_of_the_large_one(teacher):
+    world = ToyWorld(1)
+    names = [
+        states_of(teacher, world.render(world.sample_scenes(1, torch.Generator().manual_seed(1), max_objects=1, canvas=canvas)))
+        [..., :96].flatten(0, 2).unique(dim=0)
+        for canvas in ((64, 64), (48, 48))
+    ]  # fmt: skip
+    torch.testing.assert_close(*names)
+    assert len(names[0]) == 2  # the object's and none

@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from hydra_hf.toy.world import BACKGROUNDS, CANVAS, FAR, NEAR, SPRITE, Scenes, ToyWorld
+from hydra_hf.toy.world import (
+    BACKGROUNDS,
+    CANVAS,
+    CANVASES,
+    FAR,
+    NEAR,
+    PATCH,
+    SPRITE,
+    Scenes,
+    ToyWorld,
+    places_on,
+    sprite_size,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +63,44 @@ def test_equal_seeds_give_equal_pictures_and_the_global_generator_is_left_alone(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("canvas", [CANVAS, (48, 48), (128, 64), (48, 96), (112, 80)])
 @pytest.mark.parametrize("difficulty", [1, 2, 3])
-def test_pictures_are_in_range_and_objects_inside_the_canvas(difficulty):
+def test_pictures_are_in_range_and_objects_inside_the_canvas(difficulty, canvas):
     world = ToyWorld(difficulty)
-    scenes = world.sample_scenes(64, seeded())
-    pixel_values = world.render(scenes)
-    assert pixel_values.shape == (64, 3, CANVAS, CANVAS)
-    assert pixel_values.abs().max() <= 1 + 1e-5
+    scenes = world.sample_scenes(64, seeded(), canvas=canvas, scattered=0.5)
+    for draw in (world.render, world.render_depth, world.render_segmentation):
+        pixel_values = draw(scenes)
+        assert pixel_values.shape == (64, 3, *canvas)
+        assert pixel_values.abs().max() <= 1 + 1e-5
     assert scenes.positions.min() >= 0
-    assert (scenes.positions + scenes.sizes[..., None]).max() <= CANVAS
+    ends = scenes.positions + scenes.sizes[..., None]
+    assert ends[..., 0].max() <= canvas[1]
+    assert ends[..., 1].max() <= canvas[0]
+
+
+def test_canvases_are_all_of_48_to_128_px_in_whole_patches_from_1_to_2_to_2_to_1():
+    sides = (48, 64, 80, 96, 112, 128)
+    assert set(CANVASES) == {(h, w) for h in sides for w in sides if 0.5 <= h / w <= 2}
+    assert CANVASES[0] == CANVAS == (64, 64)
+    with pytest.raises(ValueError, match=r"canvas=\(64, 144\)"):
+        ToyWorld().sample_scenes(1, seeded(), canvas=(64, 144))
+
+
+def test_two_objects_fit_along_each_side_of_any_canvas_and_layouts_reach_its_edges():
+    """In halves of the room, floored to a patch: on 80 x 112 px an object of 32 px is at x 0, 32 or 80, y 0, 16 or 48."""
+    for canvas in CANVASES:
+        assert min(canvas) >= 2 * sprite_size(canvas)
+        places = places_on(canvas)
+        assert (places % PATCH == 0).all()
+        assert places[3, 3].tolist() == [canvas[1] - sprite_size(canvas), canvas[0] - sprite_size(canvas)]
+    assert places_on(CANVAS)[0, 0].tolist() == [16, 16]
+    assert places_on((80, 112))[[0, 1, 2], [0, 1, 2]].tolist() == [[32, 16], [80, 16], [32, 48]]
+    assert [sprite_size(canvas) for canvas in (CANVAS, (48, 96), (128, 64))] == [32, 16, 32]
+
+
+def test_a_small_object_is_the_large_one_at_half_the_size(world):
+    large = world.sprites_of_size[SPRITE].unflatten(1, (16, 2)).unflatten(3, (16, 2)).mean((2, 4))
+    assert torch.allclose(world.sprites_of_size[SPRITE // 2], large, atol=1e-6)
 
 
 @pytest.mark.parametrize("scattered", [0.0, 0.5, 1.0])
@@ -68,7 +109,7 @@ def test_difficulty_one_stands_on_whole_patches_in_reading_order(world, scattere
     assert (scenes.positions % 16 == 0).all()
     counts = (scenes.objects >= 0).sum(1)
     assert set(counts.tolist()) == {1, 2, 3, 4}
-    order = scenes.positions[..., 1] * CANVAS + scenes.positions[..., 0]
+    order = scenes.positions[..., 1] * CANVAS[1] + scenes.positions[..., 0]
     for row, count in zip(order.tolist(), counts.tolist()):
         assert row[:count] == sorted(set(row[:count]))
 

@@ -9,8 +9,8 @@ from vision_tower_run import CONFIG, make_stage
 
 from hydra_hf.data.images import ReadAhead, check_range
 from hydra_hf.data.sources import Source, Sources
-from hydra_hf.toy.batches import ToyBatches, ToyHeldOut, toy_images
-from hydra_hf.toy.world import ToyWorld
+from hydra_hf.toy.batches import ToyBatches, ToyHeldOut, choose_canvas, toy_images
+from hydra_hf.toy.world import CANVASES, ToyWorld
 from hydra_hf.training.processes import split_batch
 from hydra_hf.training.randomness import row_generator, step_generator
 from hydra_hf.training.recipe import Recipe, TokenizerLossWeights
@@ -117,3 +117,17 @@ def test_a_folder_of_images_is_training_data(tmp_path, monkeypatch):
     assert whole.shape == (4, 3, 64, 64)
     assert torch.equal(batches(3, range(1, 3)), whole[1:3])
     assert held_out(0, range(2)).shape == (2, 3, 64, 64)
+
+
+def test_a_step_has_one_canvas_half_of_the_time_the_first_and_large_ones_less_often():
+    generator = step_generator(0, 0)
+    chosen = [choose_canvas(CANVASES, generator) for _ in range(3000)]
+    assert set(chosen) == set(CANVASES)
+    assert 0.47 < chosen.count((64, 64)) / len(chosen) < 0.53
+    assert chosen.count((128, 128)) < chosen.count((48, 48))
+    tokens = sum(height * width / 16**2 for height, width in chosen) / len(chosen)
+    assert tokens < 22  # on the average of a step, 16 on the first canvas
+    batches = ToyBatches(ToyWorld(1), 5, seed=1, canvases=CANVASES)
+    shapes = {tuple(batches(step, range(5)).shape) for step in range(40)}
+    assert len(shapes) > 5
+    assert all(shape[:2] == (5, 3) and shape[2:] in CANVASES for shape in shapes)

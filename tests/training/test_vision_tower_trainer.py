@@ -260,7 +260,10 @@ def test_the_sample_grid_shows_pictures_and_their_copies(finished):
     names = sorted(path.name for path in (finished[0] / "foundation").glob("*.png"))
     assert names == ["samples-000008.png"]
     grid = Image.open(finished[0] / "foundation" / names[0])
-    assert grid.size == (8 * (CANVAS + 2) + 2, 4 * (CANVAS + 2) + 2)  # 16 pictures over their 16 copies, 8 in a row
+    assert grid.size == (
+        8 * (CANVAS[1] + 2) + 2,
+        4 * (CANVAS[0] + 2) + 2,
+    )  # 16 pictures over their 16 copies, 8 in a row
 
 
 def test_a_checkpoint_holds_no_pickle(finished):
@@ -277,7 +280,7 @@ def test_a_finished_tokenizer_opens_in_transformers(finished, world):
 
 def test_a_training_batch_holds_pictures_depth_and_segmentations(world):
     images = toy_images(world, 5, step_generator(0, 0))
-    assert images.shape == (5, 3, CANVAS, CANVAS)
+    assert images.shape == (5, 3, *CANVAS)
     assert images.abs().max() <= 1
     assert set(images[0].unique().tolist()) <= {-1.0, 0.0, 1.0}  # depth: background, far, near
     assert set(images[1].unique().tolist()) == {-1.0, 1.0}  # boundaries
@@ -287,7 +290,7 @@ def test_a_training_batch_holds_pictures_depth_and_segmentations(world):
 
 def test_noise_of_a_step_is_the_same_whenever_it_is_drawn(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, DECODER)
-    pixel_values = torch.zeros(4, 3, CANVAS, CANVAS)
+    pixel_values = torch.zeros(4, 3, *CANVAS)
     first, second = (trainer.draw_noise(pixel_values, range(4)) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     half = trainer.draw_noise(pixel_values[2:], range(2, 4))  # as another process draws its rows
@@ -302,7 +305,7 @@ def test_noise_of_a_step_is_the_same_whenever_it_is_drawn(make_trainer, tmp_path
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_share_of_one_step_samples_is_that_of_sigma_one(make_trainer, tmp_path, share):
     trainer = make_trainer(tmp_path, replace(DECODER, one_step_prob=share))
-    sigma = trainer.draw_noise(torch.zeros(64, 3, CANVAS, CANVAS), range(64))["sigma"]
+    sigma = trainer.draw_noise(torch.zeros(64, 3, *CANVAS), range(64))["sigma"]
     assert (sigma == 1).float().mean() == share
 
 

@@ -80,6 +80,14 @@ def load_pipeline(options: argparse.Namespace):
     return pipeline.to(device)
 
 
+def tell_unknown_words(processor, text: str) -> None:
+    """One line on stderr if the model of a small world has never read some words of `text`."""
+    import sys
+
+    if words := processor.unknown_words(text):
+        print(f"words that this model does not know: {', '.join(words)}", file=sys.stderr)
+
+
 def open_image(path: Path):
     """A picture. OSError or ValueError says what is wrong with it."""
     from PIL import Image, UnidentifiedImageError

@@ -18,6 +18,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_model(command, "model", nargs="?")
     command.add_argument("--out", type=Path, required=True, help="JSON file of the scores")
     command.add_argument("--prompts_per_category", type=int, default=100)
+    command.add_argument(
+        "--prompts_per_kind", type=int, default=100, help="of each kind of phrasing; 0 leaves them out"
+    )
+    command.add_argument("--prompts_per_size", type=int, default=30, help="of each size of picture; 0 leaves them out")
     command.add_argument("--num_questions", type=int, default=1000)
     command.add_argument("--num_scenes", type=int, default=256)
     command.add_argument("--difficulty", type=int, default=1, help="of the toy world: 1, 2 or 3")
@@ -25,14 +29,27 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    for name in ("prompts_per_category", "num_questions", "num_scenes"):
-        if not 1 <= getattr(options, name) <= MOST:
-            raise ValueError(f"--{name} {getattr(options, name)} must be at least 1 and at most {MOST}.")
+    least = {
+        "prompts_per_category": 1,
+        "prompts_per_kind": 0,
+        "prompts_per_size": 0,
+        "num_questions": 1,
+        "num_scenes": 1,
+    }
+    for name, number in least.items():
+        if not number <= getattr(options, name) <= MOST:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least {number} and at most {MOST}.")
     if find_spec("skimage") is None:
         raise ValueError("The photographs of scikit-image are needed: pip install hydra_hf[eval].")
     check_out(options.out)
     from hydra_hf.files import write_text
-    from hydra_hf.toy.evaluation import evaluate_generation, evaluate_reconstruction, evaluate_understanding
+    from hydra_hf.toy.evaluation import (
+        evaluate_generation,
+        evaluate_phrasing,
+        evaluate_reconstruction,
+        evaluate_sizes,
+        evaluate_understanding,
+    )
     from hydra_hf.toy.language import ToyLanguage
     from hydra_hf.toy.world import ToyWorld
 
@@ -41,11 +58,15 @@ def run(options: argparse.Namespace) -> None:
     language, seed = ToyLanguage(ToyWorld(options.difficulty)), options.seed
     scores = {
         **evaluate_generation(pipeline, language, options.prompts_per_category, seed),
+        **(evaluate_phrasing(pipeline, language, options.prompts_per_kind, seed) if options.prompts_per_kind else {}),
+        **(evaluate_sizes(pipeline, language, options.prompts_per_size, seed) if options.prompts_per_size else {}),
         **evaluate_understanding(pipeline.model, pipeline.processor, language, options.num_questions, seed),
         **evaluate_reconstruction(pipeline.model.model.vision_tower, language, options.num_scenes, seed),
         "seed": seed,
         "difficulty": options.difficulty,
         "prompts_per_category": options.prompts_per_category,
+        "prompts_per_kind": options.prompts_per_kind,
+        "prompts_per_size": options.prompts_per_size,
         "num_questions": options.num_questions,
         "num_scenes": options.num_scenes,
     }

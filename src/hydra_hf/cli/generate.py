@@ -6,7 +6,7 @@ example: hydra generate "a cat" --out cat.png --seed 1
 import argparse
 from pathlib import Path
 
-from .common import add_model, add_seed, check_image_out, load_pipeline, save_image
+from .common import add_model, add_seed, check_image_out, load_pipeline, save_image, tell_unknown_words
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -25,7 +25,9 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     check_image_out(options.out)
-    image = load_pipeline(options)(
+    pipeline = load_pipeline(options)
+    tell_unknown_words(pipeline.processor, options.prompt)
+    image = pipeline(
         options.prompt,
         negative_prompt=options.negative_prompt,
         height=options.height,

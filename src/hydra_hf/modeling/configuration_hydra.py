@@ -84,8 +84,8 @@ class PixelFlowDecoderConfig(HydraPreTrainedConfig):
     The sizes S, M and L have exactly the paper's 144.26M, 240.85M and 358.44M parameters; the wiring is our choice.
 
     Args:
-        prediction_type: "velocity" (the paper) or "sample": the network's output is read as the clean pixels.
-        num_inference_steps: Euler steps of `decode` when the caller names none.
+        prediction_type: "sample": the network's output is read as the clean pixels (our choice), or "velocity" (the paper).
+        num_inference_steps: Euler steps of `decode` when the caller names none; 1 is the paper's.
     """
 
     model_type = "hydra_pixel_flow_decoder"
@@ -102,8 +102,8 @@ class PixelFlowDecoderConfig(HydraPreTrainedConfig):
     attention_dropout: float | int = 0.0
     patch_size: int = 14
     num_channels: int = 3
-    prediction_type: str = "velocity"
-    num_inference_steps: int = 1
+    prediction_type: str = "sample"
+    num_inference_steps: int = 4
     initializer_range: float = 0.02
 
     def validate_architecture(self):
@@ -250,7 +250,8 @@ class VisionHeadConfig(HydraPreTrainedConfig):
     """AdaLN-Zero transformer from the LLM's states to latent velocity. HYDRA, section 2.2; the sizes are our choice.
 
     Args:
-        use_latent_skip: let the head read the noisy latents beside the LLM's states.
+        use_latent_skip: let the head read the noisy latents besides the LLM's states (our choice: without it the noise has to
+            come through Sem-ViT and the LLM, and much less is learnt). False is the papers' literal form.
     """
 
     model_type = "hydra_vision_head"
@@ -263,7 +264,7 @@ class VisionHeadConfig(HydraPreTrainedConfig):
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
     attention_dropout: float | int = 0.0
-    use_latent_skip: bool = False
+    use_latent_skip: bool = True
 
     def validate_architecture(self):
         super().validate_architecture()
@@ -282,8 +283,9 @@ class HydraConfig(HydraPreTrainedConfig):
         use_time_token: put the noise level as one token in front of each image block.
         projector_position_period: longest wavelength, in tokens over 2 pi, of fixed 2D sine positions that the projector
             adds to the normalised states; None adds none, and places reach the LLM only as Sem-ViT tells them.
-        sigma_shift: None shifts by sqrt(N C / 4096) within [1, 8], N tokens of C channels.
-        sigma_logit_std: spread of the logit-normal noise levels in training.
+        sigma_shift: None shifts by sqrt(N C / 4096) within [3, 8], N tokens of C channels.
+        sigma_logit_std: spread of the logit-normal noise levels in training; at 1 the sampler's first steps would hardly ever
+            be trained for.
         null_prompt_ids: the empty prompt up to <|vision_start|>, for guidance in `generate`; Qwen2.5's by default.
     """
 
@@ -304,7 +306,7 @@ class HydraConfig(HydraPreTrainedConfig):
     use_time_token: bool = True
     projector_position_period: int | None = None
     sigma_shift: float | int | None = None
-    sigma_logit_std: float | int = 1.0
+    sigma_logit_std: float | int = 1.6
     null_prompt_ids: list[int] = field(
         default_factory=lambda: [151644, 872, 198, 151645, 198, 151644, 77091, 198, 151652]
     )

@@ -42,7 +42,9 @@ def image_grid(height: int, width: int, patch_size: int) -> Grid:
 def image_grids(image_grid_thw: Tensor) -> list[Grid]:
     """The grids of `image_grid_thw` (num_images, 3). ValueError for another shape, or what is no image."""
     if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3 or not len(image_grid_thw):
-        raise ValueError(f"image_grid_thw {tuple(image_grid_thw.shape)} must be (num_images, 3), of at least one image.")
+        raise ValueError(
+            f"image_grid_thw {tuple(image_grid_thw.shape)} must be (num_images, 3), of at least one image."
+        )
     grids = [tuple(grid) for grid in image_grid_thw.tolist()]
     if wrong := [grid for grid in grids if min(grid) < 1 or grid[0] != 1]:
         raise ValueError(f"image_grid_thw has {wrong[0]}, expected (1, h, w) for an image, of at least one patch.")

@@ -42,6 +42,7 @@ class HydraProcessor(ProcessorMixin):
     Args:
         patch_size: side of the tokenizer's patch in pixels; the image processor has the same.
         num_time_tokens: positions in front of the patches of every image that tell its noise level.
+        known_words: all words, in lower case, that a model of a small world has ever read; None is any word.
         chat_template: ChatML with images (`chat_template.jinja` in this folder) when None.
     """
 
@@ -54,6 +55,7 @@ class HydraProcessor(ProcessorMixin):
         tokenizer,
         patch_size: int = 14,
         num_time_tokens: int = 1,
+        known_words: list[str] | None = None,
         chat_template: str | dict[str, str] | None = None,
     ):
         if image_processor.patch_size != patch_size:
@@ -68,6 +70,7 @@ class HydraProcessor(ProcessorMixin):
         self.image_token_id = added_tokens[self.image_token]
         self.patch_size = patch_size
         self.num_time_tokens = num_time_tokens
+        self.known_words = known_words
         tokenizer.padding_side = "left"  # generation goes on at the right end
         if chat_template is None:
             chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
@@ -114,6 +117,13 @@ class HydraProcessor(ProcessorMixin):
             )
 
     # Chats
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of `text` that the model has never read, in their order; none where `known_words` is None."""
+        if self.known_words is None:
+            return []
+        known = set(self.known_words)
+        return [word for word in dict.fromkeys(re.findall(r"\w+", text.lower())) if word not in known]
 
     def escape_special_tokens(self, text: str) -> str:
         """`text` with a word joiner inside everything that the tokenizer would read as a special token."""

@@ -14,7 +14,7 @@ from hydra_hf.data.seeds import hashed_generator
 from hydra_hf.modeling import HydraProcessor
 
 from .language import ToyLanguage
-from .world import ToyWorld
+from .world import CANVAS, ToyWorld
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +23,20 @@ class ToyData:
 
     Args:
         max_objects: scenes have at most so many objects (a curriculum).
+        canvases: (height, width) of the pictures. A step has one: the first half of the time, else another, the less
+            often the larger it is, since a step takes as many pictures of any.
         questions_per_image: at most so many turns about one picture.
         question_weights: type -> how often it is asked; None is every type alike.
+        unknown_share: so many prompts have a word that nobody knows, and a picture of known things.
         is_held_out: pictures that training never shows, the same at every step.
     """
 
     difficulty: int = 1
+    canvases: tuple[tuple[int, int], ...] = (CANVAS,)
     max_objects: int = 4
     questions_per_image: int = 4
     question_weights: dict[str, int] | None = None
+    unknown_share: float = 0.0
     is_held_out: bool = False
     is_streaming: ClassVar[bool] = False
 
@@ -44,7 +49,9 @@ class ToyData:
     def images(self, image_size: int, batch_size: int, seed: int) -> Batches:
         """Pictures to train a vision tower on, or to measure it on."""
         world = ToyWorld(self.difficulty)
-        return ToyHeldOut(world, batch_size, seed) if self.is_held_out else ToyBatches(world, batch_size, seed)
+        if self.is_held_out:
+            return ToyHeldOut(world, batch_size, seed)
+        return ToyBatches(world, batch_size, seed, self.canvases)
 
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
         """Held-out prompts to draw while training."""
@@ -53,10 +60,21 @@ class ToyData:
         return tuple(prompt.text for prompt in prompts)
 
 
-def toy_images(world: ToyWorld, num_images: int, generator: torch.Generator) -> Tensor:
+def choose_canvas(canvases: tuple[tuple[int, int], ...], generator: torch.Generator) -> tuple[int, int]:
+    """The canvas of a step, see `ToyData`."""
+    if len(canvases) == 1:
+        return canvases[0]
+    weights = torch.tensor([1 / (height * width) for height, width in canvases])
+    weights[0] = weights[1:].sum()
+    return canvases[int(torch.multinomial(weights, 1, generator=generator))]
+
+
+def toy_images(
+    world: ToyWorld, num_images: int, generator: torch.Generator, canvas: tuple[int, int] = CANVAS
+) -> Tensor:
     """A batch (B, 3, H, W) of scenes: three fifths as they look, one fifth depth maps, one fifth segmentations."""
     num_maps = num_images // 5
-    scenes = world.sample_scenes(num_images, generator)
+    scenes = world.sample_scenes(num_images, generator, canvas=canvas)
     depth, segments = world.render_depth(scenes[:num_maps]), world.render_segmentation(scenes[num_maps : 2 * num_maps])
     return torch.cat([depth, segments, world.render(scenes[2 * num_maps :])])
 
@@ -64,12 +82,14 @@ def toy_images(world: ToyWorld, num_images: int, generator: torch.Generator) -> 
 class ToyBatches:
     """`toy_images` as training data."""
 
-    def __init__(self, world: ToyWorld, batch_size: int, seed: int):
-        self.world, self.batch_size, self.seed = world, batch_size, seed
+    def __init__(self, world: ToyWorld, batch_size: int, seed: int, canvases: tuple[tuple[int, int], ...] = (CANVAS,)):
+        self.world, self.batch_size, self.seed, self.canvases = world, batch_size, seed, canvases
         self.num_skipped = {}
 
     def __call__(self, step: int, rows: range) -> Tensor:
-        return toy_images(self.world, self.batch_size, hashed_generator(self.seed, step))[rows.start : rows.stop]
+        generator = hashed_generator(self.seed, step)
+        canvas = choose_canvas(self.canvases, generator)
+        return toy_images(self.world, self.batch_size, generator, canvas)[rows.start : rows.stop]
 
 
 class ToyHeldOut:
@@ -110,9 +130,10 @@ class ToyBundles(Dataset):
     def __getitem__(self, index: int) -> dict:
         step, micro_step = divmod(index, self.accumulation)
         generator = hashed_generator(self.seed, step)
+        canvas = choose_canvas(self.data.canvases, generator)
         bundle, rows = {}, {}
         for task, count in self.stage.tasks.items():
-            samples = self.samples(task, generator)
+            samples = self.samples(task, generator, canvas)
             first = self.process_index + micro_step * self.num_processes
             mine = list(range(first, count, self.num_processes * self.accumulation))
             rows[task] = mine or [count]  # a blank one, so that every process runs the same forwards
@@ -124,16 +145,18 @@ class ToyBundles(Dataset):
         """Nothing: the step is all that a resumed run needs."""
         return {}
 
-    def samples(self, task: str, generator: torch.Generator) -> list[Sample]:
+    def samples(self, task: str, generator: torch.Generator, canvas: tuple[int, int] = CANVAS) -> list[Sample]:
         data, count = self.data, self.stage.tasks[task]
         if task == "generate":
             return self.language.generate_samples(
-                count, generator, max_objects=data.max_objects, drop_prompt=self.stage.drop_prompt
-            )
+                count, generator, max_objects=data.max_objects, drop_prompt=self.stage.drop_prompt,
+                unknown_share=data.unknown_share, canvas=canvas,
+            )  # fmt: skip
         if task == "understand":
             return self.language.understand_samples(
-                count, generator, data.questions_per_image, max_objects=data.max_objects, weights=data.question_weights
-            )
+                count, generator, data.questions_per_image, max_objects=data.max_objects, canvas=canvas,
+                weights=data.question_weights,
+            )  # fmt: skip
         raise ValueError(
             f"{task=} of stage {self.stage.name!r} is not one that the toy world has: generate, understand."
         )

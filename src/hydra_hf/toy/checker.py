@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .language import Prompt
-from .world import CANVAS, SPRITE, ToyWorld
+from .world import SPRITE, ToyWorld, check_canvas, sprite_size
 
 
 STEP = 2  # pixels between two places that are tried
@@ -12,31 +12,37 @@ THRESHOLD = 0.25  # of the error that an empty place has; a sprite mixed half an
 
 
 class ToyChecker:
-    """Finds near objects of 32 px in a picture, and says whether they are what a prompt asked for."""
+    """Finds near objects in a picture of any canvas, and says whether they are what a prompt asked for."""
 
     def __init__(self, world: ToyWorld):
         self.world = world
-        self.alpha = world.sprites[:, 3:].flatten(1).repeat(1, 3)  # (V, 3 * 32 * 32), as unfold orders pixels
-        self.colors = world.sprites[:, :3].flatten(1)
 
     def detect(self, pixel_values: Tensor) -> list[tuple[int, tuple[int, int]]]:
-        """(object, (x, y) of its top left corner) of everything in a picture (3, 64, 64) in [-1, 1], best match first."""
-        if pixel_values.shape != (3, CANVAS, CANVAS):
-            raise ValueError(
-                f"A picture of the toy world is (3, {CANVAS}, {CANVAS}), got {tuple(pixel_values.shape)}."
-            )
+        """(object, (x, y) of its top left corner) of everything in a picture (3, H, W) in [-1, 1], best match first.
+
+        Raises ValueError for a picture that is not of the toy world's canvases.
+        """
+        if pixel_values.ndim != 3 or len(pixel_values) != 3:
+            raise ValueError(f"A picture of the toy world is (3, H, W), got {tuple(pixel_values.shape)}.")
+        canvas = tuple(pixel_values.shape[1:])
+        check_canvas(canvas)
+        size = sprite_size(canvas)
+        colors, alpha = self.world.sprites_of_size[size].permute(0, 3, 1, 2).split([3, 1], dim=1)
+        colors, alpha = (
+            colors.flatten(1),
+            alpha.flatten(1).repeat(1, 3),
+        )  # (V, 3 * size * size), as unfold orders pixels
         pixels = (pixel_values.float().clamp(-1, 1) + 1) / 2
         background = _border(pixels).median(dim=1).values  # (3,)
-        empty = background.repeat_interleave(SPRITE**2)  # (3 * 32 * 32,)
-        sprites = empty * (1 - self.alpha) + self.colors  # (V, 3 * 32 * 32)
-        windows = torch.nn.functional.unfold(pixels[None], SPRITE, stride=STEP)[0].T  # (places, 3 * 32 * 32)
+        empty = background.repeat_interleave(size**2)
+        sprites = empty * (1 - alpha) + colors  # (V, 3 * size * size)
+        windows = torch.nn.functional.unfold(pixels[None], size, stride=STEP)[0].T  # (places, 3 * size * size)
         errors = torch.cdist(windows, sprites) ** 2  # (places, V)
         errors = errors / ((sprites - empty) ** 2).sum(dim=1)  # 1 where nothing is
-        return self._pick(errors)
+        return self._pick(errors, size, columns=(canvas[1] - size) // STEP + 1)
 
-    def _pick(self, errors: Tensor) -> list[tuple[int, tuple[int, int]]]:
+    def _pick(self, errors: Tensor, size: int, columns: int) -> list[tuple[int, tuple[int, int]]]:
         """The best match, then the best that does not overlap it, and so on."""
-        columns = (CANVAS - SPRITE) // STEP + 1
         places = torch.arange(len(errors))
         x, y = places % columns * STEP, places // columns * STEP
         found, best = [], errors.min(dim=1)
@@ -44,7 +50,7 @@ class ToyChecker:
         while remaining.min() < THRESHOLD:
             place = remaining.argmin()
             found.append((int(best.indices[place]), (int(x[place]), int(y[place]))))
-            overlaps = ((x - x[place]).abs() < 0.7 * SPRITE) & ((y - y[place]).abs() < 0.7 * SPRITE)
+            overlaps = ((x - x[place]).abs() < 0.7 * size) & ((y - y[place]).abs() < 0.7 * size)
             remaining[overlaps] = 1.0
         return found
 

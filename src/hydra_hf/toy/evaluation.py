@@ -4,8 +4,10 @@ Text to image has six categories after GenEval, judged by a checker without lear
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from hydra_hf.evaluation.metrics import psnr
 from hydra_hf.evaluation.reconstruction import photo_crops, reconstruct
@@ -14,33 +16,74 @@ from hydra_hf.pipelines.answering import answer
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
 from .checker import ToyChecker
-from .language import CATEGORIES, ToyLanguage
+from .language import CATEGORIES, Prompt, ToyLanguage
+from .phrasing import KINDS
+from .world import CANVASES
 
 
 def evaluate_generation(
-    pipeline: HydraPipeline,
-    language: ToyLanguage,
-    prompts_per_category: int,
-    seed: int = 0,
-    batch_size: int = 64,
-    **kwargs,
+    pipeline: HydraPipeline, language: ToyLanguage, prompts_per_category: int, seed: int = 0, **kwargs
 ) -> dict[str, float]:
     """Share of held-out prompts drawn right: `t2i/<category>` and `t2i/mean`, the mean of the six.
 
     `kwargs` go to the pipeline.
     """
-    checker, scores = ToyChecker(language.world), {}
+    scores = {}
     for index, category in enumerate(CATEGORIES):
-        generator = torch.Generator().manual_seed(seed + index)
-        prompts, _ = language.sample_prompts(prompts_per_category, generator, split="test", categories=(category,))
-        verdicts = []
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            texts = [prompt.text for prompt in batch]
-            images = pipeline(texts, generator=generator, output_type="pt", **kwargs).images.cpu() * 2 - 1
-            verdicts += [checker.check(image, prompt) for image, prompt in zip(images, batch)]
-        scores[f"t2i/{category}"] = sum(verdicts) / len(verdicts)
+        options = {"categories": (category,)}
+        right = _drawn_right(pipeline, language, prompts_per_category, seed + index, options, **kwargs)
+        scores[f"t2i/{category}"] = right
     return {**scores, "t2i/mean": sum(scores.values()) / len(scores)}
+
+
+def evaluate_phrasing(
+    pipeline: HydraPipeline, language: ToyLanguage, prompts_per_kind: int, seed: int = 0, **kwargs
+) -> dict[str, float]:
+    """`t2i_phrasing/<kind>`, the same for wordings that training never shows, `plain` being what to compare with.
+
+    `t2i_phrasing/unknown_word` is how often a word that nobody knows gives a picture of known things.
+    """
+    scores = {}
+    for index, kind in enumerate(KINDS):
+        options = {"phrasings": (kind,)}
+        right = _drawn_right(pipeline, language, prompts_per_kind, seed + index, options, **kwargs)
+        scores[f"t2i_phrasing/{kind}"] = right
+    checker, generator = ToyChecker(language.world), torch.Generator().manual_seed(seed)
+    options = {"categories": ("single_object", "colors"), "unknown_share": 1.0}
+    prompts, _ = language.sample_prompts(prompts_per_kind, generator, **options)
+    found = [checker.detect(image) for image in _draw(pipeline, prompts, generator, **kwargs)]
+    return {**scores, "t2i_phrasing/unknown_word": sum(map(bool, found)) / len(found)}
+
+
+def evaluate_sizes(
+    pipeline: HydraPipeline, language: ToyLanguage, prompts_per_size: int, seed: int = 0, **kwargs
+) -> dict[str, float]:
+    """`t2i_size/<height>x<width>`, the same on every canvas of the toy world."""
+    scores = {}
+    for canvas in sorted(CANVASES):
+        size = dict(zip(("height", "width"), canvas))
+        right = _drawn_right(pipeline, language, prompts_per_size, seed, {"canvas": canvas}, **size, **kwargs)
+        scores["t2i_size/{}x{}".format(*canvas)] = right
+    return scores
+
+
+def _drawn_right(
+    pipeline: HydraPipeline, language: ToyLanguage, num_prompts: int, seed: int, options: dict, **kwargs
+) -> float:
+    """Share of held-out prompts of these `options` that the checker accepts."""
+    checker, generator = ToyChecker(language.world), torch.Generator().manual_seed(seed)
+    prompts, _ = language.sample_prompts(num_prompts, generator, split="test", **options)
+    images = _draw(pipeline, prompts, generator, **kwargs)
+    return sum(checker.check(image, prompt) for image, prompt in zip(images, prompts)) / num_prompts
+
+
+def _draw(
+    pipeline: HydraPipeline, prompts: list[Prompt], generator: torch.Generator, batch_size: int = 64, **kwargs
+) -> Iterator[Tensor]:
+    """A picture (3, H, W) in [-1, 1] of each prompt."""
+    for start in range(0, len(prompts), batch_size):
+        texts = [prompt.text for prompt in prompts[start : start + batch_size]]
+        yield from pipeline(texts, generator=generator, output_type="pt", **kwargs).images.cpu() * 2 - 1
 
 
 def evaluate_understanding(

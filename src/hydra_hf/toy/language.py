@@ -1,22 +1,31 @@
 """What is said about the toy world: captions, prompts in six categories after GenEval, questions and answers."""
 
 import random
+import re
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from hydra_hf.data.sample import Sample
 
+from .phrasing import (
+    NUMBERS,
+    PHRASINGS,
+    PLAIN,
+    RELATIONS,
+    Phrasing,
+    fits,
+    phrasings_of,
+    plural,
+    with_article,
+)
 from .world import CANVAS, COLORS, MAX_OBJECTS, NEAR, SHAPES, Scenes, ToyWorld, check_split, is_held_out
 
 
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
-RELATIONS = ("left of", "right of", "above", "below")
-TEMPLATES = ("{}", "a picture of {}", "draw {}", "{} on a plain background")  # the first, bare one is never held out
 QUESTION_TYPES = ("what", "color", "count", "exist", "horizontal", "vertical", "nearer")
 TRAINING_TYPES = (*QUESTION_TYPES, "place", "distance", "describe")  # the last three make up what the others need
-NUMBERS = ("zero", "one", "two", "three", "four")
-PLURALS = {"fish": "fish"}
 
 
 @dataclass(frozen=True)
@@ -38,27 +47,10 @@ class Question:
     answer: str
 
 
-def with_article(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def plural(name: str) -> str:
-    head, last = name.rpartition(" ")[0], name.rpartition(" ")[2]
-    if last in PLURALS:
-        last = PLURALS[last]
-    elif last.endswith(("s", "x", "ch", "sh")):
-        last += "es"
-    elif last.endswith("y") and last[-2] not in "aeiou":
-        last = last[:-1] + "ies"
-    else:
-        last += "s"
-    return f"{head} {last}".strip()
-
-
-def place_of(center: tuple[int, int]) -> str:
-    """Where an object with this center (x, y) stands, in words."""
-    third = CANVAS // 8
-    column, row = (0 if c < CANVAS // 2 - third else 2 if c > CANVAS // 2 + third else 1 for c in center)
+def place_of(center: tuple[int, int], canvas: tuple[int, int] = CANVAS) -> str:
+    """Where an object with this center (x, y) on a canvas (height, width) is, in words."""
+    shares = (at / side for at, side in zip(center, reversed(canvas)))
+    column, row = (0 if share < 3 / 8 else 2 if share > 5 / 8 else 1 for share in shares)
     if row == column == 1:
         return "in the middle"
     if row == 1:
@@ -84,59 +76,111 @@ class ToyLanguage:
         *,
         split: str = "train",
         categories: tuple[str, ...] = CATEGORIES,
+        phrasings: tuple[str, ...] | None = None,
+        unknown_share: float = 0.0,
+        canvas: tuple[int, int] = CANVAS,
     ) -> tuple[list[Prompt], Scenes]:
-        """Prompts of one split, and for each a scene that fulfils it; given the prompt only the background is open."""
+        """Prompts of one split, and for each a scene that fulfils it; given the prompt only the background is open.
+
+        Args:
+            phrasings: kinds of `phrasing.KINDS`, each in the forms of the split. None is plain captions and all other
+                kinds, half and half, in the forms of training.
+            unknown_share: so often a word that nobody knows replaces an object in the text, and not in the scene.
+        """
         check_split(split)
         if unknown := set(categories) - set(CATEGORIES):
             raise ValueError(f"categories {sorted(unknown)} are not among {CATEGORIES}.")
+        if phrasings and not any(fits(kind, category) for kind in phrasings for category in categories):
+            raise ValueError(f"{phrasings=} say nothing of {categories=}.")
         rng = _random_from(generator)
         prompts = []
         while len(prompts) < num_prompts:
-            prompt, is_test = self._propose_prompt(rng.choice(categories), rng)
-            if is_test == (split == "test"):
+            category = rng.choice(categories)
+            phrasing = self._choose_phrasing(category, phrasings, split, rng)
+            if phrasing is None:
+                continue
+            prompt = self._propose_prompt(category, phrasing, unknown_share, rng)
+            if self._is_test(prompt, is_new=split == "test" and phrasings is not None) == (split == "test"):
                 prompts.append(prompt)
-        scenes = self.scenes_of(prompts, generator)
+        scenes = self.scenes_of(prompts, generator, canvas)
         while split == "train" and (held_out := self.world.is_test(scenes)).any():  # as pictures of the other task
-            scenes = self.scenes_of(prompts, generator).where(held_out, scenes)
+            scenes = self.scenes_of(prompts, generator, canvas).where(held_out, scenes)
         return prompts, scenes
 
-    def _propose_prompt(self, category: str, rng: random.Random) -> tuple[Prompt, bool]:
-        """A prompt, and whether it is of the test split."""
-        world = self.world
-        template = rng.choice(TEMPLATES) if rng.random() < 0.5 else TEMPLATES[0]
-        relation = None
+    def _choose_phrasing(
+        self, category: str, kinds: tuple[str, ...] | None, split: str, rng: random.Random
+    ) -> Phrasing | None:
+        """None where no kind says anything of the category."""
+        if kinds is None:
+            split = "train"
+            kinds = tuple(PHRASINGS) if rng.random() < 0.5 else ("plain",)
+        kinds = [kind for kind in kinds if fits(kind, category)]
+        return rng.choice(phrasings_of(rng.choice(kinds), split)) if kinds else None
+
+    def _propose_prompt(self, category: str, phrasing: Phrasing, unknown_share: float, rng: random.Random) -> Prompt:
+        world, relation = self.world, None
         if category in ("single_object", "colors"):
-            names = world.emoji_names if category == "single_object" else world.shape_names
-            objects = (world.names.index(rng.choice(names)),)
-            is_test = template != TEMPLATES[0] and is_held_out(f"{template} {world.names[objects[0]]}", share=4)
-            phrase = with_article(world.names[objects[0]])
-        elif category == "counting":
-            count, name = rng.randint(2, MAX_OBJECTS), rng.randrange(len(world.names))
-            objects, is_test = (name,) * count, bool(world.test_counts[name, count])
-            phrase = f"{NUMBERS[count]} {plural(world.names[name])}"
-        else:
-            pool = (
-                range(len(world.names))
-                if category != "color_attribution"
-                else range(world.num_emoji, len(world.names))
+            objects = (
+                world.names.index(rng.choice(world.emoji_names if category == "single_object" else world.shape_names)),
             )
-            first, second = rng.sample(pool, 2)
-            while category == "color_attribution" and not self._differ_in_color_and_shape(first, second):
-                first, second = rng.sample(pool, 2)
-            is_test = bool(world.test_pairs[first, second])
+        elif category == "counting":
+            objects = (rng.randrange(len(world.names)),) * rng.randint(2, MAX_OBJECTS)
+        else:
+            objects = self._sample_pair(category, rng)
+        names = [world.names[index] for index in objects]
+        if rng.random() < unknown_share:
+            names[0 if category == "counting" else rng.randrange(len(names))] = self.unknown_word(rng)
+        if category == "counting":
+            phrase = phrasing.several(len(objects), names[0])
+        elif len(names) == 1:
+            phrase = phrasing.one(names[0])
+        else:
             relation = rng.choice(RELATIONS) if category == "position" else None
-            objects = (second, first) if relation in ("right of", "below") else (first, second)
-            phrase = f"{with_article(world.names[first])} {relation or 'and'} {with_article(world.names[second])}"
-        return Prompt(category, template.format(phrase), objects, relation), is_test
+            link = "and" if relation is None else phrasing.relations[RELATIONS.index(relation)]
+            phrase = f"{phrasing.one(names[0])} {link} {phrasing.one(names[1])}"
+        objects = objects[::-1] if relation in ("right of", "below") else objects  # in reading order
+        return Prompt(category, phrasing.text(phrase), objects, relation)
+
+    def _sample_pair(self, category: str, rng: random.Random) -> tuple[int, int]:
+        world = self.world
+        pool = range(world.num_emoji if category == "color_attribution" else 0, len(world.names))
+        first, second = rng.sample(pool, 2)
+        while category == "color_attribution" and not self._differ_in_color_and_shape(first, second):
+            first, second = rng.sample(pool, 2)
+        return first, second
+
+    def _is_test(self, prompt: Prompt, is_new: bool) -> bool:
+        """Whether a prompt is of the test split; of one object only the wording is held out, all of it where `is_new`."""
+        first, *others = prompt.objects
+        if prompt.category == "counting":
+            return bool(self.world.test_counts[first, len(prompt.objects)])
+        if others:
+            return bool(self.world.test_pairs[first, others[0]])
+        text = prompt.text.lower()  # as the text tokenizer reads it
+        return is_new or (text != PLAIN.one(self.world.names[first]) and is_held_out(text, share=4))
+
+    def unknown_word(self, rng: random.Random) -> str:
+        """A word that can be said and means nothing."""
+        while True:
+            syllables = [rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3))]
+            word = "".join(syllables) + rng.choice(["", "n", "r", "l", "s", "x", "t", "ph", "nt", "mp"])
+            if word not in self.known_words and len(word) > 2:
+                return word
+
+    @cached_property
+    def known_words(self) -> frozenset[str]:
+        """Every word that is ever said, in lower case."""
+        return frozenset(re.findall(r"\w+", " ".join(self.corpus()).lower()))
 
     def _differ_in_color_and_shape(self, first: int, second: int) -> bool:
         return all(a != b for a, b in zip(self.world.names[first].split(), self.world.names[second].split()))
 
-    def scenes_of(self, prompts: list[Prompt], generator: torch.Generator) -> Scenes:
+    def scenes_of(self, prompts: list[Prompt], generator: torch.Generator, canvas: tuple[int, int] = CANVAS) -> Scenes:
         """Near objects in the layout that the prompts ask for."""
         objects = torch.tensor([[*prompt.objects, *[-1] * (MAX_OBJECTS - len(prompt.objects))] for prompt in prompts])
         is_column = torch.tensor([prompt.relation in ("above", "below") for prompt in prompts])
-        return self.world.arrange(objects, is_column, torch.full(objects.shape, NEAR), generator)
+        distances = torch.full(objects.shape, NEAR)
+        return self.world.arrange(objects, is_column, distances, generator, canvas=canvas)
 
     # Questions
 
@@ -170,7 +214,7 @@ class ToyLanguage:
         The name comes first, so that its distance and place must be looked up by it.
         """
         parts = [
-            f"{with_article(name)} {'near' if distance == NEAR else 'far'} {place_of(center)}"
+            f"{with_article(name)} {'near' if distance == NEAR else 'far'} {place_of(center, scene.canvas)}"
             for name, distance, center in zip(scene.names, scene.distances, scene.centers)
         ]
         rng.shuffle(parts)
@@ -209,9 +253,8 @@ class ToyLanguage:
         return Question("exist", f"is there {with_article(name)}?", "yes" if name in scene.names else "no")
 
     def _ask_place(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
-        return self._ask_of_one(
-            "place", "where is the {}?", [place_of(center) for center in scene.centers], scene, rng
-        )
+        places = [place_of(center, scene.canvas) for center in scene.centers]
+        return self._ask_of_one("place", "where is the {}?", places, scene, rng)
 
     def _ask_distance(self, scene: "_SceneFacts", rng: random.Random) -> Question | None:
         answers = ["near" if distance == NEAR else "far" for distance in scene.distances]
@@ -258,11 +301,15 @@ class ToyLanguage:
         *,
         max_objects: int = MAX_OBJECTS,
         drop_prompt: float = 0.0,
+        unknown_share: float = 0.0,
         split: str = "train",
+        canvas: tuple[int, int] = CANVAS,
     ) -> list[Sample]:
-        """Text to image; the prompt is empty with probability `drop_prompt`."""
+        """Text to image; the prompt is empty with probability `drop_prompt`, see `sample_prompts` for the rest."""
         categories = CATEGORIES if max_objects > 1 else ("single_object", "colors")
-        prompts, scenes = self.sample_prompts(num_samples, generator, split=split, categories=categories)
+        prompts, scenes = self.sample_prompts(
+            num_samples, generator, split=split, categories=categories, unknown_share=unknown_share, canvas=canvas
+        )
         is_dropped = torch.rand(num_samples, generator=generator) < drop_prompt
         return [
             _chat("generate", [("user", "" if dropped else prompt.text), ("assistant", image)])
@@ -278,13 +325,16 @@ class ToyLanguage:
         max_objects: int = MAX_OBJECTS,
         weights: dict[str, int] | None = None,
         split: str = "train",
+        canvas: tuple[int, int] = CANVAS,
     ) -> list[Sample]:
         """Conversations about one image each, of at most `questions_per_image` turns: nothing is asked twice.
 
         `weights` is as in `questions`, None all of `TRAINING_TYPES`; a scene that allows none of them is described. Half
         of the scenes are scattered, else the place of a lone object would be known unseen.
         """
-        scenes = self.world.sample_scenes(num_samples, generator, split=split, max_objects=max_objects, scattered=0.5)
+        scenes = self.world.sample_scenes(
+            num_samples, generator, split=split, max_objects=max_objects, scattered=0.5, canvas=canvas
+        )
         rng, samples = _random_from(generator), []
         weights = dict.fromkeys(TRAINING_TYPES, 1) if weights is None else weights
         for index, image in enumerate(self.world.render(scenes)):
@@ -306,9 +356,11 @@ class ToyLanguage:
     def corpus(self) -> list[str]:
         """Texts with every word that is ever said, for a tokenizer."""
         names = self.world.names
-        phrases = [with_article(name) for name in names] + [f"{n} {plural(name)}" for n in NUMBERS for name in names]
-        texts = [template.format(phrase) for template in TEMPLATES for phrase in phrases]
-        texts += [f"a {relation} a" for relation in (*RELATIONS, "and")]
+        texts = [with_article(name) for name in names] + [f"{n} {plural(name)}" for n in NUMBERS for name in names]
+        for phrasing in (PLAIN, *(p for forms in PHRASINGS.values() for split in forms for p in split)):
+            phrases = [phrasing.one("cat"), *(phrasing.several(count, "cat") for count in range(2, MAX_OBJECTS + 1))]
+            phrases += [f"a cat {relation} a dog" for relation in (*phrasing.relations, "and")]
+            texts += [phrasing.text(phrase) for phrase in phrases]
         texts += [f"what color is the {shape}? {color}" for shape in SHAPES for color in COLORS]
         texts += [
             "what is in the picture?", "what is on the left?", "what is on the right?", "what is at the top?",
@@ -327,6 +379,7 @@ class _SceneFacts:
     def __init__(self, world: ToyWorld, scenes: Scenes, index: int):
         objects = [i for i in scenes.objects[index].tolist() if i >= 0]
         self.names = [world.names[i] for i in objects]
+        self.canvas = scenes.canvas
         self.distances = scenes.distances[index].tolist()
         half = (scenes.sizes[index, :, None] // 2).expand(-1, 2)
         self.centers = (scenes.positions[index] + half).tolist()

@@ -1,13 +1,14 @@
 """The toy world: scenes of 1 to 4 objects that know everything about themselves.
 
-Objects are Fluent emoji and coloured shapes of 32 px on a canvas of 64 px, on whole patches of 16 px and in layouts with
-few modes, so that a small model can learn the world. The difficulty loosens this: 1 has 24 emoji on flat backgrounds,
-2 has 48 emoji and graded backgrounds, 3 moves objects off the grid and makes distant ones smaller.
+Objects are Fluent emoji and coloured shapes on whole patches of 16 px and in layouts with few modes, so that a small model
+can learn the world: 32 px where both sides of the canvas have room for two, 16 px elsewhere. The difficulty loosens this:
+1 has 24 emoji on flat backgrounds, 2 has 48 emoji and graded backgrounds, 3 moves objects off the grid and makes distant
+ones smaller.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ from torch import Tensor
 
 
 ASSETS = Path(__file__).parents[1] / "assets" / "sprites"
-CANVAS, SPRITE, FAR_SPRITE, TILE = 64, 32, 24, 64  # pixels: the picture, an object, a small one, a tile of the atlas
+PATCH, SPRITE, TILE = 16, 32, 64  # pixels: a patch, an object, a tile of the atlas
+CANVAS = (64, 64)  # height and width of a picture unless another is named
+SIDES = range(48, 129, PATCH)
+CANVASES = (CANVAS, *((h, w) for h in SIDES for w in SIDES if max(h, w) <= 2 * min(h, w) and (h, w) != CANVAS))
 SHAPES = ("circle", "square", "triangle", "diamond")
 COLORS = {
     "red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 230), "yellow": (235, 205, 40),
@@ -25,12 +29,12 @@ COLORS = {
 }  # fmt: skip
 BACKGROUNDS = {"white": (245, 245, 245), "grey": (150, 150, 150), "black": (25, 25, 25), "sky": (190, 220, 250)}
 LAYOUTS = {
-    "centre": ((16, 16),),
-    "row": ((0, 16), (32, 16)),
-    "three": ((0, 0), (32, 0), (16, 32)),
-    "four": ((0, 0), (32, 0), (0, 32), (32, 32)),
-    "column": ((16, 0), (16, 32)),
-}  # top left corners (x, y), in reading order
+    "centre": ((1, 1),),
+    "row": ((0, 1), (2, 1)),
+    "three": ((0, 0), (2, 0), (1, 2)),
+    "four": ((0, 0), (2, 0), (0, 2), (2, 2)),
+    "column": ((1, 0), (1, 2)),
+}  # top left corners (x, y) in halves of the room that an object leaves, in reading order
 NEAR, FAR = 1.0, 2.0
 HAZE = 0.5  # share of the background in the colour of a far object
 MAX_OBJECTS = 4
@@ -40,24 +44,47 @@ PLACES = torch.tensor([[*layout, *[(0, 0)] * (MAX_OBJECTS - len(layout))] for la
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of scenes; objects in reading order, -1 where there is none."""
+    """A batch of scenes on one canvas; objects in reading order, -1 where there is none."""
 
     objects: Tensor  # (B, 4) index into `ToyWorld.names`
     positions: Tensor  # (B, 4, 2) top left corner (x, y) in pixels
     distances: Tensor  # (B, 4) NEAR or FAR
     sizes: Tensor  # (B, 4) pixels
     backgrounds: Tensor  # (B,)
+    canvas: tuple[int, int] = CANVAS  # height and width in pixels
 
     def __len__(self) -> int:
         return len(self.objects)
 
     def __getitem__(self, index) -> "Scenes":
-        return Scenes(*(getattr(self, field.name)[index] for field in fields(self)))
+        return Scenes(*(tensor[index] for tensor in self._tensors()), canvas=self.canvas)
 
     def where(self, mask: Tensor, others: "Scenes") -> "Scenes":
         """These scenes where `mask` (B,) is true, the others elsewhere."""
-        pairs = ((getattr(self, field.name), getattr(others, field.name)) for field in fields(self))
-        return Scenes(*(torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
+        pairs = zip(self._tensors(), others._tensors())
+        chosen = (torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs)
+        return Scenes(*chosen, canvas=self.canvas)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (self.objects, self.positions, self.distances, self.sizes, self.backgrounds)
+
+
+def sprite_size(canvas: tuple[int, int]) -> int:
+    """Side of an object in pixels."""
+    return SPRITE if min(canvas) >= 2 * SPRITE else SPRITE // 2
+
+
+def places_on(canvas: tuple[int, int]) -> Tensor:
+    """The corners of all layouts in pixels (5, 4, 2), on whole patches of a canvas."""
+    room = torch.tensor([canvas[1], canvas[0]]) - sprite_size(canvas)
+    return PLACES * room // (2 * PATCH) * PATCH
+
+
+def check_canvas(canvas: tuple[int, int]) -> None:
+    if canvas not in CANVASES:
+        raise ValueError(
+            f"{canvas=} must be (height, width) of {SIDES[0]} to {SIDES[-1]} px in steps of {PATCH}, 1:2 to 2:1."
+        )
 
 
 def is_held_out(key: str, share: int = 10) -> bool:
@@ -80,10 +107,9 @@ class ToyWorld:
         self.shape_names = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)
         self.names = self.emoji_names + self.shape_names
         self.sprites = torch.cat([_load_emoji(self.num_emoji), _draw_shapes()])  # (V, 4, 32, 32), premultiplied
-        small = torch.nn.functional.interpolate(
-            self.sprites, size=(FAR_SPRITE, FAR_SPRITE), mode="bilinear", antialias=True
-        )
-        self.sprites_of_size = {len(s[0, 0]): s.permute(0, 2, 3, 1) for s in (self.sprites, small)}
+        self.sprites_of_size = {
+            size: self._resized(size) for near in (SPRITE, SPRITE // 2) for size in (near, _far(near))
+        }
         count = len(self.names)
         self.test_pairs = torch.zeros(count, count, dtype=torch.bool)
         for i in range(count):
@@ -94,23 +120,30 @@ class ToyWorld:
             [[n > 1 and is_held_out(f"{n} {name}") for n in range(MAX_OBJECTS + 1)] for name in self.names]
         )
 
+    def _resized(self, size: int) -> Tensor:
+        """The sprites (V, size, size, 4)."""
+        mode = {"mode": "bilinear", "antialias": True} if SPRITE % size else {"mode": "area"}
+        return torch.nn.functional.interpolate(self.sprites, size=(size, size), **mode).permute(0, 2, 3, 1)
+
     # Scenes
 
     def sample_scenes(
         self, num_scenes: int, generator: torch.Generator, *, split: str = "train", max_objects: int = MAX_OBJECTS,
-        scattered: float = 0.0,
+        scattered: float = 0.0, canvas: tuple[int, int] = CANVAS,
     ) -> Scenes:  # fmt: skip
         """Scenes of one split, with 1 to `max_objects` objects, near and far, some of a kind; see `arrange`."""
         check_split(split)
         if not 1 <= max_objects <= MAX_OBJECTS:
             raise ValueError(f"{max_objects=} must be between 1 and {MAX_OBJECTS}.")
-        scenes = self._propose_scenes(num_scenes, max_objects, scattered, generator)
+        check_canvas(canvas)
+        proposal = (num_scenes, max_objects, scattered, canvas, generator)
+        scenes = self._propose_scenes(*proposal)
         while (wrong := self.is_test(scenes) != (split == "test")).any():
-            scenes = self._propose_scenes(num_scenes, max_objects, scattered, generator).where(wrong, scenes)
+            scenes = self._propose_scenes(*proposal).where(wrong, scenes)
         return scenes
 
     def _propose_scenes(
-        self, num_scenes: int, max_objects: int, scattered: float, generator: torch.Generator
+        self, num_scenes: int, max_objects: int, scattered: float, canvas: tuple[int, int], generator: torch.Generator
     ) -> Scenes:
         counts = torch.randint(1, max_objects + 1, (num_scenes,), generator=generator)
         objects = torch.randint(len(self.names), (num_scenes, MAX_OBJECTS), generator=generator)
@@ -120,7 +153,7 @@ class ToyWorld:
         objects[torch.arange(MAX_OBJECTS) >= counts[:, None]] = -1
         is_column = torch.rand(num_scenes, generator=generator) < 0.5
         distances = torch.where(torch.rand(num_scenes, MAX_OBJECTS, generator=generator) < 0.5, NEAR, FAR)
-        return self.arrange(objects, is_column, distances, generator, scattered)
+        return self.arrange(objects, is_column, distances, generator, scattered, canvas)
 
     def arrange(
         self,
@@ -129,33 +162,34 @@ class ToyWorld:
         distances: Tensor,
         generator: torch.Generator,
         scattered: float = 0.0,
+        canvas: tuple[int, int] = CANVAS,
     ) -> Scenes:
         """Objects (B, 4) in the layout of their number on random backgrounds; two stand in a row or a column.
 
         A share `scattered` of the scenes leaves places of a larger layout empty: a cat alone may stand at the bottom right.
         """
-        counts = (objects >= 0).sum(1)
-        positions = PLACES[torch.where((counts == 2) & is_column, 4, counts - 1)]
+        counts, places, size = (objects >= 0).sum(1), places_on(canvas), sprite_size(canvas)
+        positions = places[torch.where((counts == 2) & is_column, 4, counts - 1)]
         if scattered:
             is_scattered = torch.rand(len(objects), generator=generator) < scattered
-            positions = torch.where(is_scattered[:, None, None], self._scatter(counts, generator), positions)
-        sizes = torch.full_like(objects, SPRITE)
+            positions = torch.where(is_scattered[:, None, None], self._scatter(counts, places, generator), positions)
+        sizes = torch.full_like(objects, size)
         if self.difficulty == 3:
             positions = positions + 2 * torch.randint(-2, 3, positions.shape, generator=generator)
-            positions = positions.clamp(0, CANVAS - SPRITE)
-            sizes = torch.where(distances == FAR, FAR_SPRITE, SPRITE)
+            positions = positions.clamp(min=0).minimum(torch.tensor([canvas[1], canvas[0]]) - size)
+            sizes = torch.where(distances == FAR, _far(size), size)
         num_backgrounds = len(BACKGROUNDS) * (1 if self.difficulty == 1 else 2)
         backgrounds = torch.randint(num_backgrounds, (len(objects),), generator=generator)
-        return Scenes(objects, positions, distances, sizes, backgrounds)
+        return Scenes(objects, positions, distances, sizes, backgrounds, canvas)
 
-    def _scatter(self, counts: Tensor, generator: torch.Generator) -> Tensor:
+    def _scatter(self, counts: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
         """Positions (B, 4, 2): random places, in reading order, of a random layout that has as many."""
         layouts = torch.multinomial((counts[:, None] <= NUM_PLACES).float(), 1, generator=generator)  # (B, 1)
         slots = torch.arange(MAX_OBJECTS)
         order = torch.rand(len(counts), MAX_OBJECTS, generator=generator)
         order = order.masked_fill(slots >= NUM_PLACES[layouts], 2).argsort(1)
-        places = order.masked_fill(slots >= counts[:, None], MAX_OBJECTS - 1).sort(1).values
-        return PLACES[layouts, places]
+        chosen = order.masked_fill(slots >= counts[:, None], MAX_OBJECTS - 1).sort(1).values
+        return places[layouts, chosen]
 
     def is_test(self, scenes: Scenes) -> Tensor:
         """(B,) whether a scene belongs to the test split."""
@@ -172,8 +206,8 @@ class ToyWorld:
     # Pictures
 
     def render(self, scenes: Scenes) -> Tensor:
-        """Pixels (B, 3, 64, 64) in [-1, 1]; a far object is half as strong against the background."""
-        background = self._background(scenes)  # (B, 3, 64, 64)
+        """Pixels (B, 3, H, W) in [-1, 1]; a far object is half as strong against the background."""
+        background = self._background(scenes)  # (B, 3, H, W)
         canvas = background.clone()
         for place, sprites, distances in self._placed(scenes):
             haze = torch.where(distances == FAR, HAZE, 0.0)[:, None, None, None]
@@ -182,16 +216,16 @@ class ToyWorld:
         return canvas * 2 - 1
 
     def render_depth(self, scenes: Scenes) -> Tensor:
-        """Nearness (B, 3, 64, 64): -1 background, 0 far, 1 near."""
-        depth = torch.full((len(scenes), 1, CANVAS, CANVAS), -1.0)
+        """Nearness (B, 3, H, W): -1 background, 0 far, 1 near."""
+        depth = torch.full((len(scenes), 1, *scenes.canvas), -1.0)
         for place, sprites, distances in self._placed(scenes):
             nearness = torch.where(distances == FAR, 0.0, 1.0)[:, None, None, None]
             depth[place] = torch.where(sprites[..., 3:] > 0.5, nearness, depth[place])
         return depth.expand(-1, 3, -1, -1)
 
     def render_segmentation(self, scenes: Scenes) -> Tensor:
-        """Boundaries of the objects (B, 3, 64, 64), white (1) on black (-1): UniMRG's form."""
-        labels = torch.zeros(len(scenes), 1, CANVAS, CANVAS)
+        """Boundaries of the objects (B, 3, H, W), white (1) on black (-1): UniMRG's form."""
+        labels = torch.zeros(len(scenes), 1, *scenes.canvas)
         for index, (place, sprites, _) in enumerate(self._placed(scenes)):
             labels[place] = torch.where(sprites[..., 3:] > 0.5, float(index + 1), labels[place])
         padded = torch.nn.functional.pad(labels, (1, 1, 1, 1), mode="replicate")
@@ -202,9 +236,9 @@ class ToyWorld:
 
     def _background(self, scenes: Scenes) -> Tensor:
         colors = torch.tensor(list(BACKGROUNDS.values())) / 255
-        flat = colors[scenes.backgrounds % len(colors)][:, :, None, None].expand(-1, -1, CANVAS, CANVAS)
+        flat = colors[scenes.backgrounds % len(colors)][:, :, None, None].expand(-1, -1, *scenes.canvas)
         is_graded = (scenes.backgrounds >= len(colors))[:, None, None, None]
-        shade = torch.linspace(1, 0.7, CANVAS)[:, None]
+        shade = torch.linspace(1, 0.7, scenes.canvas[0])[:, None]
         return torch.where(is_graded, flat * shade, flat)
 
     def _placed(self, scenes: Scenes):
@@ -218,6 +252,11 @@ class ToyWorld:
                 x, y = (scenes.positions[rows, slot, :, None] + torch.arange(size)).unbind(1)  # (n, size) each
                 place = (rows[:, None, None], slice(None), y[:, :, None], x[:, None, :])
                 yield place, sprites[objects[rows]], scenes.distances[rows, slot]
+
+
+def _far(size: int) -> int:
+    """Side of a distant object in pixels, at difficulty 3."""
+    return size * 3 // 4
 
 
 def check_split(split: str) -> None:

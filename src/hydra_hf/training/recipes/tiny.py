@@ -21,7 +21,7 @@ from hydra_hf.toy.batches import ToyData
 from hydra_hf.toy.language import ToyLanguage
 from hydra_hf.toy.teacher import ToyTeacher
 from hydra_hf.toy.text_tokenizer import train_toy_tokenizer
-from hydra_hf.toy.world import ToyWorld
+from hydra_hf.toy.world import CANVASES, ToyWorld
 from hydra_hf.training.recipe import HydraRecipe, HydraStage, Recipe, TokenizerLossWeights, TokenizerStage
 
 
@@ -29,7 +29,7 @@ ATTENTION = "eager"  # torch 2.15's fused attention takes 5 to 20 times as long 
 
 
 def tokenizer_config() -> HydraTokConfig:
-    """2.9M parameters without decoder; 16 tokens of 64 channels for a 64 px picture."""
+    """A preset in small: 2.9M parameters without decoder; 16 tokens of 64 channels for a 64 px picture."""
     return HydraTokConfig(
         hidden_size=192,
         num_gen_layers=3,
@@ -38,10 +38,6 @@ def tokenizer_config() -> HydraTokConfig:
         intermediate_size=576,
         image_size=64,
         patch_size=16,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-        use_cls_token=False,
-        layer_scale_init_value=None,
     )
 
 
@@ -49,7 +45,7 @@ def tokenizer() -> Recipe:
     """Foundation with a regressing decoder, Sem-ViT after the toy teacher, then the flow decoder on the frozen encoder."""
     foundation = TokenizerStage(
         name="foundation",
-        data=ToyData(),
+        data=ToyData(canvases=CANVASES),
         held_out=ToyData(is_held_out=True),
         num_steps=3000,
         batch_size=32,
@@ -73,9 +69,9 @@ def tokenizer() -> Recipe:
     )
     decoder = TokenizerStage(
         name="decoder",
-        data=ToyData(),
+        data=ToyData(canvases=CANVASES),
         held_out=ToyData(is_held_out=True),
-        num_steps=6000,
+        num_steps=3000,
         batch_size=32,
         learning_rates={"model.pixel_decoder": 1e-3, "model.bottleneck.decoder_up_proj": 1e-3},
         muon_scale=3.0,
@@ -85,10 +81,7 @@ def tokenizer() -> Recipe:
             num_flow_layers=4,
             num_attention_heads=6,
             intermediate_size=576,
-            layer_scale_init_value=None,
             patch_size=16,
-            prediction_type="sample",
-            num_inference_steps=4,
         ),
         loss_weights=TokenizerLossWeights(kl=0.0, cosine=0.0),
     )
@@ -101,7 +94,7 @@ def tokenizer() -> Recipe:
 
 
 def hydra_config(vision_config: HydraTokConfig, tokenizer) -> HydraConfig:
-    """A Qwen2 of 6 layers over a tokenizer of the toy world's words."""
+    """`HydraConfig.hydra_1_5b` in small: a Qwen2 of 6 layers over the toy world's words."""
     image_token_id, start_id, end_id = tokenizer.convert_tokens_to_ids(
         ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"]
     )
@@ -115,6 +108,7 @@ def hydra_config(vision_config: HydraTokConfig, tokenizer) -> HydraConfig:
             num_attention_heads=8,
             num_key_value_heads=4,
             max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -122,11 +116,8 @@ def hydra_config(vision_config: HydraTokConfig, tokenizer) -> HydraConfig:
         ),
         vision_config=vision_config,
         vision_head_config=VisionHeadConfig(
-            hidden_size=256, num_hidden_layers=2, num_attention_heads=8, intermediate_size=768, use_latent_skip=True
+            hidden_size=256, num_hidden_layers=2, num_attention_heads=8, intermediate_size=768
         ),
-        projector_position_period=2,
-        sigma_shift=3.3,
-        sigma_logit_std=1.6,
         null_prompt_ids=tokenizer(null_prompt).input_ids,
         image_token_id=image_token_id,
         vision_start_token_id=start_id,
@@ -134,10 +125,10 @@ def hydra_config(vision_config: HydraTokConfig, tokenizer) -> HydraConfig:
     )
 
 
-def processor(vision_config: HydraTokConfig, tokenizer) -> HydraProcessor:
+def processor(vision_config: HydraTokConfig, tokenizer, known_words: frozenset[str]) -> HydraProcessor:
     size, patch_size = vision_config.image_size, vision_config.patch_size
     image_processor = HydraImageProcessor(size={"height": size, "width": size}, patch_size=patch_size)
-    return HydraProcessor(image_processor, tokenizer, patch_size=patch_size)
+    return HydraProcessor(image_processor, tokenizer, patch_size=patch_size, known_words=sorted(known_words))
 
 
 def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
@@ -146,13 +137,15 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     The language model starts from nothing, so stage I is short and stage II has to teach it to look. Descriptions come
     first, for the words; then only questions of the place and distance of one thing by its name, which make it find
     things: among descriptions, whose order is chance, it does not learn that. Sem-ViT, which knows the words from its
-    teacher, follows at a tenth of the rate once drawing begins. Stage III is mostly questions.
+    teacher, follows at a tenth of the rate once drawing begins. Other canvases than 64 px come with it. Stage III is mostly
+    questions.
     """
-    text_tokenizer = train_toy_tokenizer(ToyLanguage(ToyWorld(difficulty=1)).corpus())
+    language = ToyLanguage(ToyWorld(difficulty=1))
+    text_tokenizer = train_toy_tokenizer(language.corpus())
     vision_config = HydraTokConfig.from_pretrained(tokenizer)
     heads = {"vision_head": 1e-3, "model.multi_modal_projector": 1e-3, "model.time_embedding": 1e-3}
-    language = {**heads, "model.language_model": 1e-3}
-    everything = {**language, "model.vision_tower.sem_vit": 1e-4,
+    language_model = {**heads, "model.language_model": 1e-3}
+    everything = {**language_model, "model.vision_tower.sem_vit": 1e-4,
                   "model.vision_tower.bottleneck.semantic_up_proj": 1e-4}  # fmt: skip
     stage1 = HydraStage(
         name="stage1",
@@ -164,7 +157,7 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
         data=ToyData(max_objects=1, questions_per_image=1, question_weights={"describe": 1}),
     )
     describe = replace(
-        stage1, name="stage2_describe", num_steps=400, tasks={"understand": 64, "generate": 4}, learning_rates=language,
+        stage1, name="stage2_describe", num_steps=400, tasks={"understand": 64, "generate": 4}, learning_rates=language_model,
         decay_share=0.3, data=replace(stage1.data, max_objects=4),
     )  # fmt: skip
     find = replace(
@@ -174,10 +167,12 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     questions = {"what": 2, "color": 2, "count": 2, "exist": 2, "horizontal": 3, "vertical": 3, "nearer": 3, "place": 2,
                  "distance": 1, "describe": 1}  # fmt: skip
     stage2 = replace(
-        find, name="stage2", num_steps=700, tasks={"understand": 24, "generate": 24}, learning_rates=everything,
-        data=replace(find.data, question_weights=questions),
+        find, name="stage2", num_steps=800, tasks={"understand": 20, "generate": 28}, learning_rates=everything,
+        data=ToyData(
+            canvases=CANVASES, questions_per_image=6, question_weights=questions, unknown_share=0.05
+        ),
     )  # fmt: skip
-    stage3 = replace(stage2, name="stage3", num_steps=700, tasks={"understand": 32, "generate": 12}, decay_share=0.7)
+    stage3 = replace(stage2, name="stage3", num_steps=800, tasks={"understand": 28, "generate": 16}, decay_share=0.7)
     return HydraRecipe(
         name="tiny.hydra",
         config=hydra_config(vision_config, text_tokenizer),
@@ -186,5 +181,5 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
         save_every=200,
         sample_every=500,
         tokenizer=tokenizer,
-        processor=processor(vision_config, text_tokenizer),
+        processor=processor(vision_config, text_tokenizer, language.known_words),
     )
