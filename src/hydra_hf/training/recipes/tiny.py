@@ -29,7 +29,7 @@ ATTENTION = "eager"  # torch 2.15's fused attention takes 5 to 20 times as long 
 
 
 def tokenizer_config() -> HydraTokConfig:
-    """2.9M parameters without decoder; 16 tokens of 64 channels for a 64 px picture."""
+    """2.9M parameters without decoder; 16 tokens of 64 channels for a 64 px image."""
     return HydraTokConfig(
         hidden_size=192,
         num_gen_layers=3,
@@ -146,7 +146,7 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     The language model starts from nothing, so stage I is short and stage II has to teach it to look. Descriptions come
     first, for the words; then only questions of the place and distance of one thing by its name, which make it find
     things: among descriptions, whose order is chance, it does not learn that. Sem-ViT, which knows the words from its
-    teacher, follows at a tenth of the rate once drawing begins. Stage III is mostly questions.
+    teacher, follows at a tenth of the rate once image generation begins. Stage III is mostly questions.
     """
     text_tokenizer = train_toy_tokenizer(ToyLanguage(ToyWorld(difficulty=1)).corpus())
     vision_config = HydraTokConfig.from_pretrained(tokenizer)
@@ -187,4 +187,6 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
         sample_every=500,
         tokenizer=tokenizer,
         processor=processor(vision_config, text_tokenizer),
+        num_inference_steps=24,
+        guidance_scale=2.0,
     )
