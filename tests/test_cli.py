@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from hydra_hf.cli import create_parser, main
 from hydra_hf.cli.common import load_pipeline
+from hydra_hf.cli.train import _override
+from hydra_hf.data.sources import Source, Sources
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 from hydra_hf.toy.text_tokenizer import train_toy_tokenizer
-from toy_models import toy_pipeline
+from hydra_hf.training.recipe import HydraRecipe, HydraStage
+from toy_models import toy_config, toy_pipeline
 
 
 COMMANDS = ("generate", "ask", "reconstruct", "train", "evaluate")
@@ -562,7 +566,55 @@ def test_a_source_that_is_not_one_is_refused(capsys, tmp_path):
     assert "'images' is not TASK=PATH" in message
 
 
-def test_train_runs_every_stage_of_a_recipe_and_goes_on_where_it_was(tmp_path):
+def test_options_of_train_are_fields_of_the_recipe_and_of_its_stages(tmp_path):
+    recipe = HydraRecipe(
+        name="test", config=toy_config(), stages=(HydraStage(name="stage1", num_steps=9, learning_rates={}, tasks={}),),
+        tokenizer=None, processor=None,
+    )  # fmt: skip
+    words = ["--save_every", "7", "--max_length", "64", "--num_workers", "2", "--num_steps", "3", "--micro_batch_size", "4",
+             "--held_out", "generate=images"]  # fmt: skip
+    changed = _override(recipe, create_parser().parse_args(["train", "tiny.hydra", *words]))
+    assert (changed.save_every, changed.max_length, changed.num_workers, changed.micro_batch_size) == (7, 64, 2, 4)
+    assert changed.stages[0].num_steps == 3
+    assert changed.stages[0].held_out == Sources((Source(task="generate", path="images"),))
+
+
+def test_a_run_that_never_saves_is_refused(tmp_path, capsys):
+    arguments = ["train", "tiny.tokenizer", "--save_every", "0", "--out", tmp_path / "run"]
+    assert "self.save_every=0" in error_of(capsys, *arguments)
+
+
+@pytest.mark.slow  # three runs of the command line
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
+    """A limit on the size of files in the place of a full disk."""
+    command = [sys.executable, "-m", "hydra_hf.cli", "train", "tiny.tokenizer", "--stage", "foundation", "--num_steps", "2",
+               "--save_every", "1", "--out"]  # fmt: skip
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+
+    full = subprocess.run([*command, str(tmp_path / "full")], preexec_fn=limit, capture_output=True, text=True)
+    assert full.returncode == 2
+    assert "checkpoint-1 cannot be written: " in full.stderr.splitlines()[-1]
+    assert "Traceback" not in full.stderr
+    assert not list((tmp_path / "full").rglob("*.safetensors"))
+    for folder in ("full", "whole"):
+        subprocess.run([*command, str(tmp_path / folder)], check=True, capture_output=True)
+    weights = [(tmp_path / folder / "foundation/final/model.safetensors").read_bytes() for folder in ("full", "whole")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow  # two runs of the command line
+def test_a_folder_of_another_run_is_one_line_that_names_the_field(tmp_path, capsys):
+    command = [sys.executable, "-m", "hydra_hf.cli", "train", "tiny.tokenizer", "--stage", "foundation", "--out",
+               str(tmp_path), "--num_steps"]  # fmt: skip
+    subprocess.run([*command, "1"], check=True, capture_output=True)
+    other = subprocess.run([*command, "3"], capture_output=True, text=True)
+    assert other.returncode == 2
+    assert "was made with foundation.num_steps=1, but this run has 3" in other.stderr.splitlines()[-1]
+
+
+def test_train_runs_every_stage_of_a_recipe_and_resumes_where_it_was(tmp_path):
     def train() -> list[str]:
         """In a process of its own: accelerate keeps one precision for each."""
         arguments = ["train", "tiny.tokenizer", "--num_steps", "2", "--out", str(tmp_path / "run")]

@@ -1,25 +1,52 @@
-"""Files and folders that are whole or not there: written aside, then renamed."""
+"""Files and folders that are whole or not there: written aside, flushed to the disk, then renamed. And a folder's lock."""
 
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 
+logger = logging.getLogger(__name__)
+
+LOCK_SECONDS = 10  # the loader's workers of a killed run hold its lock until they notice
+
+
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills a temporary folder next to `path`, which then takes its name: a killed run leaves the old one."""
+    """`write` fills a temporary folder next to `path`, which then takes its name: a killed run leaves the old one.
+
+    Raises OSError, and leaves the old folder, if there is no room.
+    """
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
+    with saving(path, temporary):
+        temporary.mkdir(parents=True)
+        write(temporary)
+        sync_folder(temporary)
     old = path.with_name(path.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         os.replace(path, old)
     os.replace(temporary, path)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def saving(path: Path, temporary: Path) -> Iterator[None]:
+    """Removes the folder `temporary` if it is not filled to the end, and says in one OSError what could not be written."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise OSError(f"{path} cannot be written: {error}") from error
+        raise
 
 
 def has_folder(path: Path) -> bool:
@@ -30,12 +57,28 @@ def has_folder(path: Path) -> bool:
     return path.exists()
 
 
+def sync(path: Path) -> None:
+    """Flushes a file or a folder's list of names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes everything in a folder to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """`write` makes a temporary file of the same ending next to `path`, which then takes its name; a failed one is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
         write(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -51,3 +94,26 @@ def write_image_grid(path: Path, pixel_values: Tensor, num_columns: int) -> None
 
     pixels = (pixel_values.float().clamp(-1, 1) + 1) / 2
     write_file(path, lambda temporary: save_image(pixels, temporary, nrow=num_columns, pad_value=0.5))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock of one that has died no longer counts.
+
+    Raises ValueError if another process keeps the folder.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / "run.lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise ValueError(
+            f"{folder} is in use by another run: wait until it has ended, or name another folder."
+        ) from error
+    except NotImplementedError:
+        logger.warning("The file system of %s has no locks: do not start a second run in it.", folder)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -197,7 +197,7 @@ def test_a_stream_with_too_few_records_for_a_process_gives_blank_samples(files, 
 
 def test_streams_are_read_in_order(make_bundles):
     bundles = make_bundles(streaming=True)
-    with pytest.raises(ValueError, match="stand at bundle 0 and cannot give 2"):
+    with pytest.raises(ValueError, match="give bundle 0 next and cannot give 2"):
         bundles[2]
 
 

@@ -295,7 +295,7 @@ def test_a_sample_longer_than_the_context_is_skipped_whole_and_counted(files, op
     assert lengths(limited) == [short, middle]
     assert {int((batch["mm_token_type_ids"] == 1).sum()) for batch in limited} == {17}  # a time token, 16 patches
     (reason,), (count,) = limited[-1]["num_skipped"].keys(), limited[-1]["num_skipped"].values()
-    assert reason == f"{path}: more than the {middle} tokens of the language model's context"
+    assert reason == f"{path}: more than max_length={middle} tokens"
     assert count >= 4  # once in each epoch of three
 
 

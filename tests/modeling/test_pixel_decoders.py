@@ -60,7 +60,7 @@ def test_the_flow_decoder_has_the_parameters_of_the_paper(size, expected):
 
 def test_a_fresh_flow_decoder_predicts_zero():
     """Zero velocity, and by default zero pixels: the noise is all that it wants to lose."""
-    assert not flow_decoder().decode(STATES, GRID, noise=NOISE, num_inference_steps=1).any()
+    assert not flow_decoder().decode(STATES, GRIDS, noise=NOISE, num_inference_steps=1).any()
     decoder = flow_decoder(prediction_type="velocity")
     sigma = torch.tensor([0.3, 1.0])
     assert not decoder(NOISE, sigma, decoder.get_conditions(STATES, GRIDS)).any()

@@ -86,3 +86,21 @@ def test_streams_are_not_read_ahead_by_workers(files, tmp_path):
     made = replace(recipe_of(files, tmp_path, streaming=True), num_workers=2)
     with pytest.raises(ValueError, match="num_workers=2"):
         create_bundles(made, made.stages[0], seed=0)
+
+
+def test_samples_longer_than_the_recipe_allows_are_not_trained_on(files, tmp_path):
+    made = replace(recipe_of(files, tmp_path, streaming=False), max_length=5)
+    with pytest.raises(ValueError, match="none of 1000 records can be read; .*more than max_length=5 tokens"):
+        create_bundles(made, made.stages[0], seed=0)[0]
+
+
+def test_the_recipes_sources_are_the_data_of_a_stage_without_its_own(files, tmp_path):
+    made = recipe_of(files, tmp_path, streaming=False)
+    (stage,) = made.stages
+    sources = stage.data.sources
+    for data in (sources, Sources(sources)):
+        shared = replace(made, stages=(replace(stage, data=None),), data=data)
+        assert shared.data_of(shared.stages[0]) == Sources(sources)
+        bundles = [create_bundles(recipe, recipe.stages[0], seed=0)[0] for recipe in (made, shared)]
+        torch.testing.assert_close(*bundles, rtol=0, atol=0)
+    assert replace(made, data=sources[:1]).data_of(stage) == stage.data

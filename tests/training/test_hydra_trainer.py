@@ -1,23 +1,26 @@
 import json
+import os
+import signal
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers.utils.logging import disable_propagation, enable_propagation
 
 from hydra_hf.data.collate import collate
 from hydra_hf.data.sample import Sample
 from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 from hydra_hf.toy.batches import ToyBundles, ToyData
-from hydra_hf.training.hydra_trainer import (
-    HydraTrainer,
-    create_bundles,
-    create_model,
-    last_complete_checkpoint,
-    train_hydra,
-)
+from hydra_hf.training.bundle_trainer import BundleTrainer
+from hydra_hf.training.checkpoints import last_whole_checkpoint, save_state
+from hydra_hf.training.hydra_trainer import create_bundles, create_held_out, create_model, train_hydra
+from hydra_hf.training.interruption import TrainingInterruptedError
+from hydra_hf.training.objective import HydraObjective
 from hydra_hf.training.processes import num_accumulation_steps
 from hydra_hf.training.randomness import grids_per_row, row_noise, step_generator
 from hydra_hf.training.recipe import HydraRecipe, HydraStage
@@ -53,6 +56,15 @@ class BundlesOfAKilledRun(ToyBundles):
         return super().__getitem__(index)
 
 
+class BundlesOfAStoppedRun(ToyBundles):
+    """The run is asked to stop in its third step, between two checkpoints."""
+
+    def __getitem__(self, index: int) -> dict:
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> HydraRecipe:
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -65,11 +77,11 @@ def recipe(tmp_path_factory) -> HydraRecipe:
 
 @pytest.fixture
 def make_trainer(recipe):
-    def make(folder, stage=STAGE1, bundles=ToyBundles, accumulation=1, **changes) -> HydraTrainer:
+    def make(folder, stage=STAGE1, bundles=ToyBundles, accumulation=1, **changes) -> BundleTrainer:
         folder.mkdir(exist_ok=True)
         bundles = bundles(ToyData(), recipe.processor, stage, seed=0, accumulation=accumulation)
-        return HydraTrainer(
-            create_model(recipe), stage, bundles, folder,
+        return BundleTrainer(
+            create_model(recipe), HydraObjective(stage, seed=0), stage, bundles, folder,
             recipe=replace(recipe, **changes), seed=0, accumulation=accumulation,
         )  # fmt: skip
 
@@ -78,8 +90,8 @@ def make_trainer(recipe):
 
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory):
-    """An unbroken run of both stages: its folder, and that of the finished pipeline."""
-    folder = tmp_path_factory.mktemp("unbroken")
+    """An uninterrupted run of both stages: its folder, and that of the finished pipeline."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     return folder, train_hydra(recipe, folder)
 
 
@@ -87,7 +99,10 @@ def losses_of(folder) -> dict[int, dict]:
     """The named losses by step; what a resumed run does again counts."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return {
-        record["step"]: {name: record[name] for name in ("loss", "language", "flow", "grad_norm", "learning_rate")}
+        record["step"]: {
+            name: record[name]
+            for name in ("loss", "understand/language", "generate/flow", "grad_norm", "learning_rate")
+        }
         for record in records
         if "loss" in record
     }
@@ -106,33 +121,138 @@ def moved(before: nn.Module, after: nn.Module) -> set[str]:
 
 
 @pytest.mark.smoke
-def test_a_killed_and_resumed_run_ends_as_an_unbroken_one(make_trainer, tmp_path):
-    unbroken = make_trainer(tmp_path / "unbroken")
-    unbroken.train()
+def test_a_killed_and_resumed_run_ends_as_an_uninterrupted_one(make_trainer, tmp_path):
+    uninterrupted = make_trainer(tmp_path / "uninterrupted")
+    uninterrupted.train()
     with pytest.raises(KilledError):
         make_trainer(tmp_path / "killed", bundles=BundlesOfAKilledRun).train()
-    checkpoint = last_complete_checkpoint(tmp_path / "killed")
+    checkpoint = last_whole_checkpoint(tmp_path / "killed")
     assert checkpoint.endswith("checkpoint-2")
     resumed = make_trainer(tmp_path / "killed")
     resumed.train(resume_from_checkpoint=checkpoint)
     losses = losses_of(tmp_path / "killed")
-    assert losses == losses_of(tmp_path / "unbroken")
+    assert losses == losses_of(tmp_path / "uninterrupted")
     assert list(losses) == [1, 2, 3, 4, 5]
-    torch.testing.assert_close(resumed.model.state_dict(), unbroken.model.state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(resumed.ema.state_dict(), unbroken.ema.state_dict(), rtol=0, atol=0)
-    files = [tmp_path / run / "checkpoint-5" / "optimizer.safetensors" for run in ("killed", "unbroken")]
+    torch.testing.assert_close(resumed.model.state_dict(), uninterrupted.model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(resumed.ema.state_dict(), uninterrupted.ema.state_dict(), rtol=0, atol=0)
+    files = [tmp_path / run / "checkpoint-5" / "optimizer.safetensors" for run in ("killed", "uninterrupted")]
     torch.testing.assert_close(load_file(files[0]), load_file(files[1]), rtol=0, atol=0)
 
 
-def test_an_incomplete_checkpoint_is_passed_over(finished, tmp_path):
-    assert last_complete_checkpoint(tmp_path) is None
-    for step, state in ((4, '{"global_step": 4}'), (6, '{"global_st'), (10, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    newest = last_complete_checkpoint(finished[0] / "stage1")
-    assert newest == str(finished[0] / "stage1" / "checkpoint-5")
+def test_a_stopped_run_saves_its_step_and_ends_as_an_uninterrupted_one(make_trainer, tmp_path):
+    whole = make_trainer(tmp_path / "whole")
+    whole.train_stage()
+    with pytest.raises(TrainingInterruptedError, match="stage1 stopped at step 3 by SIGTERM"):
+        make_trainer(tmp_path / "stopped", bundles=BundlesOfAStoppedRun).train_stage()
+    assert last_whole_checkpoint(tmp_path / "stopped").endswith("checkpoint-3")
+    resumed = make_trainer(tmp_path / "stopped")
+    resumed.train_stage()
+    torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+    logs = [[{**json.loads(line), "epoch": 0} for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+            for run in ("stopped", "whole")]  # fmt: skip
+    assert logs[0] == logs[1]
+
+
+def test_rows_after_the_last_checkpoint_are_not_doubled(make_trainer, tmp_path):
+    with pytest.raises(KilledError):
+        make_trainer(tmp_path, bundles=BundlesOfAKilledRun).train_stage()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 1.0}\n{"step": 4, "lo')  # as a run that is killed in step 4 leaves it
+    make_trainer(tmp_path).train_stage()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_a_resume_warns_of_nothing(make_trainer, tmp_path, caplog):
+    with pytest.raises(KilledError):
+        make_trainer(tmp_path, bundles=BundlesOfAKilledRun).train_stage()
+    trainer = make_trainer(tmp_path)
+    assert trainer.model.config.text_config.tie_word_embeddings
+    with caplog.at_level("WARNING"), transformers_logs_propagate():
+        trainer.train_stage()
+    assert "missing keys" not in caplog.text
+
+
+@contextmanager
+def transformers_logs_propagate():
+    enable_propagation()
+    yield
+    disable_propagation()
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_a_sentence(make_trainer, recipe, tmp_path):
+    pytest.importorskip("peft")
+    with pytest.raises(KilledError):
+        make_trainer(tmp_path, replace(STAGE1, lora_rank=2), bundles=BundlesOfAKilledRun).train_stage()
+    with pytest.raises(ValueError, match=r"checkpoint-2 does not fit the model of stage1: "):
+        make_trainer(tmp_path, replace(STAGE1, lora_rank=3)).train_stage()
+
+
+def test_two_checkpoints_are_kept_and_strangers_left_alone(make_trainer, tmp_path):
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-2.zip").write_bytes(b"zip")
+    make_trainer(tmp_path, save_every=1).train_stage()
+    names = {"checkpoint-4", "checkpoint-5", "checkpoint-best", "checkpoint-2.zip"}
+    assert {path.name for path in tmp_path.glob("checkpoint*")} == names
+
+
+def test_a_checkpoint_that_finds_no_room_is_one_error_and_the_one_before_it_is_resumed(
+    make_trainer, tmp_path, monkeypatch
+):
+    from hydra_hf.training import bundle_trainer
+
+    def save_until_full(folder, name, state) -> None:
+        if folder.name == "checkpoint-4" and name == "optimizer":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_state(folder, name, state)
+
+    monkeypatch.setattr(bundle_trainer, "save_state", save_until_full)
+    with pytest.raises(OSError, match=r"checkpoint-4 cannot be written: .*No space left on device"):
+        make_trainer(tmp_path).train_stage()
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint-2"]
+    make_trainer(tmp_path).train_stage()
+    assert last_whole_checkpoint(tmp_path).endswith("checkpoint-5")
+
+
+def test_held_out_losses_are_those_of_fixed_rows_and_noise(recipe, make_trainer, tmp_path):
+    stage = replace(STAGE1, held_out=ToyData(is_held_out=True), num_held_out=3, learning_rates={"vision_head": 1e-9})
+    stage = replace(stage, ema_decay=0.0, muon_scale=0.0)
+    folder = tmp_path / "run"
+    train_hydra(replace(recipe, stages=(stage,), sample_every=2, micro_batch_size=4), folder)
+    records = [json.loads(line) for line in (folder / "stage1" / "log.jsonl").read_text().splitlines()]
+    measured = {record["step"]: record for record in records if "held_out/generate/flow" in record}
+    assert list(measured) == [2, 4, 5]
+    names = {"held_out/understand/language", "held_out/generate/flow"}
+    assert all({name for name in record if name.startswith("held_out")} == names for record in measured.values())
+    for name in names:  # weights that hardly move
+        assert measured[2][name] == pytest.approx(measured[5][name], rel=1e-4)
+    whole = make_trainer(tmp_path / "whole", stage)
+    whole.held_out = create_held_out(recipe, stage)  # all rows in one micro step
+    assert whole.measure_held_out() == pytest.approx({name: measured[2][name] for name in names}, rel=1e-3)
+    trained = create_bundles(recipe, stage, seed=0)[0]
+    assert not torch.equal(whole.held_out[0]["generate"]["pixel_values"], trained["generate"]["pixel_values"])
+
+
+def test_the_saved_pipelines_have_the_recipes_defaults(recipe, finished):
+    for folder in (finished[1], finished[0] / "stage1" / "final"):
+        config = HydraPipeline.from_pretrained(folder).config
+        assert config.default_num_inference_steps == recipe.num_inference_steps == 50
+        assert config.default_guidance_scale == recipe.guidance_scale == 4.5
+
+
+def test_the_finished_pipeline_is_stored_in_bf16_and_opens_in_fp32(finished):
+    weights = load_file(finished[1] / "model" / "model.safetensors")
+    dtypes = {value.dtype for name, value in weights.items() if "latents_" not in name}
+    assert dtypes == {torch.bfloat16}
+    assert weights["model.vision_tower.bottleneck.latents_std"].dtype == torch.float32
+    assert json.loads((finished[1] / "model" / "config.json").read_text())["dtype"] == "float32"
+    assert HydraPipeline.from_pretrained(finished[1]).model.dtype == torch.float32
+
+
+def test_a_sample_longer_than_the_recipe_allows_is_refused(recipe):
+    with pytest.raises(ValueError, match="max_length=513 must be 1 to 512"):
+        replace(recipe, max_length=513)
 
 
 def test_a_checkpoint_holds_no_pickle(finished):
@@ -246,7 +366,7 @@ def bundle_of(step: int = 0, **batches: dict) -> dict:
     return {**batches, "rows": rows, "step": step, "micro_step": 0, "skipped": {}}
 
 
-def loss_of(trainer: HydraTrainer, bundle: dict) -> tuple:
+def loss_of(trainer: BundleTrainer, bundle: dict) -> tuple:
     bundles, counts = trainer.get_batch_samples(iter([bundle]), 1, torch.device("cpu"))
     return trainer.compute_loss(trainer.model, bundles[0], return_outputs=True, num_items_in_batch=counts)
 
@@ -254,7 +374,7 @@ def loss_of(trainer: HydraTrainer, bundle: dict) -> tuple:
 def test_noise_is_put_on_generated_images_only(make_trainer, recipe, tmp_path):
     trainer, batch = make_trainer(tmp_path), edit_batch(recipe, 2)
     clean = trainer.model.encode_images(batch["pixel_values"], batch["image_grid_thw"]).unflatten(0, (4, -1))
-    prepared = trainer.prepare_batch(bundle_of(edit=batch), "edit")
+    prepared = trainer.objective.prepare(trainer.model, bundle_of(edit=batch), "edit")
     noisy = prepared["latents"].unflatten(0, (4, -1))
     given, generated = slice(0, None, 2), slice(1, None, 2)
     assert prepared["sigma"][given].tolist() == [0, 0]
@@ -263,23 +383,24 @@ def test_noise_is_put_on_generated_images_only(make_trainer, recipe, tmp_path):
     sigma = prepared["sigma"][generated][:, None, None]
     target = prepared["velocity_target"].unflatten(0, (2, -1))
     torch.testing.assert_close(noisy[generated], clean[generated] + sigma * target)
-    assert trainer.count_targets(batch) == {"language": 2 * 3, "flow": 2 * 16}
+    assert trainer.objective.count_targets(trainer.model, batch) == {"language": 2 * 3, "flow": 2 * 16}
     assert "pixel_values" not in prepared
     assert "pixel_values" in batch  # the caller's bundle is as it was
 
 
 def test_text_to_image_has_the_start_of_each_image_as_its_only_label(make_trainer, recipe, tmp_path):
     batch = collate(toy_language().generate_samples(2, step_generator(0, 0)), recipe.processor)
-    trainer, _ = make_trainer(tmp_path), bundle_of(generate=batch)
+    trainer, batch["num_samples"] = make_trainer(tmp_path), 2
     start = recipe.config.vision_start_token_id
     assert batch["labels"][batch["labels"] >= 0].tolist() == [start, start]
-    assert trainer.count_targets(batch) == {"language": 2, "flow": 2 * 16}
+    assert trainer.objective.count_targets(trainer.model, batch) == {"language": 2, "flow": 2 * 16}
 
 
 def test_a_batch_without_labels_has_no_logits_of_the_prompt(make_trainer, recipe, tmp_path):
     batch = collate(toy_language().generate_samples(2, step_generator(0, 0)), recipe.processor)
     batch["labels"].fill_(-100)
-    prepared = make_trainer(tmp_path).prepare_batch(bundle_of(generate=batch), "generate")
+    trainer = make_trainer(tmp_path)
+    prepared = trainer.objective.prepare(trainer.model, bundle_of(generate=batch), "generate")
     assert "labels" not in prepared
     assert prepared["logits_to_keep"] == 1
 
@@ -294,50 +415,69 @@ def test_images_of_several_sizes_train_as_each_alone(make_trainer, recipe, tmp_p
         for index, size in enumerate(sizes)
     ]  # fmt: skip
     together = bundle_of(generate=collate(samples, recipe.processor))
-    prepared, tokens = trainer.prepare_batch(together, "generate"), [3, 4, 3]
+    prepared, tokens = trainer.objective.prepare(trainer.model, together, "generate"), [3, 4, 3]
     flow, totals = trainer.model(**prepared).flow_loss, 0
     for row, count in enumerate(tokens):
         alone = bundle_of(generate=collate(samples[row : row + 1], recipe.processor)) | {"rows": {"generate": [row]}}
-        totals += trainer.model(**trainer.prepare_batch(alone, "generate")).flow_loss * count
+        totals += trainer.model(**trainer.objective.prepare(trainer.model, alone, "generate")).flow_loss * count
     torch.testing.assert_close(flow, totals / sum(tokens))
-    assert trainer.count_targets(together["generate"])["flow"] == sum(tokens)
+    assert trainer.objective.count_targets(trainer.model, together["generate"])["flow"] == sum(tokens)
 
 
 def test_understanding_has_neither_noise_nor_a_velocity(make_trainer, recipe, tmp_path):
     batch = collate(toy_language().understand_samples(2, step_generator(0, 0), 3), recipe.processor)
     trainer, bundle = make_trainer(tmp_path), bundle_of(understand=batch)
-    prepared = trainer.prepare_batch(bundle, "understand")
+    prepared = trainer.objective.prepare(trainer.model, bundle, "understand")
     assert prepared["sigma"].tolist() == [0, 0]
     assert {"is_generated", "velocity_target"}.isdisjoint(prepared)
-    assert trainer.count_targets(batch) == {"language": (prepared["labels"] >= 0).sum(), "flow": 0}
+    assert trainer.objective.count_targets(trainer.model, batch) == {
+        "language": (prepared["labels"] >= 0).sum(),
+        "flow": 0,
+    }
 
 
 @torch.no_grad()
-def test_the_language_loss_is_the_mean_over_the_tokens_of_all_tasks(make_trainer, recipe, tmp_path):
-    trainer = make_trainer(tmp_path)
+def test_a_language_loss_is_the_mean_over_the_tokens_of_its_task(make_trainer, recipe, tmp_path):
+    trainer = make_trainer(tmp_path, replace(STAGE1, task_weights={"understand": 0.25}))
     short, long = (
         collate(toy_language().understand_samples(count, step_generator(0, count), questions), recipe.processor)
         for count, questions in ((1, 1), (3, 4))
     )
     loss, outputs = loss_of(trainer, bundle_of(understand=short, generate=long))
-    logits = torch.cat([outputs[task].logits for task in ("understand", "generate")])  # of labelled positions
-    labels = torch.cat([batch["labels"][:, 1:].flatten() for batch in (short, long)])
-    labels = labels[labels != -100]
-    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, labels))
-    assert trainer.losses.collect(trainer.accelerator) == {"language": pytest.approx(loss.item(), abs=1e-5)}
+    expected = {
+        task: nn.functional.cross_entropy(outputs[task].logits, batch["labels"][:, 1:][batch["labels"][:, 1:] != -100])
+        for task, batch in {"understand": short, "generate": long}.items()
+    }
+    torch.testing.assert_close(loss, 0.25 * expected["understand"] + expected["generate"])
+    assert trainer.losses.collect(trainer.accelerator) == {
+        f"{task}/language": pytest.approx(value.item(), abs=1e-5) for task, value in expected.items()
+    }
 
 
 @torch.no_grad()
-def test_the_flow_loss_is_the_mean_over_the_image_tokens_of_all_tasks(make_trainer, recipe, tmp_path):
-    trainer = make_trainer(tmp_path, replace(STAGE1, loss_weights=replace(STAGE1.loss_weights, language=0.0)))
+def test_a_flow_loss_is_the_mean_over_the_image_tokens_of_its_task(make_trainer, recipe, tmp_path):
+    weights = {"loss_weights": replace(STAGE1.loss_weights, language=0.0), "task_weights": {"generate": 3.0}}
+    trainer = make_trainer(tmp_path, replace(STAGE1, **weights))
     for parameter in trainer.model.vision_head.out_proj.parameters():
         parameter.fill_(0.05)
     batches = {"understand": edit_batch(recipe, 1), "generate": edit_batch(recipe, 3)}
     bundle = bundle_of(5, **batches)
     loss, outputs = loss_of(trainer, bundle)
-    targets = torch.cat([trainer.prepare_batch(bundle, task)["velocity_target"] for task in batches])
-    velocity = torch.cat([outputs[task].velocity for task in batches])
-    torch.testing.assert_close(loss, ((velocity - targets) ** 2).mean())
+    expected = {}
+    for task in batches:
+        target = trainer.objective.prepare(trainer.model, bundle, task)["velocity_target"]
+        expected[task] = ((outputs[task].velocity - target) ** 2).mean()
+    torch.testing.assert_close(loss, expected["understand"] + 3 * expected["generate"])
+
+
+def test_one_task_a_head_has_the_papers_sum():
+    assert [STAGE1.loss_weight_of("understand", "language"), STAGE1.loss_weight_of("generate", "flow")] == [1, 1]
+
+
+@pytest.mark.parametrize("weights", [{"edit": 1.0}, {"generate": -1.0}, {"generate": float("nan")}])
+def test_a_weight_of_a_task_that_is_not_trained_or_below_zero_is_refused(weights):
+    with pytest.raises(ValueError, match="stage1: task_weights="):
+        replace(STAGE1, task_weights=weights)
 
 
 @torch.no_grad()
@@ -351,7 +491,7 @@ def test_a_blank_batch_runs_its_forward_and_counts_nothing(make_trainer, recipe,
     loss, outputs = loss_of(trainer, with_blank)
     assert outputs["generate"].flow_loss > 0
     torch.testing.assert_close(loss, outputs["understand"].language_loss)
-    assert list(trainer.losses.collect(trainer.accelerator)) == ["language"]
+    assert list(trainer.losses.collect(trainer.accelerator)) == ["understand/language"]
 
 
 def test_skipped_records_are_in_the_log(make_trainer, recipe, tmp_path):
@@ -379,13 +519,13 @@ def test_a_run_with_accumulation_ends_as_one_without(make_trainer, tmp_path):
 
 
 def test_a_run_with_accumulation_resumes_at_its_step(make_trainer, tmp_path):
-    unbroken = make_trainer(tmp_path / "unbroken", accumulation=2)
-    unbroken.train()
+    uninterrupted = make_trainer(tmp_path / "uninterrupted", accumulation=2)
+    uninterrupted.train()
     with pytest.raises(KilledError):
         make_trainer(tmp_path / "killed", accumulation=2, bundles=BundlesOfAKilledRun).train()
     resumed = make_trainer(tmp_path / "killed", accumulation=2)
-    resumed.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "killed"))
-    torch.testing.assert_close(resumed.model.state_dict(), unbroken.model.state_dict(), rtol=0, atol=0)
+    resumed.train(resume_from_checkpoint=last_whole_checkpoint(tmp_path / "killed"))
+    torch.testing.assert_close(resumed.model.state_dict(), uninterrupted.model.state_dict(), rtol=0, atol=0)
 
 
 def test_gradient_checkpointing_changes_the_memory_and_not_the_weights(make_trainer, tmp_path):
@@ -469,10 +609,12 @@ def test_one_stage_alone_goes_on_from_the_one_before_it(recipe, finished, tmp_pa
     first = train_hydra(recipe, tmp_path, only="stage1")
     assert first == tmp_path / "stage1" / "final"
     assert not (tmp_path / "stage2").exists()
+    assert not (tmp_path / "final").exists()
     second = train_hydra(recipe, tmp_path, only="stage2")
     weights = [load_file(run / "model" / "model.safetensors") for run in (second, finished[0] / "stage2" / "final")]
     torch.testing.assert_close(*weights, rtol=0, atol=0)
-    assert not (tmp_path / "final").exists()
+    weights = [load_file(run / "final" / "model" / "model.safetensors") for run in (tmp_path, finished[0])]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)  # all stages are done
 
 
 def test_the_first_stage_starts_from_init_with_the_trained_tokenizer(recipe, finished):

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hydra_hf.modeling import HydraForConditionalGeneration
-from hydra_hf.training.hydra_trainer import create_model, last_complete_checkpoint, train_hydra
+from hydra_hf.training.checkpoints import last_whole_checkpoint
+from hydra_hf.training.hydra_trainer import create_model, train_hydra
 from hydra_hf.training.lora import LORA, add_adapters, merge_adapters, save_adapters
 from hydra_hf.training.recipe import freeze_unnamed
 
@@ -124,7 +125,7 @@ def test_a_resumed_run_with_adapters_ends_as_the_unbroken_one(finished, tmp_path
     broken = tmp_path / "run" / "stage1"
     broken.mkdir(parents=True)
     (folder / "checkpoint-2").rename(broken / "checkpoint-2")
-    assert last_complete_checkpoint(broken)
+    assert last_whole_checkpoint(broken)
     again = train_hydra(made, tmp_path / "run", only="stage1")
     weights = [load_file(path / "model" / "model.safetensors") for path in (again, folder / "final")]
     torch.testing.assert_close(*weights, rtol=0, atol=0)

@@ -35,7 +35,7 @@ def start(*command: str) -> str:
 
 def log_of(folder: Path) -> list[dict]:
     records = [json.loads(line) for line in (folder / "stage1" / "log.jsonl").read_text().splitlines()]
-    names = ("step", "loss", "language", "flow", "grad_norm", "learning_rate")
+    names = ("step", "loss", "understand/language", "generate/flow", "grad_norm", "learning_rate")
     return [{name: record[name] for name in names} for record in records if "loss" in record]
 
 

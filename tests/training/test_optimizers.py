@@ -113,8 +113,15 @@ def test_steps_are_those_of_muon_and_adamw_run_apart(tiny_model):
     muon = torch.optim.Muon(
         [parameters[name] for name in hidden], lr=3e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
     )
-    rest = [parameter for name, parameter in parameters.items() if name not in hidden]
-    adamw = torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    matrices = {
+        f"{name}.weight" for name, module in other.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    rest = [
+        {"params": [p for name, p in parameters.items() if name not in hidden and (name in matrices) == decays],
+         "weight_decay": 0.1 * decays}
+        for decays in (True, False)
+    ]  # fmt: skip
+    adamw = torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.95))
     for step in range(2):
         give_gradients(tiny_model, step)
         give_gradients(other, step)
@@ -160,3 +167,17 @@ def test_a_scheduler_moves_the_rates_of_both_parts(tiny_model):
     give_gradients(tiny_model, 0)
     optimizer.step()
     torch.testing.assert_close(tiny_model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_weight_decay_pulls_on_matrices_and_on_nothing_else(tiny_model):
+    optimizer = create_optimizer(tiny_model, EVERYTHING)
+    decay_of = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decayed = {name for name, parameter in tiny_model.named_parameters() if decay_of.get(parameter)}
+    others = {name for name, parameter in tiny_model.named_parameters() if parameter in decay_of} - decayed
+    assert set(decay_of.values()) == {0.0, 0.1}
+    assert "model.language_model.layers.0.self_attn.q_proj.weight" in decayed
+    assert not [name for name in decayed if name.endswith("bias") or "norm" in name or "embed_tokens" in name]
+    assert all(tiny_model.get_parameter(name).ndim >= 2 for name in decayed)
+    assert {"model.language_model.embed_tokens.weight", "model.language_model.norm.weight"} <= others
+    assert [name for name in others if "scale_1" in name]  # layer scale
+    assert [name for name in others if name.endswith("bias")]

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from vision_tower_run import BACKBONE, make_stage, make_trainer, write_judges
+from vision_tower_run import BACKBONE, last_checkpoint, make_stage, make_trainer, write_judges
 
 from hydra_hf.modeling.compat import CHECKPOINTING
 from hydra_hf.training.recipe import TokenizerLossWeights
@@ -30,7 +30,7 @@ def log_of(folder) -> dict[int, dict]:
 
 
 def weights_of(folder, name: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoint" / f"{name}.safetensors")
+    return load_file(last_checkpoint(folder) / f"{name}.safetensors")
 
 
 def test_every_loss_is_logged_under_the_name_of_its_weight(finished):
@@ -87,7 +87,7 @@ def test_gradient_checkpointing_does_not_change_a_step(finished, judges, tmp_pat
 def test_what_is_distilled_are_the_layers_of_the_understanding_path(judges, tmp_path):
     trainer = make_trainer(tmp_path, make_stage(judges))
     pixel_values = trainer.batches(0, range(4))
-    noise = trainer.draw_noise(pixel_values, range(4))
+    noise = trainer.sample_noise(pixel_values, range(4))
     states = trainer.model(pixel_values, **noise, distill_layers=(3, 1)).hidden_states
     expected = trainer.model.model(pixel_values, output_hidden_states=True).hidden_states
     torch.testing.assert_close(states, (expected[3], expected[1]))
@@ -135,7 +135,7 @@ def test_the_adaptive_weight_makes_both_gradients_of_the_last_layer_as_long(judg
     trainer.step = 1
     last = trainer.model.model.pixel_decoder.out_proj.weight
     pixel_values, rows = trainer.batches(1, range(4)), range(4)
-    outputs = trainer.model(pixel_values, **trainer.draw_noise(pixel_values, rows))
+    outputs = trainer.model(pixel_values, **trainer.sample_noise(pixel_values, rows))
     losses = trainer.tokenizer_losses(outputs, pixel_values)
     reconstruction = sum(losses.values())
     total = trainer.add_adversarial(losses, outputs.clean_pixel_values)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
-from vision_tower_run import write_judges
+from vision_tower_run import last_checkpoint, write_judges
 
 
 RUN = Path(__file__).with_name("vision_tower_run.py")
@@ -63,7 +63,7 @@ def assert_same_run(first: Path, second: Path) -> None:
     for step in logs[0]:
         assert logs[0][step] == pytest.approx(logs[1][step], rel=1e-4, abs=1e-5)
     for name in ("model", "ema", "discriminator"):
-        weights = [load_file(folder / "checkpoint" / f"{name}.safetensors") for folder in (first, second)]
+        weights = [load_file(last_checkpoint(folder) / f"{name}.safetensors") for folder in (first, second)]
         torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
 
 

@@ -119,7 +119,9 @@ def test_a_killed_and_resumed_run_ends_as_an_unbroken_one(make_trainer, tmp_path
     assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "unbroken")
     torch.testing.assert_close(resumed.state_dict(), unbroken.state_dict(), rtol=0, atol=0)
     for name in ("model", "ema", "optimizer"):
-        files = [tmp_path / run / "checkpoint" / f"{name}.safetensors" for run in ("killed", "unbroken")]
+        files = [
+            tmp_path / run / f"checkpoint-{stage.num_steps}" / f"{name}.safetensors" for run in ("killed", "unbroken")
+        ]
         torch.testing.assert_close(load_file(files[0]), load_file(files[1]), rtol=0, atol=0)
 
 
@@ -247,7 +249,7 @@ def test_no_average_is_kept_at_a_decay_of_zero(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, replace(FOUNDATION, ema_decay=0.0))
     model = trainer.train()
     assert torch.equal(model.bottleneck.down_proj.weight, trainer.model.model.bottleneck.down_proj.weight)
-    assert not (tmp_path / "checkpoint" / "ema.json").exists()
+    assert not (tmp_path / "checkpoint-8" / "ema.json").exists()
 
 
 def test_pictures_that_are_never_trained_on_are_scored(finished):
@@ -269,7 +271,10 @@ def test_the_sample_grid_shows_pictures_and_their_copies(finished):
 def test_a_checkpoint_holds_no_pickle(finished):
     files = list((finished[0] / "decoder").rglob("*.*"))
     assert {path.suffix for path in files if path.is_file()} == {".json", ".jsonl", ".safetensors", ".png"}
-    assert (finished[0] / "decoder" / "checkpoint").is_dir()
+    assert sorted(path.name for path in (finished[0] / "decoder").glob("checkpoint*")) == [
+        "checkpoint-3",
+        "checkpoint-6",
+    ]
 
 
 def test_a_finished_tokenizer_opens_in_transformers(finished, world):
@@ -291,12 +296,12 @@ def test_a_training_batch_holds_pictures_depth_and_segmentations(world):
 def test_noise_of_a_step_is_the_same_whenever_it_is_drawn(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path, DECODER)
     pixel_values = torch.zeros(4, 3, *CANVAS)
-    first, second = (trainer.draw_noise(pixel_values, range(4)) for _ in range(2))
+    first, second = (trainer.sample_noise(pixel_values, range(4)) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    half = trainer.draw_noise(pixel_values[2:], range(2, 4))  # as another process draws its rows
+    half = trainer.sample_noise(pixel_values[2:], range(2, 4))  # as another process draws its rows
     torch.testing.assert_close(half, {name: value[2:] for name, value in first.items()}, rtol=0, atol=0)
     trainer.step = 1
-    assert not torch.equal(trainer.draw_noise(pixel_values, range(4))["sigma"], first["sigma"])
+    assert not torch.equal(trainer.sample_noise(pixel_values, range(4))["sigma"], first["sigma"])
     assert {name: tuple(value.shape) for name, value in first.items()} == {
         "latent_noise": (4, 16, 4), "pixel_noise": (4, 16, 768), "sigma": (4,)
     }  # fmt: skip
@@ -305,7 +310,7 @@ def test_noise_of_a_step_is_the_same_whenever_it_is_drawn(make_trainer, tmp_path
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_share_of_one_step_samples_is_that_of_sigma_one(make_trainer, tmp_path, share):
     trainer = make_trainer(tmp_path, replace(DECODER, one_step_prob=share))
-    sigma = trainer.draw_noise(torch.zeros(64, 3, *CANVAS), range(64))["sigma"]
+    sigma = trainer.sample_noise(torch.zeros(64, 3, *CANVAS), range(64))["sigma"]
     assert (sigma == 1).float().mean() == share
 
 

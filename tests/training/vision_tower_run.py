@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from hydra_hf.modeling import HydraTokConfig, HydraTokModel, PixelFlowDecoderConfig
 from hydra_hf.toy.batches import ToyBatches, ToyData, ToyHeldOut
 from hydra_hf.toy.world import ToyWorld
+from hydra_hf.training.checkpoints import last_whole_checkpoint
 from hydra_hf.training.recipe import Recipe, TokenizerLossWeights, TokenizerStage
 from hydra_hf.training.vision_tower_trainer import TokenizerTrainer, create_stage_model
 
@@ -72,6 +73,10 @@ def make_trainer(
         ToyHeldOut(world, stage.num_held_out, 1), folder, micro_batch_size=micro_batch_size,
         log_every=1, save_every=2, sample_every=3,
     )  # fmt: skip
+
+
+def last_checkpoint(folder: Path) -> Path:
+    return Path(last_whole_checkpoint(folder))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ example: hydra train tiny.tokenizer --out runs/tiny.tokenizer
 """
 
 import argparse
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from inspect import Parameter
 from pathlib import Path
+from typing import TextIO
 
 from .common import add_device, check_out_folder, choose_device
 
 
+HYDRA_OPTIONS = ("num_workers", "max_length", "dry_run")
 STAGE_OPTIONS = {
     "teacher_weights": "safetensors of a timm teacher",
     "perceptual_backbone": "lpips:vgg, lpips:alex, lpips:squeeze or timm:NAME",
@@ -30,21 +33,27 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out", type=Path, help="folder of the run; runs/RECIPE by default. An unfinished one is resumed"
     )
-    command.add_argument("--tokenizer", help="trained HYDRA-TOK, for recipes of HYDRA")
+    command.add_argument("--tokenizer", help="of HYDRA: the trained vision tower (HYDRA-TOK)")
     command.add_argument("--init", help="folder or Hub id to start from, such as `hydra convert` writes")
     command.add_argument(
         "--teacher", help="frozen ViT of the distillation: folder, Hub id or timm:NAME; --init by default"
     )
     command.add_argument("--decoder", help="size of the flow decoder: S, M or L")
     command.add_argument("--data", action="append", metavar="TASK=PATH", help="what is trained on; may be repeated")
-    command.add_argument("--held_out", action="append", metavar="TASK=PATH", help="images to measure a tokenizer on")
+    command.add_argument(
+        "--held_out", action="append", metavar="TASK=PATH", help="what is measured and not trained on"
+    )
     command.add_argument("--micro_batch_size", type=int, help="samples in memory at once; the rest is accumulated")
     command.add_argument("--gradient_checkpointing", action="store_true", default=None, help="less memory, more time")
     for name, summary in STAGE_OPTIONS.items():
         command.add_argument(f"--{name}", help=summary)
     command.add_argument("--num_steps", type=int, help="of every stage, instead of the recipe's")
-    command.add_argument("--stage", help="of HYDRA: this one alone")
+    command.add_argument("--save_every", type=int, help="steps from one checkpoint to the next")
+    command.add_argument("--stage", help="this one alone")
     command.add_argument("--lora_rank", type=int, help="of HYDRA: adapters on the language model and Sem-ViT")
+    command.add_argument(
+        "--max_length", type=int, help="of HYDRA: tokens of a sample; longer ones are skipped and counted"
+    )
     command.add_argument("--num_workers", type=int, help="of HYDRA: processes that read ahead")
     add_device(command)
     command.add_argument("--dry_run", action="store_true", default=None, help="of HYDRA: what a step sees and costs")
@@ -66,35 +75,42 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.recipe!r} is not a function that gives a recipe; see hydra_hf.training.recipes.")
     check_out_folder(options.out or Path("runs"))
     _use_device(options.device)
-    recipe = _override(make(**_given(options, made.parameters)), options)
+    recipe = make(**_given(options, made.parameters))
     output_dir = options.out or Path("runs") / recipe.name
     if isinstance(recipe, HydraRecipe):
-        _train_hydra(recipe, output_dir, options)
-        return
-    if given := [name for name in ("stage", "num_workers", "dry_run") if getattr(options, name) is not None]:
+        from hydra_hf.training.hydra_trainer import train_hydra as train
+    elif given := [name for name in HYDRA_OPTIONS if getattr(options, name) is not None]:
         raise ValueError(f"The recipe {options.recipe} takes no --{given[0]}.")
-    from hydra_hf.training.vision_tower_trainer import train_tokenizer
+    else:
+        from hydra_hf.training.vision_tower_trainer import train_tokenizer as train
+    recipe = _override(recipe, options)
+    _print_once(
+        _dry_run(recipe, options.stage) if options.dry_run else _train(train, recipe, output_dir, options.stage)
+    )
 
-    print(train_tokenizer(recipe, output_dir, on_stage=print))
+
+def _train(train: Callable, recipe, output_dir: Path, stage: str | None) -> Path:
+    """The folder of what was trained. A run that is asked to stop ends with 128 and the signal's number, as shells do."""
+    from hydra_hf.training.interruption import TrainingInterruptedError
+
+    try:
+        return train(recipe, output_dir, only=stage, on_stage=print)
+    except TrainingInterruptedError as error:
+        _print_once(f"hydra train: {error}", sys.stderr)
+        raise SystemExit(128 + error.signum) from error
 
 
-def _train_hydra(recipe, output_dir: Path, options: argparse.Namespace) -> None:
-    from dataclasses import replace
+def _dry_run(recipe, stage: str | None) -> str:
+    from hydra_hf.training.dry_run import dry_run
 
+    return "\n\n".join(map(str, dry_run(recipe, stage)))
+
+
+def _print_once(text: object, file: TextIO | None = None) -> None:
     from hydra_hf.training.processes import partial_state
 
-    if options.num_workers is not None:
-        recipe = replace(recipe, num_workers=options.num_workers)
-    if options.dry_run:
-        from hydra_hf.training.dry_run import dry_run
-
-        result = "\n\n".join(map(str, dry_run(recipe, options.stage)))
-    else:
-        from hydra_hf.training.hydra_trainer import train_hydra
-
-        result = train_hydra(recipe, output_dir, only=options.stage, on_stage=print)
     if partial_state().is_main_process:
-        print(result)
+        print(text, file=file)
 
 
 def _given(options: argparse.Namespace, parameters: Mapping[str, Parameter]) -> dict[str, str]:
@@ -145,7 +161,8 @@ def _override(recipe, options: argparse.Namespace):
         for name in ("data", "held_out")
         if getattr(options, name)
     }
-    fields = {name: getattr(options, name) for name in ("micro_batch_size", "gradient_checkpointing")}
+    names = ("micro_batch_size", "gradient_checkpointing", "save_every", "num_workers", "max_length")
+    fields = {name: getattr(options, name) for name in names}
     stage_fields = sources | {name: getattr(options, name) for name in ("num_steps", "lora_rank", *STAGE_OPTIONS)}
     recipe = replace(recipe, **{name: value for name, value in fields.items() if value is not None})
     return recipe.with_overrides(**{name: value for name, value in stage_fields.items() if value is not None})

@@ -12,17 +12,17 @@ from .tasks import TASKS
 
 
 class Bundles(Dataset):
-    """Item i: {task: collated batch} of this process in micro step i, and beside the tasks
+    """Item i: {task: collated batch} of this process in micro step i, and next to the tasks
 
     - "step", "micro_step": the optimizer step i // accumulation, and i % accumulation;
     - "rows": {task: numbers of the batch's samples among the task's samples of the step, one for each sample};
     - "skipped": {task: records skipped for this bundle}, to be summed into the log.
 
-    A batch has `num_samples` beside its tensors. It is 0 when the process has no sample of the task in this micro step:
+    A batch has `num_samples` next to its tensors. It is 0 when the process has no sample of the task in this micro step:
     the batch is then one blank sample (its row is the task's count, one past the last), so that every process runs the
     same forwards, and its labels and generated tokens must count nothing.
 
-    An item is a function of its number, except with streams: these go on from item to item, without workers.
+    An item is a function of its number, except with streams, which are read from item to item, without workers.
 
     Args:
         tasks: task -> samples in one optimizer step, of all processes and micro steps together.
@@ -54,7 +54,7 @@ class Bundles(Dataset):
             raise ValueError(f"{num_processes=}, but the streams are shared out among another number of processes.")
         self.processor, self.num_steps, self.accumulation = processor, num_steps, accumulation
         self.process_index, self.num_processes = process_index, num_processes
-        self.next_index = 0  # the item that the streams stand at
+        self.next_index = 0  # the item that the streams give next
         self.positions: dict[int, dict] = {}  # of the streams, before the first item of each of the last steps
 
     def __len__(self) -> int:
@@ -90,14 +90,14 @@ class Bundles(Dataset):
         return Sample(task=task, messages=TASKS[task].blank_messages(smallest))
 
     def _follow_streams(self, index: int) -> None:
-        """Keeps where the streams stand at the start of a step. ValueError for an item out of order."""
+        """Keeps the positions of the streams at the start of a step. ValueError for an item out of order."""
         if get_worker_info() is not None:
             raise ValueError(
                 "Streaming sources are read by the training process itself, expected no loader's workers."
             )
         if index != self.next_index:
             raise ValueError(
-                f"Streams stand at bundle {self.next_index} and cannot give {index}; load_state_dict first."
+                f"The streams give bundle {self.next_index} next and cannot give {index}; load_state_dict first."
             )
         if index % self.accumulation == 0:
             recent = dict(list(self.positions.items())[-8:])  # more than a loader fetches ahead
@@ -107,7 +107,7 @@ class Bundles(Dataset):
         return {task: reader.state_dict() for task, reader in self.streams.items()}
 
     def state_dict(self, step: int) -> dict:
-        """What another run needs, in this process, to go on with `step`, for JSON; {} without streams.
+        """What another run needs, in this process, to resume with `step`, for JSON; {} without streams.
 
         `step` is the next one to be trained: a loader may have fetched more since. ValueError if it is not a recent one.
         """

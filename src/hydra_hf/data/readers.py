@@ -166,7 +166,7 @@ class TaskReader(SourceMix):
         sample = reader.sample(record, self.task)
         input_ids = self.processor.encode_conversations([sample.messages])["input_ids"]  # (1, L)
         if input_ids.shape[1] > self.max_length:
-            raise UnreadableRecordError(f"more than the {self.max_length} tokens of the language model's context")
+            raise UnreadableRecordError(f"more than max_length={self.max_length} tokens")
         return sample
 
 

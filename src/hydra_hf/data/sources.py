@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from .tasks import TASKS, check_task
@@ -38,6 +39,12 @@ class Source:
             raise ValueError(f"The source of task {self.task!r} has an empty path.")
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise ValueError(f"{self.path}: weight={self.weight} must be a number above 0.")
+
+    def files(self) -> list[Path]:
+        """The files or the folder on this machine, [] for a data set on the Hub. ValueError where none is."""
+        from .tables import find_files
+
+        return [] if self.path.startswith(HUB) else [Path(file) for file in find_files(self.path)]
 
 
 def parse_source(text: str) -> Source:
@@ -97,5 +104,5 @@ class Sources:
         return ImageBatches(self.sources, image_size, seed, batch_size=batch_size)
 
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
-        """None: data sets name no prompts of their own; a recipe does."""
+        """() since data sets name no prompts of their own; a recipe does."""
         return ()

@@ -28,7 +28,7 @@ class ToyData:
         questions_per_image: at most so many turns about one picture.
         question_weights: type -> how often it is asked; None is every type alike.
         unknown_share: so many prompts have a word that nobody knows, and a picture of known things.
-        is_held_out: pictures that training never shows, the same at every step.
+        is_held_out: images that training never shows; for the vision tower the same at every step.
     """
 
     difficulty: int = 1
@@ -147,15 +147,16 @@ class ToyBundles(Dataset):
 
     def samples(self, task: str, generator: torch.Generator, canvas: tuple[int, int] = CANVAS) -> list[Sample]:
         data, count = self.data, self.stage.tasks[task]
+        split = "test" if data.is_held_out else "train"
         if task == "generate":
             return self.language.generate_samples(
                 count, generator, max_objects=data.max_objects, drop_prompt=self.stage.drop_prompt,
-                unknown_share=data.unknown_share, canvas=canvas,
+                unknown_share=data.unknown_share, canvas=canvas, split=split,
             )  # fmt: skip
         if task == "understand":
             return self.language.understand_samples(
                 count, generator, data.questions_per_image, max_objects=data.max_objects, canvas=canvas,
-                weights=data.question_weights,
+                weights=data.question_weights, split=split,
             )  # fmt: skip
         raise ValueError(
             f"{task=} of stage {self.stage.name!r} is not one that the toy world has: generate, understand."

@@ -1,36 +1,35 @@
-"""What happens beside the steps of HYDRA's training: the average, the log and pictures of what the model draws."""
+"""What happens between the steps of training on bundles: the average, the log, held-out losses, images, the end."""
 
 import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from hydra_hf.files import write_image_grid
-from hydra_hf.modeling import HydraForConditionalGeneration, HydraProcessor
+from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
 from .randomness import step_generator
-
-
-LOSSES = ("language", "flow")
+from .recipe import HydraRecipe
 
 
 class LossHistory:
     """Sums of the losses and of skipped records since the last log, on their device: reading them would wait for it."""
 
-    def __init__(self):
+    def __init__(self, names: list[str]):
+        self.names = names
         self.clear()
 
     def clear(self) -> None:
-        self.sums: dict[str, Tensor | float] = dict.fromkeys(LOSSES, 0.0)
-        self.num_steps: dict[str, Tensor | float] = dict.fromkeys(LOSSES, 0.0)  # in which a loss had a target
+        self.sums: dict[str, Tensor | float] = dict.fromkeys(self.names, 0.0)
+        self.num_steps: dict[str, Tensor | float] = dict.fromkeys(self.names, 0.0)  # in which a loss had a target
         self.num_skipped = 0
 
     def count(self, has_target: dict[str, Tensor], num_skipped: int) -> None:
         """Once in an optimizer step."""
-        for name in LOSSES:
+        for name in self.names:
             self.num_steps[name] = self.num_steps[name] + has_target[name]
         self.num_skipped += num_skipped
 
@@ -45,7 +44,7 @@ class LossHistory:
         sums = torch.tensor([*map(float, self.sums.values()), self.num_skipped], dtype=torch.float32, device=device)
         *sums, num_skipped = accelerator.reduce(sums, "sum").tolist()
         num_steps = [float(number) for number in self.num_steps.values()]
-        record = {name: round(total / number, 5) for name, total, number in zip(LOSSES, sums, num_steps) if number}
+        record = {name: round(total / number, 5) for name, total, number in zip(self.names, sums, num_steps) if number}
         if num_skipped:
             record["skipped"] = int(num_skipped)
         self.clear()
@@ -53,48 +52,55 @@ class LossHistory:
 
 
 class EveryStep(TrainerCallback):
-    """Averages the weights, on every process alike, and writes the log, on the main one."""
+    """Averages the weights, measures the held-out losses, and ends a run that is asked to stop, on every process alike;
+    writes the log, on the main one."""
 
-    def __init__(self, trainer: Trainer, output_dir: Path):
-        self.trainer, self.path = trainer, output_dir / "log.jsonl"
+    def __init__(self, trainer: Trainer, output_dir: Path, measure_every: int):
+        self.trainer, self.path, self.measure_every = trainer, output_dir / "log.jsonl", measure_every
 
     def on_step_end(self, args, state, control, **kwargs):
         trainer = self.trainer
         if trainer.ema is not None:
-            trainer.ema.update_parameters(trainer.accelerator.unwrap_model(trainer.model))
+            trainer.ema.update_parameters(trainer.unwrapped_model)
+        if trainer.held_out and is_due(state, args, self.measure_every):
+            trainer.log(trainer.measure_held_out())
+        if trainer.stop.agreed(trainer.accelerator):
+            control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or "train_runtime" in logs:  # of this start of the run alone
             return
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
 class SampleGrids(TrainerCallback):
-    """Draws prompts with the averaged weights, as a PNG, on the main process; not from sharded weights."""
+    """Images of prompts, generated with the averaged weights, as a PNG, on the main process; not from sharded weights."""
 
-    def __init__(
-        self, trainer: Trainer, processor: HydraProcessor, prompts: list[str], output_dir: Path, every: int, seed: int
-    ):
-        self.trainer, self.processor, self.prompts = trainer, processor, prompts
-        self.output_dir, self.every, self.seed = output_dir, every, seed
+    def __init__(self, trainer: Trainer, recipe: HydraRecipe, prompts: list[str], output_dir: Path):
+        self.trainer, self.recipe, self.prompts = trainer, recipe, prompts
+        self.output_dir, self.every, self.seed = output_dir, recipe.sample_every, recipe.seed
 
     def on_step_end(self, args, state, control, **kwargs):
-        is_due = state.global_step % self.every == 0 or state.global_step == args.max_steps
-        if not is_due or not state.is_world_process_zero or self.trainer.is_sharded:
+        if not is_due(state, args, self.every) or not state.is_world_process_zero or self.trainer.is_sharded:
             return
-        pipeline = create_pipeline(self.trainer.averaged_model.eval(), self.processor)
+        pipeline = create_pipeline(self.trainer.averaged_model.eval(), self.recipe)
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(self.prompts, generator=step_generator(self.seed, 1), output_type="pt").images
         write_image_grid(self.output_dir / f"samples-{state.global_step:06d}.png", images * 2 - 1, num_columns=8)
         (self.output_dir / "samples.txt").write_text("\n".join(self.prompts) + "\n")
 
 
-def create_pipeline(model: HydraForConditionalGeneration, processor: HydraProcessor) -> HydraPipeline:
-    """The pipeline that the tiny checkpoint is shipped as."""
+def is_due(state: TrainerState, args: TrainingArguments, every: int) -> bool:
+    """Every so many steps, and after the last one."""
+    return state.global_step % every == 0 or state.global_step == args.max_steps
+
+
+def create_pipeline(model: HydraForConditionalGeneration, recipe: HydraRecipe) -> HydraPipeline:
+    """The model as a pipeline with the recipe's defaults."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return HydraPipeline(
-        model=model, processor=processor, scheduler=FlowMatchEulerDiscreteScheduler(),
-        default_num_inference_steps=24, default_guidance_scale=2.0,
+        model=model, processor=recipe.processor, scheduler=FlowMatchEulerDiscreteScheduler(),
+        default_num_inference_steps=recipe.num_inference_steps, default_guidance_scale=recipe.guidance_scale,
     )  # fmt: skip

@@ -4,10 +4,10 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutions that judge overlapping patches of a picture: (B, 3, H, W) -> logits (B, 1, h, w), high is real.
+    """Convolutions that judge overlapping patches of an image: (B, 3, H, W) -> logits (B, 1, h, w), high is real.
 
     Three halvings, a receptive field of 70 pixels, 2.8M parameters. The norm is over groups of channels, so that the
-    judgement of one picture does not depend on the others of its batch.
+    judgement of one image does not depend on the others of its batch.
     """
 
     def __init__(self, hidden_size: int = 64, num_channels: int = 3):

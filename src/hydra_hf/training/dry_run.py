@@ -48,7 +48,7 @@ class TaskReport:
     image_tokens: float
     label_tokens: float
     num_images: float
-    draws: bool
+    generates: bool
     flops: float = 0.0  # of all samples, forward and backward
 
     def __str__(self) -> str:
@@ -167,7 +167,7 @@ def num_moments(model: nn.Module, stage: HydraStage) -> int:
 
 def look_at_tasks(recipe: HydraRecipe, stage: HydraStage) -> dict[str, TaskReport]:
     """From the first samples of the stage's data; without data from nominal lengths."""
-    if stage.data is None:
+    if recipe.data_of(stage) is None:
         return {task: nominal_task(task, count, recipe.config) for task, count in stage.tasks.items()}
     few = replace(stage, tasks={task: min(count, NUM_SEEN) for task, count in stage.tasks.items()})
     bundle = create_bundles(recipe, few, recipe.seed)[0]
@@ -177,13 +177,13 @@ def look_at_tasks(recipe: HydraRecipe, stage: HydraStage) -> dict[str, TaskRepor
 def nominal_task(task: str, count: int, config: HydraConfig) -> TaskReport:
     """77 tokens of text, labels where text is scored; images of the ViT's own size, as many as the task's form has."""
     row = TASKS[task]
-    draws, num_images = row.generates, row.num_images
+    num_images = row.num_images
     vision = config.vision_config
     image_tokens = num_images * (config.num_time_tokens + (vision.image_size // vision.patch_size) ** 2)
     length = NOMINAL_TEXT_TOKENS + image_tokens
     return TaskReport(
         num_samples=count, num_seen=0, length=(length, length, length), image_tokens=image_tokens, num_images=num_images,
-        label_tokens=NOMINAL_TEXT_TOKENS if row.scores_text else int(draws), draws=draws,
+        label_tokens=NOMINAL_TEXT_TOKENS if row.scores_text else int(row.generates), generates=row.generates,
     )  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def seen_task(batch: dict[str, Tensor], count: int, config: HydraConfig) -> Task
         image_tokens=(batch["mm_token_type_ids"] == 1).sum().item() / len(length),
         label_tokens=(batch["labels"][:, 1:] != -100).sum().item() / len(length),
         num_images=len(images) / len(length),
-        draws=bool(len(images)) and bool(batch["is_generated"].any()),
+        generates=bool(len(images)) and bool(batch["is_generated"].any()),
     )
 
 
@@ -234,7 +234,7 @@ def parts_of(model: HydraForConditionalGeneration, task: TaskReport) -> Iterator
     )
     num_scored = max(1, round(task.label_tokens))
     yield "lm_head", lambda: model.lm_head(empty(1, num_scored, hidden_size)), 1
-    if task.draws:
+    if task.generates:
         states = empty(1, side * side, hidden_size)
         yield "vision_head", lambda: model.vision_head(states, tokens[None], sigma, grids), task.num_images
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters on the language model and Sem-ViT: trained beside frozen weights, then merged into them."""
+"""Low-rank adapters on the language model and Sem-ViT: trained on top of frozen weights, then merged into them."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from .recipe import HydraStage
 
 
 ADAPTED = ("model.language_model", "model.vision_tower.sem_vit")
-LORA = ".lora_"  # stands in the name of every parameter of an adapter and in no other
+LORA = ".lora_"  # in the name of every parameter of an adapter and of no other
 
 
 def add_adapters(model: HydraForConditionalGeneration, stage: HydraStage, seed: int) -> None:

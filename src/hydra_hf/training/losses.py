@@ -42,7 +42,7 @@ def distill_loss(states: Sequence[Tensor], targets: Sequence[Tensor], num_tokens
 def patch_states(states: Tensor, num_tokens: int) -> Tensor:
     """States (B, cls + N, D) -> (B, N, D). Raises ValueError if what is left over cannot be class tokens."""
     if not 0 <= states.shape[1] - num_tokens <= MAX_CLASS_TOKENS:
-        raise ValueError(f"A layer has {states.shape[1]} tokens for a picture of {num_tokens} patches.")
+        raise ValueError(f"A layer has {states.shape[1]} tokens for an image of {num_tokens} patches.")
     return states[:, states.shape[1] - num_tokens :]
 
 

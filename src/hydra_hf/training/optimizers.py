@@ -86,9 +86,14 @@ def is_hidden_matrix(module: nn.Module, module_name: str, parameter_name: str) -
     return is_linear and parameter_name == "weight" and not module_name.endswith(INPUT_AND_OUTPUT_LAYERS)
 
 
+def decays(module: nn.Module, parameter_name: str) -> bool:
+    """Whether weight decay pulls on it: matrices and kernels, but no bias, norm, embedding or layer scale."""
+    return isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and parameter_name == "weight"
+
+
 def create_optimizer(model: nn.Module, stage: Stage) -> MuonAdamW:
-    """Groups by rate; `freeze_unnamed` has said what is trained."""
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    """Groups by rate, and by whether they decay; `freeze_unnamed` has said what is trained."""
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     seen = set()  # a tied head is its embedding
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -97,9 +102,12 @@ def create_optimizer(model: nn.Module, stage: Stage) -> MuonAdamW:
             seen.add(parameter)
             rate = stage.learning_rate_of(f"{module_name}.{name}")
             use_muon = stage.muon_scale > 0 and is_hidden_matrix(module, module_name, name)
-            groups.setdefault((use_muon, rate), []).append(parameter)
+            groups.setdefault((use_muon, rate, decays(module, name)), []).append(parameter)
     if not groups:
         raise ValueError(f"{stage.name} trains nothing: learning_rates={stage.learning_rates}.")
-    muon = [{"params": p, "lr": rate * stage.muon_scale} for (use_muon, rate), p in groups.items() if use_muon]
-    adamw = [{"params": p, "lr": rate} for (use_muon, rate), p in groups.items() if not use_muon]
-    return MuonAdamW(muon, adamw, stage.weight_decay)
+    parts: dict[bool, list[dict]] = {True: [], False: []}
+    for (use_muon, rate, has_decay), parameters in groups.items():
+        weight_decay = stage.weight_decay if has_decay else 0.0
+        rate = rate * stage.muon_scale if use_muon else rate
+        parts[use_muon].append({"params": parameters, "lr": rate, "weight_decay": weight_decay})
+    return MuonAdamW(parts[True], parts[False], stage.weight_decay)

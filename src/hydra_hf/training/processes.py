@@ -1,14 +1,30 @@
 """Which process this is, and which rows of a step are its own."""
 
+from collections.abc import Callable
+
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 
 def partial_state() -> PartialState:
     """Which process this is; on CPUs, several talk through gloo."""
     use_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     return PartialState(cpu=use_cpu)
+
+
+def on_main_process(function: Callable[[], None]) -> None:
+    """Runs `function` on the main process. Its ValueError or OSError is raised on every process, so that none waits."""
+    state, failure = partial_state(), [None]
+    if state.is_main_process:
+        try:
+            function()
+        except (ValueError, OSError) as error:
+            failure = [error]
+    if state.num_processes > 1:
+        broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0]
 
 
 def split_batch(batch_size: int, num_processes: int, micro_batch_size: int | None) -> tuple[int, int]:

@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hydra_hf.data.images import Batches
+from hydra_hf.data.sources import Source, Sources
+from hydra_hf.data.tasks import check_task
 from hydra_hf.modeling import (
     HydraConfig,
     HydraProcessor,
@@ -32,7 +34,7 @@ class Data(Protocol):
         """Images alone, for the vision tower."""
 
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
-        """Prompts to draw while training, () for none of its own."""
+        """Prompts of the images that are generated while training; () for none of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class TokenizerLossWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class HydraLossWeights:
-    """HYDRA, section 2.2: L = L_NTP + L_FM."""
+    """HYDRA, section 2.2: L = L_NTP + L_FM. Each is a mean over one task's tokens of a step, see `HydraStage.task_weights`."""
 
     language: float = 1.0
     flow: float = 1.0
@@ -66,7 +68,9 @@ class Stage:
     """One stage of training.
 
     Args:
-        data: what is trained on; None only where there is nothing but a dry run.
+        data: what is trained on; None is that of the recipe.
+        held_out: what is measured while training and never trained on; None measures nothing.
+        num_held_out: how many samples of it, of each task.
         learning_rates: module -> AdamW's rate. A key is a prefix of parameter names; the longest that fits counts.
         muon_scale: matrices of hidden layers go to Muon at this multiple of the rate; 0 leaves all to AdamW.
         decay_share: share of the steps, at the end, over which the rate falls linearly to a twentieth.
@@ -77,6 +81,8 @@ class Stage:
     num_steps: int
     learning_rates: dict[str, float]
     data: Data | None = None
+    held_out: Data | None = None
+    num_held_out: int = 16
     muon_scale: float = 0.0
     weight_decay: float = 0.01
     warmup_steps: int = 50
@@ -116,8 +122,6 @@ class TokenizerStage(Stage):
     discriminator_start: first step with the adversarial loss.
     adaptive_adversarial_weight: scale `adversarial` by the ratio of the gradients at the decoder's last layer.
     frechet_backbone, frechet_weights: timm:NAME of a Frechet distance while training, and its safetensors.
-    held_out: images that are not trained on, for the samples and their scores.
-    num_held_out: how many of them.
     """
 
     batch_size: int
@@ -134,8 +138,6 @@ class TokenizerStage(Stage):
     adaptive_adversarial_weight: bool = False
     frechet_backbone: str | None = None
     frechet_weights: str | None = None
-    held_out: Data | None = None
-    num_held_out: int = 16
 
     def __post_init__(self):
         super().__post_init__()
@@ -154,6 +156,8 @@ class TokenizerStage(Stage):
 class HydraStage(Stage):
     """Args:
     tasks: task -> samples of one optimizer step, over all processes and accumulation; the papers' ratios times a size.
+    task_weights: task -> what its losses are multiplied by, 1 where it is not named. Two tasks of one head then count
+        twice: weights that add up to 1 keep the papers' L_NTP + L_FM.
     lora_rank: rank of adapters on the linear layers of the language model and Sem-ViT, as far as `learning_rates` names
         them; their own weights are frozen then. 0 is training in full.
     drop_prompt: share of prompts replaced by the empty one, for guidance.
@@ -161,8 +165,24 @@ class HydraStage(Stage):
 
     tasks: dict[str, int]
     loss_weights: HydraLossWeights = field(default_factory=HydraLossWeights)
+    task_weights: dict[str, float] = field(default_factory=dict)
     lora_rank: int = 0
     drop_prompt: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        for task in self.tasks:
+            check_task(task, self.name)
+        if wrong := {
+            task: value for task, value in self.task_weights.items() if task not in self.tasks or not value >= 0
+        }:
+            raise ValueError(
+                f"{self.name}: task_weights={wrong}, expected numbers of at least 0 for {list(self.tasks)}."
+            )
+
+    def loss_weight_of(self, task: str, loss: str) -> float:
+        """What a task's loss counts in the sum that is minimised."""
+        return self.task_weights.get(task, 1.0) * getattr(self.loss_weights, loss)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +190,7 @@ class Recipe:
     """Stages that follow each other.
 
     Args:
+        data: what every stage without data of its own is trained on; a tuple of sources counts as `Sources`.
         init: folder or Hub id that the first stage starts from, such as `hydra convert` writes; None is new weights.
         micro_batch_size: samples that one process has in memory at once; None is its whole share of a batch.
         gradient_checkpointing: compute activations twice rather than keep them.
@@ -179,6 +200,7 @@ class Recipe:
     name: str
     config: HydraTokConfig | HydraConfig
     stages: tuple[Stage, ...]
+    data: Data | tuple[Source, ...] | None = None
     seed: int = 0
     init: str | None = None
     micro_batch_size: int | None = None
@@ -187,6 +209,18 @@ class Recipe:
     log_every: int = 50
     save_every: int = 1000
     sample_every: int = 1000
+
+    def __post_init__(self):
+        if min(self.log_every, self.save_every, self.sample_every) < 1:
+            raise ValueError(
+                f"{self.name}: {self.log_every=}, {self.save_every=} and {self.sample_every=} must be at least 1."
+            )
+
+    def data_of(self, stage: Stage) -> Data | None:
+        """The stage's data, or else the recipe's."""
+        if stage.data is not None:
+            return stage.data
+        return Sources(self.data) if isinstance(self.data, tuple) else self.data
 
     def with_overrides(self, **overrides) -> "Recipe":
         """A recipe with the same change in every stage (such as `num_steps=10`). ValueError for a field that is not there."""
@@ -201,14 +235,28 @@ class HydraRecipe(Recipe):
     """Args:
     tokenizer: folder or Hub id of the trained HYDRA-TOK; None keeps that of `init`.
     processor: None only for a dry run without data.
-    sample_prompts: what is drawn while training; () are those of the data.
+    sample_prompts: what images are generated of while training; () are those of the data.
     num_workers: processes that read ahead, for each process that trains.
+    max_length: tokens of a sample, images included; longer ones are skipped and counted. None is all that the language
+        model has positions for.
+    num_inference_steps, guidance_scale: defaults of the saved pipeline.
     """
 
     tokenizer: str | None
     processor: HydraProcessor | None
     sample_prompts: tuple[str, ...] = ()
     num_workers: int = 0
+    max_length: int | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 4.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        limit = self.config.text_config.max_position_embeddings
+        if self.max_length is not None and not 1 <= self.max_length <= limit:
+            raise ValueError(
+                f"{self.name}: max_length={self.max_length} must be 1 to {limit}, the positions of its model."
+            )
 
 
 def freeze_unnamed(module: nn.Module, stage: Stage) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,19 +15,28 @@ from tqdm.auto import tqdm
 from hydra_hf.data.images import Batches, ReadAhead
 from hydra_hf.evaluation.backbones import PooledFeatures
 from hydra_hf.evaluation.reconstruction import score_reconstructions
-from hydra_hf.files import has_folder, write_folder, write_image_grid
+from hydra_hf.files import write_folder, write_image_grid
 from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, HydraTokModel, PixelFlowDecoderConfig
 from hydra_hf.modeling.compat import enable_checkpointing
 from hydra_hf.modeling.flow import sample_sigma
 from hydra_hf.modeling.grid import latents_to_tokens
 
-from .checkpoints import load_state, save_state
+from .checkpoints import (
+    finish_checkpoint,
+    forget_later_rows,
+    last_whole_checkpoint,
+    load_state,
+    remove_old_checkpoints,
+    save_state,
+)
 from .discriminator import PatchDiscriminator, adaptive_weight, adversarial_loss, discriminator_loss
+from .interruption import StopRequest, TrainingInterruptedError
 from .losses import distill_loss, tokenizer_losses, weighted_sum
 from .optimizers import MuonAdamW, create_average, create_optimizer, shardable
 from .processes import partial_state, split_batch
 from .randomness import row_generator, step_generator
 from .recipe import Recipe, TokenizerStage, freeze_unnamed
+from .stages import run_stages
 from .teachers import load_perceptual, load_teacher
 
 
@@ -71,7 +79,7 @@ class TokenizerTrainer:
         starts = range(self.micro * state.process_index, stage.batch_size, stride)
         self.rows = [range(start, start + self.micro) for start in starts]  # of this process, by micro step
         self.read = ReadAhead(batches, self.rows)
-        self.step = 0
+        self.step, self.stop = 0, StopRequest()
         self.prepare(model.to(self.accelerator.device))
         self.prepare_judges()
 
@@ -122,11 +130,22 @@ class TokenizerTrainer:
             self.pooled_features = PooledFeatures(stage.frechet_backbone, stage.frechet_weights).to(device)
 
     def train(self) -> HydraTokModel:
-        """Trains to the end of the stage, from the last checkpoint if there is one; gives the averaged model."""
+        """Trains to the end of the stage, from the last whole checkpoint if there is one; gives the averaged model.
+
+        Raises `TrainingInterruptedError`, once all is saved, after SIGTERM or Ctrl-C.
+        """
         with self.accelerator.main_process_first():
-            found = has_folder(self.output_dir / "checkpoint")
-        if found:
-            self.load_checkpoint()
+            checkpoint = last_whole_checkpoint(self.output_dir)
+        if checkpoint is not None:
+            self.load_checkpoint(Path(checkpoint))
+        if self.accelerator.is_main_process:
+            forget_later_rows(self.output_dir / "log.jsonl", self.step)
+        with self.stop:
+            self.train_steps()
+        return self.averaged_model()
+
+    def train_steps(self) -> None:
+        """To the end of the stage, or of the step in which the run is asked to stop."""
         history: dict[str, list[Tensor]] = defaultdict(list)  # since the last log
         progress = tqdm(
             total=self.stage.num_steps, initial=self.step, desc=self.stage.name, mininterval=5,
@@ -138,6 +157,7 @@ class TokenizerTrainer:
             self.step += 1
             progress.update()
             is_last, record = self.step == self.stage.num_steps, {}
+            signum = self.stop.agreed(self.accelerator)
             if self.step % self.log_every == 0:
                 record = self.average(history)
                 progress.set_postfix({name: f"{value:.4f}" for name, value in record.items()})
@@ -146,9 +166,10 @@ class TokenizerTrainer:
                 record |= self.measure()
             if record:
                 self.write_log(record)
-            if self.step % self.save_every == 0 or is_last:
+            if self.step % self.save_every == 0 or is_last or signum:
                 self.save_checkpoint()
-        return self.averaged_model()
+            if signum:
+                raise TrainingInterruptedError(self.stage.name, self.step, signum)
 
     def train_step(self) -> dict[str, Tensor]:
         """One optimizer step; this process's mean of each loss by name, and their weighted sum as `loss`."""
@@ -169,7 +190,7 @@ class TokenizerTrainer:
         """Forward and backward of some rows; the optimizers step at the end of an accumulation."""
         layers = self.stage.distill_layers if self.stage.loss_weights.distill > 0 else ()
         with self.accelerator.autocast():
-            outputs = self.model(pixel_values, **self.draw_noise(pixel_values, rows), distill_layers=layers)
+            outputs = self.model(pixel_values, **self.sample_noise(pixel_values, rows), distill_layers=layers)
         losses = self.tokenizer_losses(outputs, pixel_values)
         loss = self.add_adversarial(losses, outputs.clean_pixel_values)
         self.accelerator.backward(loss)
@@ -215,7 +236,7 @@ class TokenizerTrainer:
         return loss + weights.adversarial * scale * losses["adversarial"]
 
     def discriminator_step(self, pixel_values: Tensor, clean_pixel_values: Tensor) -> Tensor:
-        """Teaches the discriminator these pictures and their estimates."""
+        """Teaches the discriminator these images and their estimates."""
         loss = discriminator_loss(self.discriminator(pixel_values), self.discriminator(clean_pixel_values))
         (self.stage.loss_weights.discriminator * loss / self.accumulation).backward()
         if self.accelerator.sync_gradients:
@@ -228,20 +249,20 @@ class TokenizerTrainer:
             self.discriminator_optimizer.zero_grad()
         return loss
 
-    def draw_noise(self, pixel_values: Tensor, rows: range) -> dict[str, Tensor]:
+    def sample_noise(self, pixel_values: Tensor, rows: range) -> dict[str, Tensor]:
         """The posterior's noise of these rows of a step, and for a flow decoder that of the pixels with its levels."""
         num_tokens = pixel_values[0, 0].numel() // self.config.patch_size**2
         patch = self.config.num_channels * self.config.patch_size**2
-        draws = defaultdict(list)
+        sampled = defaultdict(list)
         for row in rows:
             generator = row_generator(self.seed, self.step, row)
-            draws["latent_noise"].append(torch.randn(num_tokens, self.config.latent_channels, generator=generator))
+            sampled["latent_noise"].append(torch.randn(num_tokens, self.config.latent_channels, generator=generator))
             if isinstance(self.config.decoder_config, PixelFlowDecoderConfig):
-                draws["pixel_noise"].append(torch.randn(num_tokens, patch, generator=generator))
+                sampled["pixel_noise"].append(torch.randn(num_tokens, patch, generator=generator))
                 sigma = sample_sigma(1, generator=generator)[0]
                 is_one_step = torch.rand((), generator=generator) < self.stage.one_step_prob
-                draws["sigma"].append(torch.where(is_one_step, torch.ones_like(sigma), sigma))
-        return {name: torch.stack(values).to(pixel_values.device) for name, values in draws.items()}
+                sampled["sigma"].append(torch.where(is_one_step, torch.ones_like(sigma), sigma))
+        return {name: torch.stack(values).to(pixel_values.device) for name, values in sampled.items()}
 
     # What is seen of the run
 
@@ -261,7 +282,7 @@ class TokenizerTrainer:
                 file.write(json.dumps({"step": self.step, **record}) + "\n")
 
     def measure(self) -> dict[str, float]:
-        """Scores of the held-out pictures, and a grid of them over their copies; the main process's work."""
+        """Scores of the held-out images, and a grid of them over their copies; the main process's work."""
         model, scores = self.averaged_model().eval(), {}
         if self.accelerator.is_main_process:
             number = self.stage.num_held_out
@@ -275,7 +296,7 @@ class TokenizerTrainer:
 
     @torch.no_grad()
     def reconstruct(self, model: HydraTokModel, rows: range) -> tuple[Tensor, Tensor]:
-        """Held-out pictures and what the model makes of them."""
+        """Held-out images and what the model makes of them."""
         pixel_values = self.held_out(0, rows).to(self.accelerator.device)
         shape = pixel_values.shape[1:]
         noise = torch.stack([torch.randn(shape, generator=row_generator(self.seed, 0, row)) for row in rows])
@@ -298,7 +319,7 @@ class TokenizerTrainer:
     # State in safetensors and JSON, written by the main process; shards are accelerate's business
 
     def state(self) -> dict:
-        """What decides how the run goes on and is whole on every process, by the name of its file."""
+        """What a resumed run needs, as far as every process has all of it, by the name of its file."""
         state = {}
         if not self.is_sharded:
             state = {"model": self.accelerator.unwrap_model(self.model), "optimizer": self.optimizer.optimizer}
@@ -309,31 +330,30 @@ class TokenizerTrainer:
         return state
 
     def save_checkpoint(self) -> None:
-        """The main process writes. Shards go beside it first, so that a checkpoint never names shards that are not there."""
+        """The main process writes. Shards are written first, so that a checkpoint never names shards that are not there."""
 
         def write(folder: Path) -> None:
             for name, part in self.state().items():
                 save_state(folder, name, {"value": part.state_dict()})
             save_state(folder, "step", {"value": self.step})
             save_state(folder, "scheduler", {"value": {"last_epoch": self.scheduler.last_epoch}})
+            finish_checkpoint(folder)
 
-        shards = self.output_dir / f"shards-{self.step:06d}"
         if self.is_sharded:
-            self.accelerator.save_state(str(shards))
+            self.accelerator.save_state(str(self.output_dir / f"shards-{self.step}"))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            write_folder(self.output_dir / "checkpoint", write)
-            for old in set(self.output_dir.glob("shards-*")) - {shards}:
-                shutil.rmtree(old)
+            checkpoint = self.output_dir / f"checkpoint-{self.step}"
+            write_folder(checkpoint, write)
+            remove_old_checkpoints(self.output_dir, checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def load_checkpoint(self) -> None:
-        folder = self.output_dir / "checkpoint"
+    def load_checkpoint(self, folder: Path) -> None:
         for name, part in self.state().items():
             part.load_state_dict(load_state(folder, name)["value"])
         self.step = load_state(folder, "step")["value"]
         if self.is_sharded:
-            self.accelerator.load_state(str(self.output_dir / f"shards-{self.step:06d}"))
+            self.accelerator.load_state(str(self.output_dir / f"shards-{self.step}"))
         self.scheduler.last_epoch = load_state(folder, "scheduler")["value"]["last_epoch"]
         logger.info("Resumed %s at step %d.", self.stage.name, self.step)
 
@@ -383,32 +403,27 @@ def create_stage_model(
     return model
 
 
-def train_tokenizer(recipe: Recipe, output_dir: Path, *, on_stage: Callable[[str], None] = logger.info) -> Path:
-    """Runs every stage that is not done yet; the folder of the finished tokenizer."""
-    state = partial_state()
-    previous = None if recipe.init is None else HydraTokModel.from_pretrained(recipe.init)
-    for index, stage in enumerate(recipe.stages):
-        folder = output_dir / stage.name
-        final = folder / "final"
-        with state.main_process_first():
-            is_done = has_folder(final)
-        if not is_done:
-            if state.is_main_process:
-                on_stage(f"{recipe.name}: stage {stage.name}, {stage.num_steps} steps")
-            train_stage(recipe, stage, index, previous, folder)
-        state.wait_for_everyone()
-        previous = HydraTokModel.from_pretrained(final)
-    return final
+def train_tokenizer(
+    recipe: Recipe, output_dir: Path, *, only: str | None = None, on_stage: Callable[[str], None] = logger.info
+) -> Path:
+    """Runs every stage that is not done yet, or `only` one; the folder of the finished vision tower."""
+
+    def train(index: int, previous: Path | None, folder: Path) -> None:
+        start = recipe.init if previous is None else previous
+        model = None if start is None else HydraTokModel.from_pretrained(start)
+        train_stage(recipe, recipe.stages[index], index, model, folder)
+
+    return run_stages(recipe, output_dir, train, only=only, on_stage=on_stage)
 
 
 def create_batches(recipe: Recipe, stage: TokenizerStage, seed: int) -> tuple[Batches, Batches]:
     """What a stage is trained on, and what it is measured on. ValueError where one of the two is missing."""
-    if stage.data is None:
+    data, size = recipe.data_of(stage), recipe.config.image_size
+    if data is None:
         raise ValueError(f"{recipe.name} needs data: images to train on, such as generate=PATH.")
     if stage.held_out is None:
-        raise ValueError(f"{recipe.name}: data={stage.data} needs held_out images too, which are not trained on.")
-    size = recipe.config.image_size
-    return stage.data.images(size, stage.batch_size, seed), stage.held_out.images(size, stage.num_held_out, 0)
+        raise ValueError(f"{recipe.name}: {data=} needs held_out images too, which are not trained on.")
+    return data.images(size, stage.batch_size, seed), stage.held_out.images(size, stage.num_held_out, 0)
 
 
 def train_stage(

@@ -3,7 +3,7 @@
 hydra train hydra.hydra_1_5b --stage stage1 --init hydra-1.5b-init --tokenizer runs/hydra_tok/decoder/final \\
     --data generate=/data/captions/*.tar --data understand=/data/llava.jsonl
 
-Each value has its source beside it: "given" is the paper's, "our choice" is where it is silent. Stage III wants curated
+Each value has its source next to it: "given" is the paper's, "our choice" is where it is silent. Stage III wants curated
 instruction and aesthetic data, so run the stages one at a time, each with its own `--data`.
 """
 
@@ -75,6 +75,10 @@ def stages(config: HydraConfig) -> tuple[HydraStage, ...]:
         name="stage3",
         num_steps=20_000,  # given
         tasks=tasks_of(1, 2, 2),  # given; 204 : 408 : 408
+        task_weights={
+            "text": 1 / 3,
+            "understand": 2 / 3,
+        },  # our choice: as the samples, so that L_NTP keeps its weight
         warmup_steps=500,  # our choice
     )
     return stage1, stage2, stage3
@@ -101,5 +105,8 @@ def _recipe(name: str, preset, init: str | None, tokenizer: str | None) -> Hydra
         tokenizer=tokenizer,
         processor=None if init is None else HydraProcessor.from_pretrained(init, subfolder="processor"),
         gradient_checkpointing=True,  # our choice
+        max_length=min(4096, config.text_config.max_position_embeddings),  # our choice
+        num_inference_steps=50,  # our choice
+        guidance_scale=4.5,  # our choice
         sample_prompts=SAMPLE_PROMPTS,
     )

@@ -137,8 +137,8 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     The language model starts from nothing, so stage I is short and stage II has to teach it to look. Descriptions come
     first, for the words; then only questions of the place and distance of one thing by its name, which make it find
     things: among descriptions, whose order is chance, it does not learn that. Sem-ViT, which knows the words from its
-    teacher, follows at a tenth of the rate once drawing begins. Other canvases than 64 px come with it. Stage III is mostly
-    questions.
+    teacher, follows at a tenth of the rate once image generation begins. Other canvases than 64 px come with it. Stage III is
+    mostly questions.
     """
     language = ToyLanguage(ToyWorld(difficulty=1))
     text_tokenizer = train_toy_tokenizer(language.corpus())
@@ -182,4 +182,6 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
         sample_every=500,
         tokenizer=tokenizer,
         processor=processor(vision_config, text_tokenizer, language.known_words),
+        num_inference_steps=24,
+        guidance_scale=2.0,
     )

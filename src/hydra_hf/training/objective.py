@@ -1,0 +1,102 @@
+"""What a model is trained for. `BundleTrainer` runs an objective; an objective is all that another model has to bring."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hydra_hf.modeling import HydraForConditionalGeneration
+from hydra_hf.modeling.flow import add_noise, sample_sigma, shift_sigma, velocity_target
+from hydra_hf.modeling.grid import Grid, image_grids, noise_tokens, num_tokens, per_token
+
+from .lora import add_adapters
+from .randomness import grids_per_row, row_noise
+from .recipe import HydraStage, freeze_unnamed
+
+
+class Objective(Protocol):
+    """Which modules are trained, and how a bundle of tasks becomes losses."""
+
+    losses: Sequence[str]  # names of all that a task may have
+    methods: Sequence[str]  # of the model, that `prepare` calls: FSDP gathers their weights as it does for `forward`
+
+    def select_parameters(self, model: nn.Module) -> None:
+        """Sets `requires_grad` of every parameter, and adds adapters where the stage asks for them."""
+
+    def count_targets(self, model: nn.Module, batch: dict) -> dict[str, int]:
+        """How many targets each loss has in a task's batch; none of a blank one."""
+
+    def prepare(self, model: nn.Module, bundle: dict, task: str) -> dict:
+        """The arguments of `model.forward` for the task's batch. `bundle` is left as it is."""
+
+    def losses_of(self, outputs) -> dict[str, Tensor]:
+        """The means over the batch's targets, of the losses that it has."""
+
+
+class HydraObjective:
+    """L_NTP on the assistant's text, L_FM on generated images. HYDRA, section 2.2. The noise comes from here, the model adds none."""
+
+    losses = ("language", "flow")
+    methods = ("encode_images",)
+
+    def __init__(self, stage: HydraStage, seed: int):
+        self.stage, self.seed = stage, seed
+
+    def select_parameters(self, model: HydraForConditionalGeneration) -> None:
+        freeze_unnamed(model, self.stage)
+        if self.stage.lora_rank:
+            add_adapters(model, self.stage, self.seed)
+
+    def count_targets(self, model: HydraForConditionalGeneration, batch: dict) -> dict[str, int]:
+        """How many text and image tokens of a batch have a target."""
+        if not batch["num_samples"]:
+            return dict.fromkeys(self.losses, 0)
+        num_generated = 0
+        if "pixel_values" in batch:
+            num_generated = int(batch["image_grid_thw"].prod(dim=1)[batch["is_generated"]].sum())
+        return {"language": int((batch["labels"][:, 1:] != -100).sum()), "flow": num_generated}
+
+    def prepare(self, model: HydraForConditionalGeneration, bundle: dict, task: str) -> dict:
+        """Pixels to latents, noise on what is to be generated."""
+        batch = dict(bundle[task])
+        batch.pop("num_samples")
+        if not (batch["labels"][:, 1:] != -100).any():
+            batch.pop("labels")
+            batch["logits_to_keep"] = 1  # none is scored
+        if "pixel_values" not in batch:
+            return batch
+        grids = image_grids(batch["image_grid_thw"])
+        with torch.no_grad():
+            latents = model.encode_images(batch.pop("pixel_values"), batch["image_grid_thw"]).float()  # packed
+        is_generated = batch.pop("is_generated")
+        if not is_generated.any():
+            return batch | {"latents": latents, "sigma": latents.new_zeros(len(grids))}
+        sigma, noise = self.sample_noise(model, latents, grids, bundle, task)
+        sigma = torch.where(is_generated, sigma, 0)
+        return batch | {
+            "latents": add_noise(latents, noise, per_token(sigma, grids)),
+            "sigma": sigma,
+            "is_generated": is_generated,
+            "velocity_target": velocity_target(latents, noise)[per_token(is_generated, grids)],
+        }
+
+    def sample_noise(
+        self, model: HydraForConditionalGeneration, latents: Tensor, grids: list[Grid], bundle: dict, task: str
+    ) -> tuple[Tensor, Tensor]:
+        """Noise levels (num_images,) and packed noise of a batch's images, each row's from its own generator."""
+
+        def sample(grids: list[Grid], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            sigma = sample_sigma(len(grids), logit_std=model.config.sigma_logit_std, generator=generator)
+            shifts = [model.get_sigma_shift(num_tokens(grid)) for grid in grids]
+            sigma = torch.stack([shift_sigma(each, shift) for each, shift in zip(sigma, shifts)])
+            return sigma, noise_tokens(grids, latents.shape[1], generator)
+
+        own_grids = grids_per_row(bundle[task]["mm_token_type_ids"], grids)
+        step, rows = int(bundle["step"]), bundle["rows"][task]
+        sigma, noise = row_noise(step, task, rows, own_grids, sample, seed=self.seed)
+        return sigma.to(latents.device), noise.to(latents.device)
+
+    def losses_of(self, outputs) -> dict[str, Tensor]:
+        losses = {"language": outputs.language_loss, "flow": outputs.flow_loss}
+        return {name: value for name, value in losses.items() if value is not None}

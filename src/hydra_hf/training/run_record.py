@@ -1,0 +1,183 @@
+"""What a run folder was made with, in `run.json`: a run of another recipe, or on other data, is refused in it.
+
+Every field that decides the outcome is there; what only decides how fast it is reached, or what is seen of it, is not.
+"""
+
+import hashlib
+import json
+import logging
+import platform
+from dataclasses import asdict, fields, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, ProcessorMixin
+
+from hydra_hf.data.sources import Sources
+from hydra_hf.files import has_folder, write_text
+
+from .checkpoints import find_checkpoints
+from .recipe import Data, Recipe, Stage
+
+
+logger = logging.getLogger(__name__)
+
+NAME = "run.json"
+PACKAGES = ("torch", "transformers", "diffusers", "accelerate")
+MODELS = ("init", "tokenizer", "teacher", "teacher_weights", "perceptual_weights")  # folders, files or Hub ids
+NOT_DECIDING = {
+    "stages", "data", "log_every", "save_every", "sample_every", "sample_prompts", "num_workers", "micro_batch_size",
+    "gradient_checkpointing", "attn_implementation", "num_inference_steps", "guidance_scale", "held_out", "num_held_out",
+    "frechet_backbone", "frechet_weights",
+}  # fmt: skip
+NUM_OPENED = 100  # files of a data set whose contents are looked at
+EDGE = 65536  # bytes at either end of a file
+
+
+def check_run(recipe: Recipe, output_dir: Path, only: str | None) -> None:
+    """Raises ValueError, naming the field, if `output_dir` was made with another recipe or on other data.
+
+    Of the stages those count that have saved something and that this run is about.
+    """
+    versions = {**{name: version(name) for name in PACKAGES}, "python": platform.python_version()}
+    found = read_record(output_dir)
+    saved = [
+        name
+        for name in (found["stages"] if found else [s.name for s in recipe.stages])
+        if has_saved(output_dir / name)
+    ]
+    if found is None or not saved:
+        if saved:
+            logger.warning("%s has no %s: what it was made with is not known.", output_dir, NAME)
+        found = {"versions": versions, "recipe": {}, "stages": {}}
+    compare(found["recipe"], describe(recipe), output_dir, "")
+    for stage in recipe.stages:
+        if only in (None, stage.name) and stage.name in found["stages"] and stage.name in saved:
+            expected = found["stages"][stage.name]
+            if may_be_longer(stage, expected, has_folder(output_dir / stage.name / "final")):
+                expected = {**expected, "num_steps": stage.num_steps}
+            compare(expected, describe_stage(recipe, stage), output_dir, f"{stage.name}.")
+    if found["versions"] != versions:
+        logger.warning("%s was begun with %s and is resumed with %s.", output_dir, found["versions"], versions)
+    write_record(output_dir, {**found, "recipe": describe(recipe)})
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether a stage has a result or a checkpoint, so that a later run would build on it."""
+    return has_folder(folder / "final") or bool(find_checkpoints(folder))
+
+
+def may_be_longer(stage: Stage, expected: dict, is_done: bool) -> bool:
+    """More steps for a stage that is not done: those behind it are the same where the rate does not fall at the end."""
+    return not is_done and stage.decay_share == 0 and stage.num_steps > expected["num_steps"]
+
+
+def begin_stage(recipe: Recipe, stage: Stage, output_dir: Path) -> None:
+    """Notes what a stage is made with, before its first step."""
+    found = read_record(output_dir)
+    write_record(output_dir, {**found, "stages": {**found["stages"], stage.name: describe_stage(recipe, stage)}})
+
+
+def read_record(output_dir: Path) -> dict | None:
+    """Raises ValueError for a record that is damaged."""
+    path = output_dir / NAME
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        return {name: dict(found[name]) for name in ("versions", "recipe", "stages")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, so what the run was made with is not known: {error}") from error
+
+
+def write_record(output_dir: Path, record: dict) -> None:
+    write_text(output_dir / NAME, json.dumps(record, indent=2) + "\n")
+
+
+def compare(expected: dict, given: dict, output_dir: Path, prefix: str) -> None:
+    """Raises ValueError for the first field that differs; one that only one side has is another version's."""
+    for name in sorted(expected.keys() & given.keys(), key=lambda name: (name != "name", name)):
+        if content_of(expected[name]) != content_of(given[name]):
+            raise ValueError(
+                f"{output_dir} was made with {prefix}{name}={expected[name]!r}, but this run has {given[name]!r}:"
+                " give it a folder of its own, or the same options."
+            )
+
+
+def content_of(value):
+    """What counts of a recorded value: of files their content, wherever they are now."""
+    if isinstance(value, list):
+        return [content_of(item) for item in value]
+    return {**value, "path": None} if isinstance(value, dict) and "content" in value else value
+
+
+# Values as JSON, by dotted names
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's own fields."""
+    return json.loads(json.dumps(flatten(recipe)))
+
+
+def describe_stage(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """The fields of a stage, and its data."""
+    data = recipe.data_of(stage)
+    return json.loads(json.dumps({**flatten(stage), "data": describe_data(data)}))
+
+
+def describe_data(data: Data | None) -> Any:
+    """Data sets by what is in their files, other data by its type and fields."""
+    if isinstance(data, Sources):
+        return [{**asdict(source), **describe_files(source.files())} for source in data.sources]
+    return {"type": type(data).__qualname__, **(asdict(data) if is_dataclass(data) else {})}
+
+
+def flatten(value, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value, through dataclasses and configs; a plain dict is one value."""
+    if isinstance(value, PreTrainedConfig):
+        items = value.to_dict()
+    elif isinstance(value, ProcessorMixin):
+        words = (sorted(value.tokenizer.get_vocab().items()), value.chat_template)
+        items = {"text_tokenizer": digest(repr(words).encode()), "image": value.image_processor.to_dict()}
+    elif is_dataclass(value) and not isinstance(value, type):
+        items = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in NOT_DECIDING}
+    elif isinstance(value, dict) and prefix.startswith(("config.", "decoder_config.", "processor.")):
+        items = value
+    else:
+        return {prefix.removesuffix("."): describe_value(value, prefix.removesuffix("."))}
+    flat = {}
+    for name, item in items.items():
+        if name not in ("transformers_version", "_name_or_path"):
+            flat |= flatten(item, f"{prefix}{name}.")
+    return flat
+
+
+def describe_value(value, name: str):
+    if name in MODELS and isinstance(value, str):
+        return {"path": value, **describe_files([Path(value)])}
+    if callable(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return value if isinstance(value, int | float | str | dict | list | tuple | None) else str(value)
+
+
+def describe_files(paths: list[Path]) -> dict[str, str]:
+    """How many files, how many bytes, and a digest of names, sizes and what some of them begin and end with, as `content`;
+    {} where nothing is on this machine."""
+    files = sorted(
+        file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()
+    )
+    found = hashlib.blake2b(digest_size=8)
+    sizes = [file.stat().st_size for file in files]
+    for index, (file, size) in enumerate(zip(files, sizes)):
+        found.update(f"{file.name} {size} ".encode())
+        if index < NUM_OPENED:
+            with open(file, "rb") as opened:
+                found.update(opened.read(EDGE))
+                opened.seek(max(0, size - EDGE))
+                found.update(opened.read(EDGE))
+    return {"content": f"{len(files)} files, {sum(sizes)} bytes, {found.hexdigest()}"} if files else {}
+
+
+def digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
