@@ -98,13 +98,13 @@ def test_noise_level_and_guidance_do_not_compile_again(backend):
 @torch.no_grad()
 def test_a_compiled_step_draws_several_sizes_one_after_the_other(backend):
     model = one_layer_model()
-    prefixes = [prefill_in_bucket(model, [5, 3]), prefill_in_bucket(model, [2, 2])]
+    branches = classifier_free(prefill_in_bucket(model, [5, 3]), prefill_in_bucket(model, [2, 2]), 3.0)
     sizes = [(2, 2), (2, 3), (4, 3), (2, 2)]
     sigma = torch.tensor([0.7, 0.4])
-    eager = [model.denoise_step(gaussian(2, 6, *size), sigma, *prefixes, 3.0) for size in sizes]
+    eager = [model.denoise_step(gaussian(2, 6, *size), sigma, branches) for size in sizes]
     model.compile_denoise_step(backend=backend)
     for size, expected in zip(sizes, eager):
-        velocity = model.denoise_step(gaussian(2, 6, *size), sigma, *prefixes, 3.0)
+        velocity = model.denoise_step(gaussian(2, 6, *size), sigma, branches)
         torch.testing.assert_close(velocity, expected, **CLOSE)
 
 
