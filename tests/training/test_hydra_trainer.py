@@ -223,7 +223,7 @@ def test_held_out_losses_are_those_of_fixed_rows_and_noise(recipe, make_trainer,
     records = [json.loads(line) for line in (folder / "stage1" / "log.jsonl").read_text().splitlines()]
     measured = {record["step"]: record for record in records if "held_out/generate/flow" in record}
     assert list(measured) == [2, 4, 5]
-    names = {"held_out/understand/language", "held_out/generate/flow"}
+    names = {"held_out/understand/language", "held_out/generate/language", "held_out/generate/flow"}
     assert all({name for name in record if name.startswith("held_out")} == names for record in measured.values())
     for name in names:  # weights that hardly move
         assert measured[2][name] == pytest.approx(measured[5][name], rel=1e-4)
@@ -615,6 +615,12 @@ def test_one_stage_alone_goes_on_from_the_one_before_it(recipe, finished, tmp_pa
     torch.testing.assert_close(*weights, rtol=0, atol=0)
     weights = [load_file(run / "final" / "model" / "model.safetensors") for run in (tmp_path, finished[0])]
     torch.testing.assert_close(*weights, rtol=0, atol=0)  # all stages are done
+
+
+def test_a_recipe_is_not_changed_by_a_run(recipe):
+    before = recipe.config.to_dict()
+    create_model(recipe).config.vocab_size = 1
+    assert recipe.config.to_dict() == before
 
 
 def test_the_first_stage_starts_from_init_with_the_trained_tokenizer(recipe, finished):

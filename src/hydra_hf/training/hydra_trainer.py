@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,8 +119,8 @@ def create_model(recipe: HydraRecipe) -> HydraForConditionalGeneration:
     if recipe.init is not None:
         model = open_model(recipe.init, recipe)
     else:
-        attention = recipe.attn_implementation
-        model = HydraForConditionalGeneration._from_config(recipe.config, attn_implementation=attention)
+        config = deepcopy(recipe.config)  # which the model writes to
+        model = HydraForConditionalGeneration._from_config(config, attn_implementation=recipe.attn_implementation)
     if recipe.tokenizer is not None:
         replace_tokenizer(model, recipe)
     return model

@@ -31,6 +31,7 @@ NOT_DECIDING = {
     "gradient_checkpointing", "attn_implementation", "num_inference_steps", "guidance_scale", "held_out", "num_held_out",
     "frechet_backbone", "frechet_weights",
 }  # fmt: skip
+WRITTEN_BY_MODELS = ("architectures", "dtype", "transformers_version", "_name_or_path")  # into their configs
 NUM_OPENED = 100  # files of a data set whose contents are looked at
 EDGE = 65536  # bytes at either end of a file
 
@@ -148,7 +149,7 @@ def flatten(value, prefix: str = "") -> dict[str, Any]:
         return {prefix.removesuffix("."): describe_value(value, prefix.removesuffix("."))}
     flat = {}
     for name, item in items.items():
-        if name not in ("transformers_version", "_name_or_path"):
+        if name not in WRITTEN_BY_MODELS:
             flat |= flatten(item, f"{prefix}{name}.")
     return flat
 
