@@ -509,7 +509,7 @@ def test_a_processor_of_another_vocabulary_is_an_error(model, picture, tmp_path,
 @pytest.mark.parametrize("name", ["./no/such/folder", "/no/such/folder", "a b"])
 def test_a_folder_that_is_not_there_is_named_as_one(picture, capsys, name):
     message = error_of(capsys, "ask", picture, "what?", "--model", name)
-    assert f"There is not a folder {name!r}; a Hub id is owner/name" in message
+    assert f"There is no folder {name!r}; a Hub id is owner/name" in message
 
 
 def test_a_file_is_no_model(picture, capsys):
@@ -544,7 +544,7 @@ def test_a_recipe_on_a_tokenizer_says_what_to_train_first(capsys, tmp_path, monk
 @pytest.mark.parametrize("arguments", [["tiny.hydra", "--tokenizer"], ["hydra.hydra_1_5b", "--init"]])
 def test_a_first_model_that_is_not_there_is_named(capsys, tmp_path, arguments):
     message = error_of(capsys, "train", *arguments, "/no/such/model", "--out", tmp_path / "run")
-    assert "There is not a folder '/no/such/model'; a Hub id is owner/name" in message
+    assert "There is no folder '/no/such/model'; a Hub id is owner/name" in message
 
 
 def test_a_run_without_steps_is_an_error(capsys, tmp_path):

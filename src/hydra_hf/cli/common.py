@@ -70,14 +70,13 @@ def load_pipeline(options: argparse.Namespace):
     check_model_name(options.model)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    dtype = {} if options.dtype == "auto" else {"torch_dtype": getattr(torch, options.dtype)}
     try:
-        pipeline = HydraPipeline.from_pretrained(options.model, **dtype)
+        pipeline = HydraPipeline.from_pretrained(options.model)
     except Exception as error:  # three libraries read the files, which may contain anything
         missing = "" if Path(options.model).is_dir() else "; there is no folder of this name either"
         reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"The model {options.model} cannot be loaded: {reason}{missing}") from error
-    return pipeline.to(device)
+    return pipeline.to(device) if options.dtype == "auto" else pipeline.to(device, getattr(torch, options.dtype))
 
 
 def tell_unknown_words(processor, text: str) -> None:
