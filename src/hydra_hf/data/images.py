@@ -64,7 +64,7 @@ class ImageBatches:
         with_images = tuple(source for source in sources if TASKS[source.task].num_images)
         if not with_images:
             raise ValueError(f"Got {len(sources)} sources and none of a task with images, expected at least one.")
-        if streams := [source.path for source in with_images if source.streaming]:
+        if streams := [source.path for source in with_images if source.is_stream]:
             raise ValueError(f"Got the streams {streams}, expected sources that images can be taken from by number.")
         size = {"height": image_size, "width": image_size}
         image_processor = HydraImageProcessor(size=size, patch_size=image_size)

@@ -20,7 +20,8 @@ class Source:
         weight: share of the task's samples, relative to the task's other sources.
         split: of a data set on the Hub; of all others a slice, such as "train[:1000]".
         image_root: folder of image paths in JSON and parquet; that of the first file when None.
-        streaming: read in the files' order, without a copy or an index in the cache, for what is too large for one.
+        streaming: Parquet is read where it is, without a copy in the cache, files and row groups are shuffled as such and
+            inside; a data set on the Hub is read from front to back in shuffled blocks. For what is too large for a copy.
     """
 
     task: str
@@ -45,6 +46,11 @@ class Source:
         from .tables import find_files
 
         return [] if self.path.startswith(HUB) else [Path(file) for file in find_files(self.path)]
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it can only be read from front to back."""
+        return self.streaming and self.path.startswith(HUB)
 
 
 def parse_source(text: str) -> Source:
@@ -78,7 +84,7 @@ class Sources:
 
     @property
     def is_streaming(self) -> bool:
-        return any(source.streaming for source in self.sources)
+        return any(source.is_stream for source in self.sources)
 
     def bundles(
         self, stage, processor, seed: int, *, max_length: int, process_index: int = 0, num_processes: int = 1,
