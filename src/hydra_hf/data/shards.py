@@ -11,7 +11,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
@@ -87,13 +87,15 @@ def _index(file: str, kind: str, timeout: float) -> bool:
 
 
 class Progress:
-    """A line in the log every 20 seconds while files are indexed."""
+    """A line in the log from time to time while files are indexed."""
+
+    seconds = 20
 
     def __init__(self, files: list[str], kind: str):
         self.files, self.kind, self.last = files, kind, time.monotonic()
 
     def show(self, file: str) -> None:
-        if time.monotonic() - self.last < 20:
+        if time.monotonic() - self.last < self.seconds:
             return
         self.last = time.monotonic()
         num_done = sum(find_shard(file, self.kind) is not None for file in self.files)
@@ -142,7 +144,7 @@ def create_shard(file: str, kind: str) -> None:
         write_file(name.with_suffix(".arrow"), write)
     except OSError as error:
         raise ValueError(f"{file} cannot be indexed in {name.parent}: {error}.") from error
-    write_text(name.with_suffix(".json"), json.dumps(asdict(contents)))
+    write_text(name.with_suffix(".json"), json.dumps(vars(contents)))
 
 
 def _batches(rows: Iterator[dict], schema) -> Iterator:
@@ -335,6 +337,8 @@ def tar_members(path: str, contents: Contents) -> Iterator[tuple[str, int, int]]
         elif rest > END_OF_TAR or file.read(max(rest, 0)).strip(b"\0"):
             lost[_hole(end, size) if end else "not a tar file"] += 1
             last = _checked(file, last, lost)
+        elif end and rest < tarfile.BLOCKSIZE:  # a whole one ends in blocks of zeros
+            lost[f"the end of a tar, after byte {end}"] += 1
         if last is not None:
             yield last
     contents.digest = digest.hexdigest()
