@@ -230,7 +230,7 @@ def test_a_damaged_member_is_one_unreadable_record(files, member):
 
 
 def test_text_of_windows_is_text(files):
-    contents = ["\ufeffa cat\r\n".encode(), "a cat\r\n".encode("utf-16"), "a\r\ncat".encode()]
+    contents = ["\ufeffa cat\r\n".encode(), "a cat\r\n".encode("utf-16"), b"a\r\ncat"]
     rows = rows_of(TarRows, files.tar([{"txt": content} for content in contents]))
     assert [record["txt"] for record in read(rows)] == ["a cat\n", "a cat\n", "a\ncat"]
 
