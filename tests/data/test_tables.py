@@ -58,7 +58,8 @@ def test_brackets_in_the_name_of_a_folder_are_no_pattern(files, pattern):
 
 def test_a_path_in_the_home_folder_is_found(files, monkeypatch):
     monkeypatch.setenv("HOME", str(files.folder))
-    assert find_files("~/rows.jsonl") == [str(files.jsonl([{}]))]
+    path = str(files.jsonl([{}]))
+    assert find_files("~/rows.jsonl") == [path]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -77,6 +77,8 @@ def one_record() -> Iterator[None]:
         yield
     except UnreadableRecordError:
         raise
+    except OSError as error:
+        raise UnreadableRecordError(f"a file that cannot be read ({error.strerror})") from error
     except Exception as error:
         raise UnreadableRecordError(f"a record of another form ({type(error).__name__})") from error
 
