@@ -332,7 +332,9 @@ def test_a_file_that_goes_away_is_skipped_like_a_record(files, open_reader):
     reader = open_reader(f"generate={files.folder}/{{0..1}}.tar")
     paths[1].unlink()
     assert set(captions(reader, range(12))) == {"number 0", "number 1", "number 2"}
-    assert list(reader.num_skipped) == [f"{files.folder}/{{0..1}}.tar: a file that cannot be read (No such file or directory)"]
+    assert list(reader.num_skipped) == [
+        f"{files.folder}/{{0..1}}.tar: a file that cannot be read (No such file or directory)"
+    ]
 
 
 @pytest.mark.parametrize("task", ["generate", "understand"])

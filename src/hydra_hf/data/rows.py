@@ -50,8 +50,14 @@ def open_rows(path: str, files: list[str], in_place: bool) -> Rows:
 
     Raises ValueError for files of several kinds, that are not there or of which nothing can be read.
     """
+    rows = rows_class(path, files, in_place)
+    return FolderRows(files[0]) if rows is FolderRows else rows(open_shards(files, rows.kind))
+
+
+def rows_class(path: str, files: list[str], in_place: bool) -> type:
+    """The kind of rows that files are read as. ValueError for files of several kinds."""
     if len(files) == 1 and Path(files[0]).is_dir():
-        return FolderRows(files[0])
+        return FolderRows
     endings = {Path(file).suffix.lower() for file in files}
     kinds = {KINDS.get(ending) for ending in endings}
     if len(kinds) != 1 or None in kinds:
@@ -59,9 +65,7 @@ def open_rows(path: str, files: list[str], in_place: bool) -> Rows:
             f"{path} names files ending in {sorted(endings)}, expected one folder of images, or files of one kind "
             f"among {sorted(KINDS)}."
         )
-    kind = kinds.pop()
-    rows = {"tar": TarRows, "json": JsonRows, "parquet": RowGroups if in_place else ParquetRows}[kind]
-    return rows(open_shards(files, rows.kind))
+    return {"tar": TarRows, "json": JsonRows, "parquet": RowGroups if in_place else ParquetRows}[kinds.pop()]
 
 
 class ShardRows:
@@ -257,6 +261,8 @@ class FolderRows:
     .txt file with the name of the image, or the name of the folder that an image is in, where all images are in such
     folders of one depth.
     """
+
+    kind = "folder"
 
     def __init__(self, folder: str):
         self.folder, self.lost, self.remark, self.class_names = folder, Counter(), "", ()
