@@ -151,20 +151,18 @@ class TaskReader(SourceMix):
 
     def __getitem__(self, number: int) -> Sample | None:
         """None if this process's share of a stream is empty."""
-        rng = random.Random(key_of(self.seed, "caption", number))
-        sample = self.read(number, lambda reader, record: self._sample(reader, record, rng))
-        is_dropped = random.Random(repr((self.seed, "prompt", number))).random() < self.drop_prompt
-        if sample is None or not is_dropped or not TASKS[self.task].drops_prompt:
-            return sample
-        empty = {"role": "user", "content": [{"type": "text", "text": ""}]}
-        return replace(sample, messages=[empty, *sample.messages[1:]])
+        return self.read(number, lambda reader, record: self._sample(reader, record, number))
 
-    def _sample(self, reader: RecordReader, record: dict, rng: random.Random) -> Sample:
+    def _sample(self, reader: RecordReader, record: dict, number: int) -> Sample:
+        rng = random.Random(key_of(self.seed, "sample", number))
         sample = reader.sample(record, self.task, rng)
-        input_ids = self.processor.encode_conversations([sample.messages])["input_ids"]  # (1, L)
-        if input_ids.shape[1] > self.max_length:
+        messages = sample.messages
+        if TASKS[self.task].drops_prompt and rng.random() < self.drop_prompt:
+            messages = [{"role": "user", "content": [{"type": "text", "text": ""}]}, *messages[1:]]
+        encoding = self.processor.encode_conversations([messages])
+        if encoding["input_ids"].shape[1] > self.max_length:
             raise UnreadableRecordError(f"more than max_length={self.max_length} tokens")
-        return sample
+        return replace(sample, messages=messages, encoding=encoding)
 
 
 def create_readers(
