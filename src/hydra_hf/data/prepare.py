@@ -1,13 +1,12 @@
 """What is done to data sets once, before a run."""
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 
 from .rows import rows_class
 from .shards import open_shards
-from .sources import HUB, Source
+from .sources import HUB, Source, count_cores
 from .tables import find_files, open_source
 
 
@@ -18,7 +17,7 @@ def index_sources(sources: list[Source], num_processes: int | None = None) -> It
     """
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"{num_processes=} must be at least 1.")
-    num_processes = num_processes or len(os.sched_getaffinity(0))
+    num_processes = num_processes or count_cores()
     for source in sources:
         if not source.path.startswith(HUB):
             yield from _index_files(source, num_processes)

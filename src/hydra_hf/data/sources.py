@@ -1,6 +1,7 @@
 """Which data sets a stage is trained on, as values: `Sources` in a recipe, TASK=PATH on the command line."""
 
 import math
+import os
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,11 @@ def parse_source(text: str) -> Source:
     return Source(task=task, path=path, **values)
 
 
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Sources:
     """Data sets as the data of a stage. Opening them needs `datasets`: pip install hydra_hf[train]."""
@@ -85,6 +91,13 @@ class Sources:
     @property
     def is_streaming(self) -> bool:
         return any(source.is_stream for source in self.sources)
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that read ahead: the CPU cores that each training process of this machine has besides its own, up to 8;
+        none for streams, which are read in order."""
+        num_cores = count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return 0 if self.is_streaming else min(8, max(0, num_cores - 1))
 
     def bundles(
         self, stage, processor, seed: int, *, max_length: int, process_index: int = 0, num_processes: int = 1,
