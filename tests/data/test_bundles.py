@@ -273,6 +273,18 @@ def test_rows_of_processes_make_up_the_step(files):
     assert torch.equal(batches(5, range(1, 4, 2)), whole[1::2])
 
 
+@pytest.mark.parametrize("kind", ["parquet", "streamed parquet", "tar"])
+def test_images_read_by_several_threads_are_those_of_one(files, monkeypatch, kind):
+    path = files.captioned_tar(range(24)) if kind == "tar" else files.parquet(range(24))
+    read = []
+    for num_cores in (1, 9):
+        monkeypatch.setattr("hydra_hf.data.sources.count_cores", lambda number=num_cores: number)
+        batches = image_batches(path, 24, streaming=kind == "streamed parquet")
+        read.append(torch.stack([batches(step, range(24)) for step in range(3)]))
+        assert batches.threads._max_workers == (8 if num_cores == 9 else 1)
+    assert torch.equal(*read)
+
+
 def test_images_are_whole_or_mirrored(files):
     halves = torch.zeros(16, 16, dtype=torch.uint8)
     halves[:, 8:] = 255

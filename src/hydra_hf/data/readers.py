@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
@@ -24,6 +25,7 @@ from .tasks import TASKS, UnreadableRecordError
 logger = logging.getLogger(__name__)
 
 BLOCK = 1024  # numbers over which the shares of sources are exact
+READING = Lock()  # files are read by one thread at a time, pictures decoded by several
 NUM_PROBES = 16  # rows whose columns are looked at: one sample of a tar may lack some
 
 
@@ -80,7 +82,9 @@ class SourceMix:
         for place in islice(table.candidates(own_number), MAX_TRIES):
             try:
                 with one_record():
-                    return convert(self.readers[index], table.record(place))
+                    with READING:
+                        record = table.record(place)
+                    return convert(self.readers[index], record)
             except UnreadableRecordError as error:
                 self._skip(self.sources[index], place, error)
         if place is None:
@@ -91,7 +95,8 @@ class SourceMix:
 
     def _skip(self, source: Source, place: int, error: UnreadableRecordError) -> None:
         key = f"{source.path}: {error}"
-        self.num_skipped[key] += 1
+        with READING:
+            self.num_skipped[key] += 1
         if self.num_skipped[key] == 1:
             reason = f"{error} ({error.__cause__})" if error.__cause__ else error
             logger.warning("Record %d of %s is skipped, and so will be others: %s.", place, source.path, reason)

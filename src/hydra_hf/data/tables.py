@@ -165,10 +165,11 @@ class Table:
 
     def _order(self, epoch: int, key: int) -> OrderInBlocks:
         """The order of an epoch; two are kept, since a step may reach over the end of one."""
-        if epoch not in self.orders:
-            newest = dict(list(self.orders.items())[-1:])
-            self.orders = {**newest, epoch: OrderInBlocks(self.rows.parts, key)}
-        return self.orders[epoch]
+        order = self.orders.get(epoch)
+        if order is None:
+            order = OrderInBlocks(self.rows.parts, key)
+            self.orders = {**dict(list(self.orders.items())[-1:]), epoch: order}
+        return order
 
 
 class Stream:
