@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,21 +20,28 @@ TASKS = {"text": 2, "understand": 3, "generate": 5}
 
 @pytest.fixture
 def make_bundles(files, tiny_processor):
-    """A function that makes bundles of the three tasks; chats are streamed when asked for."""
-    chats = str(files.jsonl(files.chats(range(20))))
-    pictures = str(files.parquet(range(20)))
+    """A function that makes bundles of the three tasks; `streaming` is as from the Hub."""
+    for name in ("chats", "pictures"):
+        (files.folder / name).mkdir()
+    chats = str(files.jsonl(files.chats(range(20)), "chats/rows.jsonl"))
+    pictures = str(files.parquet(range(20), "pictures/rows.parquet"))
 
     def make_bundles(tasks=TASKS, num_steps=4, streaming=False, chats=chats, **place) -> Bundles:
         sources = (
-            Source(task="text", path=chats, streaming=streaming),
-            Source(task="understand", path=pictures),
-            Source(task="generate", path=pictures, streaming=streaming),
+            source("text", chats, streaming),
+            source("understand", pictures, False),
+            source("generate", pictures, streaming),
         )
         shares = {name: place[name] for name in ("process_index", "num_processes") if name in place}
         readers = create_readers(sources, tasks, tiny_processor, 0, max_length=128, **shares)
         return Bundles(readers, tasks, tiny_processor, num_steps=num_steps, **place)
 
     return make_bundles
+
+
+def source(task: str, path: str, streaming: bool) -> Source:
+    """The file, or what `datasets` streams of its folder, as it does of the Hub."""
+    return Source(task=task, path=f"hub:{Path(path).parent}" if streaming else path, streaming=streaming)
 
 
 def decoded(bundles: Bundles, bundle: dict, task: str) -> list[str]:
@@ -190,7 +198,8 @@ def test_processes_share_the_streams_out(make_bundles):
 
 
 def test_a_stream_with_too_few_records_for_a_process_gives_blank_samples(files, make_bundles):
-    chats = str(files.jsonl(files.chats([1]), "one.jsonl"))
+    (files.folder / "one").mkdir()
+    chats = str(files.jsonl(files.chats([1]), "one/rows.jsonl"))
     bundles = make_bundles({"text": 4}, chats=chats, streaming=True, process_index=1, num_processes=2)
     assert [bundles[0]["text"]["num_samples"], bundles[0 + 1]["rows"]["text"]] == [0, [4]]
 
@@ -264,6 +273,18 @@ def test_rows_of_processes_make_up_the_step(files):
     assert torch.equal(batches(5, range(1, 4, 2)), whole[1::2])
 
 
+@pytest.mark.parametrize("kind", ["parquet", "streamed parquet", "tar"])
+def test_images_read_by_several_threads_are_those_of_one(files, monkeypatch, kind):
+    path = files.captioned_tar(range(24)) if kind == "tar" else files.parquet(range(24))
+    read = []
+    for num_cores in (1, 9):
+        monkeypatch.setattr("hydra_hf.data.sources.count_cores", lambda number=num_cores: number)
+        batches = image_batches(path, 24, streaming=kind == "streamed parquet")
+        read.append(torch.stack([batches(step, range(24)) for step in range(3)]))
+        assert batches.threads._max_workers == (8 if num_cores == 9 else 1)
+    assert torch.equal(*read)
+
+
 def test_images_are_whole_or_mirrored(files):
     halves = torch.zeros(16, 16, dtype=torch.uint8)
     halves[:, 8:] = 255
@@ -296,7 +317,7 @@ def test_sources_without_images_are_refused(files):
     with pytest.raises(ValueError, match=r"columns \('conversations',\)"):
         image_batches(path, task="understand")
     with pytest.raises(ValueError, match="expected sources that images can be taken from by number"):
-        image_batches(path, streaming=True)
+        image_batches("hub:owner/name", streaming=True)
 
 
 def test_a_bundle_is_what_the_samples_collate_to(make_bundles, tiny_processor):

@@ -1,6 +1,8 @@
 import io
+import json
 import logging
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -131,8 +133,6 @@ def test_a_list_of_images_in_parquet_is_read(files, open_reader):
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
 def test_one_file_of_mixed_conversations_serves_two_tasks(files, open_reader, name):
-    import json
-
     files.folder_of([1, 2])
     rows = files.chats([7])
     for image, question in (("001.png", "<image>?"), (["001.png", "002.png"], "<image><image>?")):
@@ -153,22 +153,39 @@ def test_the_columns_are_listed_when_none_fits(files, open_reader):
         open_reader(f"text={files.parquet([1])}")
     with pytest.raises(ValueError, match="no images, captions or conversations for the task 'generate'"):
         open_reader(f"generate={files.folder_of([1])}")
+    for name in ("train2017", "val2017"):
+        files.folder_of([1], f"coco/{name}")
+    with pytest.raises(ValueError, match="names of its folders, such as 'train2017', are not taken for captions"):
+        open_reader(f"generate={files.folder}/coco")
+
+
+def test_what_is_read_of_a_source_is_logged(files, open_reader, caplog):
+    with caplog.at_level(logging.INFO):
+        open_reader(f"generate={files.parquet([1], url=['a'])}")
+    assert "images in ('image',), captions in 'caption'; not used: ['url']" in caplog.text
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_a_source_without_records_is_refused(files, open_reader, streaming):
+    import pyarrow
+
     (files.folder / "empty").mkdir()
     (files.folder / "empty.jsonl").write_text("")
-    for name in ("empty", "empty.jsonl"):
-        with pytest.raises(ValueError, match=f"{name} (has no records|cannot be read)"):
+    files.tar([], "empty.tar")
+    files.parquet([], "empty.parquet", image=pyarrow.array([], "binary"), caption=pyarrow.array([], "string"))
+    for name in ("empty", "empty.jsonl", "empty.tar", "empty.parquet"):
+        with pytest.raises(ValueError, match=f"{name} has no records"):
             open_reader(f"generate={files.folder}/{name},streaming={streaming}")
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
-@pytest.mark.parametrize("name, content", [("a.parquet", "junk"), ("a.jsonl", '{"a": 1}\n{broken\n{"a": 1}\n')])
-def test_a_damaged_file_is_named(files, open_reader, name, content, streaming):
-    (files.folder / name).write_text(content)
-    with pytest.raises(ValueError, match=f"{name} cannot be read: "):
+@pytest.mark.parametrize(
+    "name, reason",
+    [("a.parquet", "not a Parquet file"), ("a.tar", "not a tar file"), ("a.json", "a JSON list that is cut off")],
+)
+def test_a_file_of_which_nothing_can_be_read_is_named(files, open_reader, name, reason, streaming):
+    (files.folder / name).write_text("[junk")
+    with pytest.raises(ValueError, match=f"{name} cannot be read: .*{name}: {reason}"):
         open_reader(f"generate={files.folder}/{name},streaming={streaming}")
 
 
@@ -272,10 +289,52 @@ def test_what_takes_the_place_of_a_record_is_the_same_for_every_asker(files, ope
     assert captions(open_reader(f"generate={path}"), range(29, -1, -1)) == forwards[::-1]
 
 
-def test_a_stream_passes_over_what_cannot_be_read(files, open_reader):
-    reader = open_reader(f"generate={broken(files)},streaming=true")
-    assert captions(reader, range(14)) == [f"number {n}" for n in (0, 1, 2, 4, 6, 8, 9)] * 2
-    assert sum(reader.num_skipped.values()) >= 5
+@pytest.mark.parametrize("prefix", ["", "hub:"])
+def test_a_stream_skips_what_cannot_be_read(files, open_reader, prefix):
+    path = broken(files) if not prefix else f"hub:{Path(broken(files)).parent}"
+    reader = open_reader(f"generate={path},streaming=true")
+    assert set(captions(reader, range(20))) == {f"number {n}" for n in (0, 1, 2, 4, 6, 8, 9)}
+    assert sum(reader.num_skipped.values()) >= 3
+
+
+def test_a_malformed_line_far_into_a_file_does_not_end_a_run(files, open_reader):
+    lines = [json.dumps(chat).encode() for chat in files.chats(range(300))]
+    lines[250], lines[260] = b'{"conversations": \xff}', b"{broken"
+    path = files.folder / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    for streaming in ("false", "true"):
+        reader = open_reader(f"text={path},streaming={streaming}")
+        assert len(set(texts(reader, range(300)))) == 298
+        assert reader.num_skipped == {f"{path}: a record that is not JSON": 2}
+
+
+def test_what_is_lost_of_a_file_is_logged_and_counted(files, open_reader, caplog):
+    paths = [files.captioned_tar(range(3), f"{n}.tar") for n in range(2)]
+    paths[1].write_bytes(paths[1].read_bytes()[: 8 * 512 + 100])
+    with caplog.at_level(logging.WARNING):
+        reader = open_reader(f"generate={files.folder}/{{0..1}}.tar")
+    assert reader.num_skipped == {f"{paths[1]}: 100 damaged bytes from byte 4096": 1}
+    assert f"Lost: {paths[1]}: 100 damaged bytes from byte 4096 (1)." in caplog.text
+
+
+def test_the_caption_of_several_belongs_to_the_row(files, open_reader):
+    names = [["a cat", "one cat", "the cat"]]
+    path = files.jsonl([{"image": "1.png", "captions": names[0]}])
+    (files.folder / "1.png").write_bytes(files.png(1))
+    reader = open_reader(f"generate={path}")
+    chosen = captions(reader, range(30))
+    assert set(chosen) == set(names[0])
+    assert captions(open_reader(f"generate={path}"), range(29, -1, -1)) == chosen[::-1]
+
+
+def test_a_file_that_goes_away_is_skipped_like_a_record(files, open_reader):
+    paths = [files.captioned_tar(range(3), "0.tar"), files.captioned_tar(range(3, 6), "1.tar")]
+    reader = open_reader(f"generate={files.folder}/{{0..1}}.tar")
+    paths[1].unlink()
+    assert set(captions(reader, range(12))) == {"number 0", "number 1", "number 2"}
+    assert list(reader.num_skipped) == [
+        f"{files.folder}/{{0..1}}.tar: a file that cannot be read (No such file or directory)"
+    ]
 
 
 @pytest.mark.parametrize("task", ["generate", "understand"])
@@ -314,9 +373,15 @@ def captions(reader: TaskReader, numbers) -> list[str]:
 # Streams
 
 
-def test_a_reader_of_streams_goes_on_where_it_was_saved(files, open_reader):
-    sources = [f"text={files.jsonl(files.chats(range(7)), 'a.jsonl')},streaming=true",
-               f"text={files.jsonl(files.chats(range(10, 15)), 'b.jsonl')},streaming=true",
+def stream_of(files, numbers, name: str) -> str:
+    """A source that `datasets` streams, as it does from the Hub."""
+    (files.folder / name).mkdir()
+    files.jsonl(files.chats(numbers), f"{name}/rows.jsonl")
+    return f"text=hub:{files.folder}/{name},streaming=true"
+
+
+def test_a_reader_of_streams_resumes_where_it_was_saved(files, open_reader):
+    sources = [stream_of(files, range(7), "a"), stream_of(files, range(10, 15), "b"),
                f"text={files.jsonl(files.chats(range(20, 25)), 'c.jsonl')}"]  # fmt: skip
     unbroken = texts(open_reader(*sources), range(40))
     reader = open_reader(*sources)
@@ -327,7 +392,7 @@ def test_a_reader_of_streams_goes_on_where_it_was_saved(files, open_reader):
 
 
 def test_a_position_of_other_streams_is_refused(files, open_reader):
-    path = f"text={files.jsonl(files.chats(range(4)))},streaming=true"
+    path = stream_of(files, range(4), "a")
     state = open_reader(path).state_dict()
     for other in (open_reader(path, num_processes=2), open_reader(path, path), open_reader(path.split(",")[0])):
         with pytest.raises(ValueError, match="is not one of the streams of"):

@@ -1,5 +1,6 @@
 import base64
 import io
+import random
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ def read(tiny_processor, tmp_path):
     """A function that makes a sample of a record."""
 
     def read(record: dict, task: str = "understand"):
-        columns = find_columns(set(record), has_text_files=False, class_names=())
+        columns = find_columns(set(record), class_names=())
         return RecordReader(columns, tmp_path, tiny_processor.image_processor).sample(record, task)
 
     return read
@@ -189,6 +190,22 @@ def bomb() -> bytes:
         (llava("what?", None), "text", "an empty turn"),
         ({"conversations": []}, "text", "no turns"),
         ({"conversations": ["what?"]}, "text", "a turn that is not a dict"),
+        (llava("what?", 7), "text", "a turn whose content is a int"),
+        (llava("what?", {"text": "a"}), "text", "a turn whose content is a dict"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, "text", "a turn that is neither"),
+        ({"messages": [{"role": "user", "content": [None]}]}, "text", "a part that is not a dict"),
+        ({"messages": [{"role": "user", "content": ["<image>"]}]}, "text", "a part that is not a dict"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]},
+            "text",
+            "a text part without text",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "text", "a text part without text"),
+        (llava("what?", "a cat \ud83d"), "text", "half a character"),
+        ({"image": b"1", "caption": "a cat \ud83d"}, "generate", "half a character"),
+        ({"image": b"1", "caption": {"en": "a cat"}}, "generate", "a caption of type dict"),
+        ({"image": b"1", "caption": 7}, "generate", "a caption of type int"),
+        ({"image": b"1", "caption": ["", None]}, "generate", "no caption"),
         ({"conversations": [{"from": "tool", "value": "a"}]}, "text", "a turn that is neither"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "text", "neither text nor image"),
     ],
@@ -218,15 +235,70 @@ def test_a_member_of_an_archive_is_read_under_the_name_that_datasets_gives_it(re
         read({"image": {"bytes": None, "path": name.replace("1", "2", 1)}, "caption": "a"}, "generate")
 
 
+JSON = [
+    None, True, 7, -1.5, float("nan"), 2**70, "", "a cat", "<image>", "\ud83d", "[", '["a.png"]', "a\0b", "x" * 5000,
+    [], {}, [[]], b"", b"\xff",
+]  # fmt: skip
+NAMES = [
+    "image", "images", "jpg", "caption", "captions", "text", "txt", "label", "messages", "conversations", "json",
+    "from", "role", "value", "content", "type", "url", "image_url", "path", "bytes", "user", "human", "gpt", "assistant",
+]  # fmt: skip
+
+
+def anything(rng: random.Random, depth: int = 0):
+    """A value that JSON or Parquet could hold, often with the names and forms of good records."""
+    kind = rng.randrange(6) if depth < 4 else 0
+    if kind < 2:
+        return rng.choice([*JSON, *NAMES])
+    if kind < 4:
+        return [anything(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return {rng.choice(NAMES): anything(rng, depth + 1) for _ in range(rng.randrange(5))}
+
+
+def test_any_record_is_a_sample_or_an_unreadable_record(tiny_processor, tmp_path, files):
+    rng, reasons, num_samples = random.Random(0), set(), 0
+    good = {"image": files.png(1), "caption": "a cat", **llava("<image> what?", "a cat")}
+    readers = [
+        RecordReader(find_columns(names, class_names), tmp_path, tiny_processor.image_processor)
+        for names in ({"image", "caption"}, {"images", "messages"}, {"jpg", "conversations"}, set(NAMES))
+        for class_names in ((), ("cat", "dog"))
+    ]
+    for _ in range(4000):
+        record = {name: anything(rng) for name in rng.sample(NAMES, rng.randrange(1, 6))}
+        record |= {name: good[name] for name in rng.sample(sorted(good), rng.randrange(3))}
+        reader = rng.choice(readers)
+        try:
+            sample = reader.sample(record, rng.choice(("text", "understand", "generate")), rng)
+            tiny_processor.encode_conversations([sample.messages])
+            num_samples += 1
+        except UnreadableRecordError as error:
+            reasons.add(str(error))
+    assert num_samples > 20
+    assert len(reasons) > 15
+
+
+def test_a_caption_of_several_is_chosen_by_chance(tiny_processor, files, tmp_path):
+    reader = RecordReader(find_columns({"image", "captions"}, ()), tmp_path, tiny_processor.image_processor)
+    record = {"image": files.png(1), "captions": ["a cat", "", "one cat", None]}
+    chosen = [drawn(reader.sample(record, "generate", random.Random(seed)))[0] for seed in range(20)]
+    assert set(chosen) == {"user: a cat", "user: one cat"}
+    assert drawn(reader.sample(record, "generate"))[0] == "user: a cat"
+
+
+def test_columns_say_what_is_used_and_what_is_not():
+    columns = find_columns({"jpg", "txt", "caption", "url"}, ())
+    assert str(columns) == "images in ('jpg',), captions in 'txt'; not used: ['caption', 'url']"
+
+
 def test_a_file_beside_an_image_goes_before_a_field_of_its_json():
-    columns = find_columns({"jpg", "txt", "caption", "image"}, has_text_files=False, class_names=())
+    columns = find_columns({"jpg", "txt", "caption", "image"}, class_names=())
     assert (columns.images, columns.caption) == (("jpg", "image"), "txt")
 
 
 def test_class_names_are_a_caption_only_if_nothing_else_is(tiny_processor, files):
-    assert find_columns({"image", "label"}, has_text_files=True, class_names=("a",)).class_names == ()
-    assert find_columns({"image", "label", "text"}, has_text_files=False, class_names=("a",)).caption == "text"
-    columns = find_columns({"image", "label"}, has_text_files=False, class_names=("cat", "red_fox"))
+    assert find_columns({"image", "label", "txt"}, class_names=("a",)).class_names == ()
+    assert find_columns({"image", "label", "text"}, class_names=("a",)).caption == "text"
+    columns = find_columns({"image", "label"}, class_names=("cat", "red_fox"))
     reader = RecordReader(columns, Path(), tiny_processor.image_processor)
     assert drawn(reader.sample({"image": files.png(1), "label": 1}, "generate"))[0] == "user: red fox"
     with pytest.raises(UnreadableRecordError, match="no caption"):
@@ -234,7 +306,7 @@ def test_class_names_are_a_caption_only_if_nothing_else_is(tiny_processor, files
 
 
 def test_an_image_alone_is_the_first_of_its_record(tiny_processor, files, number_in):
-    reader = RecordReader(find_columns({"images"}, False, ()), Path(), tiny_processor.image_processor)
+    reader = RecordReader(find_columns({"images"}, ()), Path(), tiny_processor.image_processor)
     assert number_in(reader.image({"images": [files.png(3), files.png(4)]})) == 3
     with pytest.raises(UnreadableRecordError, match="no image"):
         reader.image({"images": []})

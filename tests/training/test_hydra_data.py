@@ -33,7 +33,9 @@ def files(tmp_path_factory) -> Path:
     (folder / f"{UNREADABLE}.png").write_bytes(b"no picture")
     turns = [{"role": "user", "content": "what is a cat?"}, {"role": "assistant", "content": "a cat"}]
     for name, records in {"captions": captions, "text": [{"messages": turns}] * 3}.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+        for path in (folder / f"{name}.jsonl", folder / name / "rows.jsonl"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n".join(map(json.dumps, records)) + "\n")
     return folder
 
 
@@ -44,9 +46,13 @@ def cache(tmp_path, monkeypatch):
 
 
 def recipe_of(files: Path, folder: Path, streaming: bool, num_steps: int = 4):
-    sources = [Source(task="text", path=str(files / "text.jsonl"), streaming=streaming)]
-    sources += [Source(task=task, path=str(files / "captions.jsonl"), streaming=streaming)
-                for task in ("understand", "generate")]  # fmt: skip
+    paths = {task: "text" if task == "text" else "captions" for task in TASKS}
+    sources = [
+        Source(task=task, path=f"hub:{files / name}", streaming=True, image_root=str(files))
+        if streaming  # what `datasets` streams of a folder, as it does of the Hub
+        else Source(task=task, path=str(files / f"{name}.jsonl"))
+        for task, name in paths.items()
+    ]
     made = recipe(folder, TASKS, num_steps=num_steps, drop_prompt=0.5)
     return replace(made, save_every=2).with_overrides(data=Sources(tuple(sources)))
 
@@ -80,6 +86,29 @@ def test_a_stream_of_another_number_of_processes_is_refused(files, tmp_path):
     (folder / "final").rename(tmp_path / "away")
     with pytest.raises(ValueError, match=r"\['data-0-of-3.json'\], expected data-0-of-1.json"):
         train_hydra(made, tmp_path / "run", only="stage1")
+
+
+@pytest.mark.parametrize("num_workers", [None, 1])
+def test_workers_that_read_ahead_change_nothing(files, tmp_path, num_workers, monkeypatch):
+    monkeypatch.setattr(Sources, "num_workers", 1)
+    alone, ahead = recipe_of(files, tmp_path, False, 2), recipe_of(files, tmp_path, False, 2)
+    runs = [(replace(alone, num_workers=0), "alone"), (replace(ahead, num_workers=num_workers), "ahead")]
+    weights = [
+        load_file(train_hydra(made, tmp_path / name, only="stage1") / "model" / "model.safetensors")
+        for made, name in runs
+    ]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_workers_are_as_many_as_the_cores_leave(files, monkeypatch):
+    data = Sources((Source(task="text", path="a.jsonl"),))
+    monkeypatch.setattr("hydra_hf.data.sources.count_cores", lambda: 64)
+    assert data.num_workers == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert data.num_workers == 3
+    monkeypatch.setattr("hydra_hf.data.sources.count_cores", lambda: 1)
+    assert data.num_workers == 0
+    assert Sources((Source(task="text", path="hub:a/b", streaming=True),)).num_workers == 0
 
 
 def test_streams_are_not_read_ahead_by_workers(files, tmp_path):

@@ -1,4 +1,4 @@
-"""hydra generate | ask | reconstruct | train | evaluate | convert: a file for each verb."""
+"""hydra generate | ask | reconstruct | prepare | train | evaluate | convert: a file for each verb."""
 
 import argparse
 import io
@@ -7,10 +7,10 @@ from typing import NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 
-from . import ask, convert, evaluate, generate, reconstruct, train
+from . import ask, convert, evaluate, generate, prepare, reconstruct, train
 
 
-VERBS = (generate, ask, reconstruct, train, evaluate, convert)
+VERBS = (generate, ask, reconstruct, prepare, train, evaluate, convert)
 
 
 class Parser(argparse.ArgumentParser):

@@ -22,7 +22,7 @@ class Bundles(Dataset):
     the batch is then one blank sample (its row is the task's count, one past the last), so that every process runs the
     same forwards, and its labels and generated tokens must count nothing.
 
-    An item is a function of its number, except with streams, which are read from item to item, without workers.
+    An item is a function of its number, except with streams of the Hub: these continue from item to item, without workers.
 
     Args:
         tasks: task -> samples in one optimizer step, of all processes and micro steps together.

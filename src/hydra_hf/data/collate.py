@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hydra_hf.modeling import HydraProcessor
 from hydra_hf.modeling.grid import pack_images
@@ -14,7 +15,7 @@ def collate(samples: list[Sample], processor: HydraProcessor) -> dict[str, Tenso
     in the order of their placeholders: `pixel_values` (total_patches, 3 p p), `image_grid_thw` (num_images, 3);
     `is_generated` (num_images,), true in assistants' turns.
     """
-    batch = processor.encode_conversations([sample.messages for sample in samples])
+    batch = encode_samples(samples, processor)
     assistant_masks = batch.pop("assistant_masks").bool()
     images, is_generated = [], []
     for sample in samples:
@@ -27,6 +28,18 @@ def collate(samples: list[Sample], processor: HydraProcessor) -> dict[str, Tenso
         batch["pixel_values"], _ = pack_images(images, processor.patch_size)
         batch["is_generated"] = torch.tensor(is_generated)
     return batch
+
+
+def encode_samples(samples: list[Sample], processor: HydraProcessor) -> dict[str, Tensor]:
+    """What `encode_conversations` gives for all samples, padded on the left; what a reader has encoded is not again."""
+    encodings = [sample.encoding or processor.encode_conversations([sample.messages]) for sample in samples]
+    grids = [encoding["image_grid_thw"] for encoding in encodings if "image_grid_thw" in encoding]
+    values = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0, "assistant_masks": 0}
+    batch = {
+        name: pad_sequence([encoding[name][0] for encoding in encodings], True, value, padding_side="left")
+        for name, value in (values | {"mm_token_type_ids": 0}).items()
+    }
+    return batch | ({"image_grid_thw": torch.cat(grids)} if grids else {})
 
 
 def text_labels(batch: dict[str, Tensor], assistant_masks: Tensor) -> Tensor:

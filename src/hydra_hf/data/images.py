@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hydra_hf.modeling import HydraImageProcessor
 
-from .readers import Source, SourceMix
+from .readers import SourceMix
+from .sources import Source, Sources
 from .tasks import TASKS
 
 
@@ -64,12 +65,13 @@ class ImageBatches:
         with_images = tuple(source for source in sources if TASKS[source.task].num_images)
         if not with_images:
             raise ValueError(f"Got {len(sources)} sources and none of a task with images, expected at least one.")
-        if streams := [source.path for source in with_images if source.streaming]:
+        if streams := [source.path for source in with_images if source.is_stream]:
             raise ValueError(f"Got the streams {streams}, expected sources that images can be taken from by number.")
         size = {"height": image_size, "width": image_size}
         image_processor = HydraImageProcessor(size=size, patch_size=image_size)
         self.mix = SourceMix(with_images, image_processor, seed, lambda source, columns: bool(columns.images))
         self.seed, self.batch_size = seed, batch_size
+        self.threads = ThreadPoolExecutor(max_workers=Sources(with_images).num_workers or 1)
 
     @property
     def num_skipped(self) -> dict[str, int]:
@@ -78,7 +80,7 @@ class ImageBatches:
 
     def __call__(self, step: int, rows: range) -> Tensor:
         """The rows of a global step (len(rows), 3, S, S) in [-1, 1]."""
-        return torch.stack([self._image(step * self.batch_size + row) for row in rows])
+        return torch.stack(list(self.threads.map(self._image, [step * self.batch_size + row for row in rows])))
 
     def _image(self, number: int) -> Tensor:
         image = self.mix.read(number, lambda reader, record: reader.image(record))

@@ -5,26 +5,27 @@ import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
-
-import torch
 
 from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
 
-from .records import Columns, RecordReader, find_columns
+from .order import key_of
+from .records import Columns, RecordReader, find_columns, one_record
 from .sample import Sample
 from .sources import HUB, Source
 from .sources import parse_source as parse_source  # callers read sources and readers from here
-from .tables import Stream, Table, find_files, open_dataset, permutation, read_record, reading
+from .tables import MAX_TRIES, Stream, Table, find_files, open_table
 from .tasks import TASKS, UnreadableRecordError
 
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 1024  # numbers over which the shares of sources are exact
-MAX_TRIES = 1000
+READING = Lock()  # files are read by one thread at a time, pictures decoded by several
 NUM_PROBES = 16  # rows whose columns are looked at: one sample of a tar may lack some
 
 
@@ -54,26 +55,22 @@ class SourceMix:
         self.counts = _counts_in_block(sources)
         self.tables, self.readers = [], []
         for index, source in enumerate(sources):
-            dataset = open_dataset(source.path, source.split, source.streaming)
-            table = (
-                Stream(dataset, process_index, num_processes) if source.streaming else Table(dataset, (seed, index))
-            )
+            table = open_table(source, (seed, index), process_index, num_processes)
             columns = _columns_of(source, table)
             if not accepts(source, columns):
                 raise ValueError(
                     f"{source.path} has the columns {columns.names}: no images, captions or conversations for the task "
-                    f"{source.task!r}, see the formats in hydra_hf.data.records."
+                    f"{source.task!r}, see the formats in hydra_hf.data.records.{table.remark}"
                 )
+            logger.info("%s: %s.", source.path, columns)
+            self.num_skipped.update(table.lost)
             self.tables.append(table)
             self.readers.append(RecordReader(columns, _image_root(source), image_processor))
 
     def place_of(self, number: int) -> tuple[int, int]:
         """The source of a number, and which of the source's own numbers it is."""
         block, place = divmod(number, BLOCK)
-        bounds = torch.tensor(self.counts).cumsum(0)
-        sources = torch.bucketize(permutation(BLOCK, self.seed, "block", block), bounds, right=True)  # of each place
-        index = int(sources[place])
-        return index, block * self.counts[index] + int((sources[:place] == index).sum())
+        return _places_in_block(self.seed, block, tuple(self.counts))[place]
 
     def read(self, number: int, convert: Callable[[RecordReader, dict], Any]) -> Any:
         """What `convert` makes of the number's record, or of the next candidate that it can read.
@@ -81,10 +78,13 @@ class SourceMix:
         None if this process's share of a stream is empty. ValueError if nothing in 1000 tries can be read.
         """
         index, own_number = self.place_of(number)
-        place = None
-        for place, row in islice(self.tables[index].candidates(own_number), MAX_TRIES):
+        table, place = self.tables[index], None
+        for place in islice(table.candidates(own_number), MAX_TRIES):
             try:
-                return convert(self.readers[index], read_record(row))
+                with one_record():
+                    with READING:
+                        record = table.record(place)
+                    return convert(self.readers[index], record)
             except UnreadableRecordError as error:
                 self._skip(self.sources[index], place, error)
         if place is None:
@@ -95,14 +95,15 @@ class SourceMix:
 
     def _skip(self, source: Source, place: int, error: UnreadableRecordError) -> None:
         key = f"{source.path}: {error}"
-        self.num_skipped[key] += 1
+        with READING:
+            self.num_skipped[key] += 1
         if self.num_skipped[key] == 1:
             reason = f"{error} ({error.__cause__})" if error.__cause__ else error
             logger.warning("Record %d of %s is skipped, and so will be others: %s.", place, source.path, reason)
 
     @property
     def is_streaming(self) -> bool:
-        return any(source.streaming for source in self.sources)
+        return any(source.is_stream for source in self.sources)
 
     def state_dict(self) -> dict:
         """Where the streams of this process stand, for JSON; {} without streams."""
@@ -155,19 +156,18 @@ class TaskReader(SourceMix):
 
     def __getitem__(self, number: int) -> Sample | None:
         """None if this process's share of a stream is empty."""
-        sample = self.read(number, self._sample)
-        is_dropped = random.Random(repr((self.seed, "prompt", number))).random() < self.drop_prompt
-        if sample is None or not is_dropped or not TASKS[self.task].drops_prompt:
-            return sample
-        empty = {"role": "user", "content": [{"type": "text", "text": ""}]}
-        return replace(sample, messages=[empty, *sample.messages[1:]])
+        return self.read(number, lambda reader, record: self._sample(reader, record, number))
 
-    def _sample(self, reader: RecordReader, record: dict) -> Sample:
-        sample = reader.sample(record, self.task)
-        input_ids = self.processor.encode_conversations([sample.messages])["input_ids"]  # (1, L)
-        if input_ids.shape[1] > self.max_length:
+    def _sample(self, reader: RecordReader, record: dict, number: int) -> Sample:
+        rng = random.Random(key_of(self.seed, "sample", number))
+        sample = reader.sample(record, self.task, rng)
+        messages = sample.messages
+        if TASKS[self.task].drops_prompt and rng.random() < self.drop_prompt:
+            messages = [{"role": "user", "content": [{"type": "text", "text": ""}]}, *messages[1:]]
+        encoding = self.processor.encode_conversations([messages])
+        if encoding["input_ids"].shape[1] > self.max_length:
             raise UnreadableRecordError(f"more than max_length={self.max_length} tokens")
-        return sample
+        return replace(sample, messages=messages, encoding=encoding)
 
 
 def create_readers(
@@ -212,24 +212,31 @@ def _counts_in_block(sources: tuple[Source, ...]) -> list[int]:
     return counts
 
 
+@lru_cache(maxsize=16)
+def _places_in_block(seed: int, block: int, counts: tuple[int, ...]) -> list[tuple[int, int]]:
+    """For each of 1024 numbers, its source and which of the source's own numbers it is."""
+    sources = [source for source, count in enumerate(counts) for _ in range(count)]
+    random.Random(key_of(seed, "block", block)).shuffle(sources)
+    following = [block * count for count in counts]
+    places = []
+    for source in sources:
+        places.append((source, following[source]))
+        following[source] += 1
+    return places
+
+
 def _columns_of(source: Source, table: Table | Stream) -> Columns:
-    """What the first rows have. ValueError if there are none."""
-    names = set()
-    with reading(source.path):  # a stream opens its files now
-        rows = list(islice(table.first_rows(), NUM_PROBES))
-    if not rows:
+    """What some records have. ValueError if there are none."""
+    records = list(islice(table.some_records(NUM_PROBES), NUM_PROBES))
+    if not records and isinstance(table, Stream):
         raise ValueError(f"{source.path} has no records.")
-    for row in rows:
-        try:
-            names |= set(read_record(row))
-        except UnreadableRecordError:
-            continue
-    is_folder = Path(source.path).is_dir()
-    has_text_files = is_folder and next(Path(source.path).rglob("*.txt"), None) is not None
-    return find_columns(names, has_text_files, table.class_names)
+    return find_columns({name for record in records for name in record}, table.class_names)
 
 
 def _image_root(source: Source) -> Path:
     if source.image_root is not None:
-        return Path(source.image_root)
-    return Path() if source.path.startswith(HUB) else Path(find_files(source.path)[0]).parent
+        return Path(source.image_root).expanduser()
+    if source.path.startswith(HUB):
+        return Path()
+    first = Path(find_files(source.path)[0])
+    return first if first.is_dir() else first.parent

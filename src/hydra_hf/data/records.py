@@ -2,7 +2,9 @@
 
 import base64
 import json
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,8 +20,19 @@ from .sample import Sample
 from .tasks import TASKS, UnreadableRecordError, images_of
 
 
-IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "images")  # the first that a record has counts
-CAPTION_COLUMNS = ("txt", "caption", "text")
+IMAGE_COLUMNS = (
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "image",
+    "images",
+)  # the first filled one counts
+CAPTION_COLUMNS = ("txt", "caption", "captions", "text")
 CHAT_COLUMNS = ("messages", "conversations")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE_PLACEHOLDER = "<image>"
@@ -36,7 +49,6 @@ class Columns:
         images: columns that may hold an image or a list of them.
         chat: column of the turns, "" if there is none.
         caption: column of the caption, "" if there is none.
-        has_text_files: captions are .txt files beside the images.
         class_names: captions by class number, when `caption` is "label".
     """
 
@@ -44,27 +56,44 @@ class Columns:
     images: tuple[str, ...] = ()
     chat: str = ""
     caption: str = ""
-    has_text_files: bool = False
     class_names: tuple[str, ...] = ()
 
     @property
     def has_caption(self) -> bool:
         """Whether an image may come with a caption."""
-        return bool(self.images) and bool(self.caption or self.has_text_files)
+        return bool(self.images and self.caption)
+
+    def __str__(self) -> str:
+        used = {"images": self.images, "chats": self.chat, "captions": self.caption}
+        found = ", ".join(f"{what} in {column!r}" for what, column in used.items() if column)
+        unused = [name for name in self.names if name not in (*self.images, self.chat, self.caption)]
+        return f"{found}; not used: {unused}" if unused else found
 
 
-def find_columns(names: set[str], has_text_files: bool, class_names: tuple[str, ...]) -> Columns:
+@contextmanager
+def one_record() -> Iterator[None]:
+    """Whatever is wrong with a record, as `UnreadableRecordError`: data can be wrong in ways that nobody foresaw."""
+    try:
+        yield
+    except UnreadableRecordError:
+        raise
+    except OSError as error:
+        raise UnreadableRecordError(f"a file that cannot be read ({error.strerror})") from error
+    except Exception as error:
+        raise UnreadableRecordError(f"a record of another form ({type(error).__name__})") from error
+
+
+def find_columns(names: set[str], class_names: tuple[str, ...]) -> Columns:
     """What is recognised among the columns; class names are a caption only if nothing else is."""
     images = tuple(name for name in IMAGE_COLUMNS if name in names)
     chat = next((name for name in CHAT_COLUMNS if name in names), "")
     caption = next((name for name in CAPTION_COLUMNS if name in names), "")
-    is_class_only = bool(class_names) and not (caption or chat or has_text_files)
+    is_class_only = bool(class_names) and not (caption or chat)
     return Columns(
         names=tuple(sorted(names)),
         images=images,
         chat=chat,
         caption="label" if is_class_only else caption,
-        has_text_files=has_text_files and not caption,
         class_names=class_names if is_class_only else (),
     )
 
@@ -79,23 +108,25 @@ class RecordReader:
     def __init__(self, columns: Columns, image_root: Path, image_processor: HydraImageProcessor):
         self.columns, self.image_root, self.image_processor = columns, image_root, image_processor
 
-    def sample(self, record: dict, task: str) -> Sample:
-        messages = TASKS[task].read(self, record)
-        parts = [part for message in messages for part in message["content"]]
-        if sum(len(part["text"]) for part in parts if part["type"] == "text") > MAX_CHARACTERS:
-            raise UnreadableRecordError(f"more than {MAX_CHARACTERS} characters")
-        for message in messages:
-            pixels_of = self.generated_image if message["role"] == "assistant" else self.given_image
-            for part in images_of([message]):
-                part["image"] = pixels_of(part["image"])
-        return Sample(task=task, messages=messages)
+    def sample(self, record: dict, task: str, rng: random.Random | None = None) -> Sample:
+        """`rng` chooses among several captions; without it, it is the first."""
+        with one_record():
+            messages = TASKS[task].read(self, self._with_one_caption(record, rng))
+            parts = [part for message in messages for part in message["content"]]
+            _check_texts([part["text"] for part in parts if part["type"] == "text"])
+            for message in messages:
+                pixels_of = self.generated_image if message["role"] == "assistant" else self.given_image
+                for part in images_of([message]):
+                    part["image"] = pixels_of(part["image"])
+            return Sample(task=task, messages=messages)
 
     def image(self, record: dict) -> Tensor:
         """The record's first image (3, H, W) in [-1, 1], its middle part in the size for images to be generated."""
-        images = self._images(record)
-        if not images:
-            raise UnreadableRecordError("no image")
-        return self.generated_image(images[0])
+        with one_record():
+            images = self._images(record)
+            if not images:
+                raise UnreadableRecordError("no image")
+            return self.generated_image(images[0])
 
     # Captions
 
@@ -111,23 +142,25 @@ class RecordReader:
         answer = {"role": "assistant", "content": [_text(self._caption(record))]}
         return [{"role": "user", "content": [image, _text(question)]}, answer]
 
+    def _with_one_caption(self, record: dict, rng: random.Random | None) -> dict:
+        captions = record.get(self.columns.caption)
+        if not isinstance(captions, list):
+            return record
+        texts = [text for text in captions if isinstance(text, str) and text.strip()]
+        chosen = texts[0] if texts and rng is None else rng.choice(texts) if texts else None
+        return record | {self.columns.caption: chosen}
+
     def _caption(self, record: dict) -> str:
-        if self.columns.has_text_files:
-            caption = self._text_beside(record)
-        else:
-            caption = record.get(self.columns.caption)
-            if self.columns.class_names:
-                caption = dict(enumerate(self.columns.class_names)).get(caption, "").replace("_", " ")
-        if not isinstance(caption, str) or not caption.strip():
+        caption = record.get(self.columns.caption)
+        if self.columns.class_names:
+            caption = dict(enumerate(self.columns.class_names)).get(caption, "").replace("_", " ")
+        if caption is not None and not isinstance(caption, str):
+            raise UnreadableRecordError(
+                f"a caption of type {type(caption).__name__}, expected a text or a list of them"
+            )
+        if caption is None or not caption.strip():
             raise UnreadableRecordError("no caption")
         return caption.strip()
-
-    def _text_beside(self, record: dict) -> str:
-        path = Path(self._one_image(record)["path"]).with_suffix(".txt")
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UnreadableRecordError("no readable .txt beside the image") from error
 
     # Conversations
 
@@ -218,13 +251,18 @@ def _message(turn: dict) -> dict:
     """A turn of LLaVA's or of OpenAI's form as a message; images that stand elsewhere are None."""
     if not isinstance(turn, dict):
         raise UnreadableRecordError("a turn that is not a dict")
-    role = ROLES.get(turn.get("from") or turn.get("role"))
-    if role is None:
+    name = turn.get("from") or turn.get("role")
+    if not isinstance(name, str) or name not in ROLES:
         raise UnreadableRecordError("a turn that is neither the user's, the assistant's nor the system's")
+    role = ROLES[name]
     content = _list_in(turn.get("value") or turn.get("content") or "", start='[{"type":')  # as above
+    if not isinstance(content, str | list):
+        raise UnreadableRecordError(f"a turn whose content is a {type(content).__name__}, expected text or parts")
     parts = []
     for part in [_text(content)] if isinstance(content, str) else content:
-        parts += _parts(part["text"] or "") if part.get("type") == "text" else [_image_part(part)]
+        if not isinstance(part, dict):
+            raise UnreadableRecordError("a part that is not a dict")
+        parts += _parts(part.get("text")) if part.get("type") == "text" else [_image_part(part)]
     if not parts:
         raise UnreadableRecordError("an empty turn")
     return {"role": role, "content": parts}
@@ -232,6 +270,8 @@ def _message(turn: dict) -> dict:
 
 def _parts(text: str) -> list[dict]:
     """Text with placeholders as parts; blank space around them is dropped."""
+    if not isinstance(text, str):
+        raise UnreadableRecordError("a text part without text")
     parts = []
     for index, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
         parts += [{"type": "image", "image": None}] if index else []
@@ -244,6 +284,15 @@ def _image_part(part: dict) -> dict:
         raise UnreadableRecordError("a part that is neither text nor image")
     value = next((part[name] for name in ("image", "image_url", "url", "path") if part.get(name)), None)
     return {"type": "image", "image": value.get("url", value) if isinstance(value, dict) else value}
+
+
+def _check_texts(texts: list[str]) -> None:
+    if sum(map(len, texts)) > MAX_CHARACTERS:
+        raise UnreadableRecordError(f"more than {MAX_CHARACTERS} characters")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise UnreadableRecordError("text with half a character (a lone surrogate)") from error
 
 
 def _list_in(value, start: str):

@@ -2,15 +2,22 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from .tasks import check_task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """`messages` as the chat template takes them; an image part holds pixels (3, H, W) in [-1, 1]."""
+    """`messages` as the chat template takes them; an image part holds pixels (3, H, W) in [-1, 1].
+
+    Args:
+        encoding: what `HydraProcessor.encode_conversations` gives for the messages alone, (1, L) each, where it is known.
+    """
 
     task: str
     messages: list[dict]
+    encoding: dict[str, Tensor] | None = None
 
     def __post_init__(self):
         check_task(self.task, "A sample")

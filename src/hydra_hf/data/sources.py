@@ -1,6 +1,7 @@
 """Which data sets a stage is trained on, as values: `Sources` in a recipe, TASK=PATH on the command line."""
 
 import math
+import os
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ class Source:
         weight: share of the task's samples, relative to the task's other sources.
         split: of a data set on the Hub; of all others a slice, such as "train[:1000]".
         image_root: folder of image paths in JSON and parquet; that of the first file when None.
-        streaming: read in the files' order, without a copy or an index in the cache, for what is too large for one.
+        streaming: Parquet is read where it is, without a copy in the cache, files and row groups are shuffled as such and
+            inside; a data set on the Hub is read from front to back in shuffled blocks. For what is too large for a copy.
     """
 
     task: str
@@ -46,6 +48,11 @@ class Source:
 
         return [] if self.path.startswith(HUB) else [Path(file) for file in find_files(self.path)]
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether it can only be read from front to back."""
+        return self.streaming and self.path.startswith(HUB)
+
 
 def parse_source(text: str) -> Source:
     """The source written as `understand=llava.jsonl,image_root=images,weight=2`. ValueError for a malformed one."""
@@ -70,6 +77,11 @@ def parse_source(text: str) -> Source:
     return Source(task=task, path=path, **values)
 
 
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Sources:
     """Data sets as the data of a stage. Opening them needs `datasets`: pip install hydra_hf[train]."""
@@ -78,7 +90,14 @@ class Sources:
 
     @property
     def is_streaming(self) -> bool:
-        return any(source.streaming for source in self.sources)
+        return any(source.is_stream for source in self.sources)
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that read ahead: the CPU cores that each training process of this machine has besides its own, up to 8;
+        none for streams, which are read in order."""
+        num_cores = count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return 0 if self.is_streaming else min(8, max(0, num_cores - 1))
 
     def bundles(
         self, stage, processor, seed: int, *, max_length: int, process_index: int = 0, num_processes: int = 1,

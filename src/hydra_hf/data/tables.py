@@ -1,71 +1,94 @@
-"""Data sets in files and on the Hub as records: by number from a memory-mapped table, or in order from a stream."""
+"""Data sets in files and on the Hub: by number, in shuffled epochs, or in order from a stream of the Hub."""
 
-import hashlib
-import json
 import logging
+import os
 import random
 import re
-import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape, glob
+from itertools import islice
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from .sources import HUB
+from .order import OrderInBlocks, key_of, shuffled
+from .rows import HubRows, Rows, SlicedRows, open_rows, unfold_json
+from .sources import HUB, Source
 from .tasks import UnreadableRecordError
 
 
 logger = logging.getLogger(__name__)
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tar": "tar"}
-TAR, MEMBERS = "__tar__", "__members__"  # columns of the index of tars
+MAX_TRIES = 1000
+STREAM_BLOCK = 512  # records of a stream that are shuffled together
 
 
-def open_dataset(path: str, split: str, streaming: bool):
+def open_table(source: Source, key: tuple, process_index: int = 0, num_processes: int = 1):
+    """A `Table` of a source, or the `Stream` of what is streamed from the Hub.
+
+    Raises ValueError for what is not there, has no records, is damaged as a whole, or cannot be reached.
     """
-    The `datasets.Dataset` of a path, or its IterableDataset when it is streamed.
+    if source.is_stream:
+        return Stream(load_hub(source), source.path, key, process_index, num_processes)
+    table = Table(open_source(source), key, in_blocks=source.streaming)
+    for reason, number in list(table.rows.lost.items())[:10]:
+        logger.warning("Lost: %s (%d).", reason, number)
+    if len(table.rows.lost) > 10:
+        logger.warning("Lost: %d more kinds or places in %s.", len(table.rows.lost) - 10, source.path)
+    return table
 
-    Raises ValueError for what is not there, is damaged as a whole, or cannot be reached.
-    """
+
+def open_source(source: Source) -> Rows:
+    """The records of a source by number. ValueError as for `open_table`."""
+    if source.path.startswith(HUB):
+        rows = HubRows(load_hub(source), source.path)
+    else:
+        rows = open_rows(source.path, find_files(source.path), in_place=source.streaming)
+        rows = _slice(rows, source.split) if "[" in source.split else rows
+    if not len(rows):
+        reasons = "; ".join(rows.lost)
+        raise ValueError(f"{source.path} cannot be read: {reasons}." if reasons else f"{source.path} has no records.")
+    return rows
+
+
+def load_hub(source: Source):
+    """The `datasets.Dataset` of a source, or its IterableDataset when it is streamed. ValueError if it has none."""
     from datasets import load_dataset
 
-    where = {"split": split, "streaming": streaming}
-    if path.startswith(HUB):
-        with reading(path):
-            return load_dataset(path.removeprefix(HUB), **where)
-    files = find_files(path)
-    builder = _builder_of(path, files)
-    if builder == "imagefolder":
-        files = [str(Path(escape(files[0])) / "**")]
-    with reading(path):
-        if builder == "tar":
-            return _open_tars(files, streaming)
-        return load_dataset(builder, data_files={split.partition("[")[0]: files}, **where)
+    with reading(source.path):
+        return load_dataset(source.path.removeprefix(HUB), split=source.split, streaming=source.streaming)
 
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """What `datasets` raises for files and networks that fail, as ValueError with the path."""
+    """What `datasets` raises for data sets and networks that fail, as ValueError with the path."""
     from datasets.exceptions import DatasetsError
 
     try:
         yield
-    except (DatasetsError, OSError, ValueError, StopIteration) as error:  # StopIteration: JSON without a line
+    except (DatasetsError, OSError, ValueError, StopIteration) as error:
         raise ValueError(f"{path} cannot be read: {str(error.__cause__ or error) or 'no records'}") from error
 
 
 def find_files(path: str) -> list[str]:
     """The files or the folder that a path with globs and number ranges names, in order. ValueError where none is."""
     files = []
-    for pattern in _expand_range(path):
-        found = [pattern] if Path(pattern).exists() else sorted(glob(pattern, recursive=True))
+    for pattern in _expand_range(os.path.expanduser(path)):
+        found = [pattern] if Path(pattern).exists() else sorted(glob(_escape_folders(pattern), recursive=True))
         if not found:
             raise ValueError(f"There is no file or folder {pattern}.")
         files += found
     return files
+
+
+def _escape_folders(pattern: str) -> str:
+    """The pattern without a meaning for what is there literally: in `data[v2]/*.tar`, the folder."""
+    parts = Path(pattern).parts
+    for number in range(len(parts) - 1, 0, -1):
+        folder = os.path.join(*parts[:number])
+        if os.path.isdir(folder):
+            return os.path.join(escape(folder), *parts[number:])
+    return pattern
 
 
 def _expand_range(path: str) -> list[str]:
@@ -82,87 +105,16 @@ def _expand_range(path: str) -> list[str]:
     ]
 
 
-def _builder_of(path: str, files: list[str]) -> str:
-    if len(files) == 1 and Path(files[0]).is_dir():
-        return "imagefolder"
-    endings = {Path(file).suffix for file in files}
-    builders = {BUILDERS.get(ending) for ending in endings}
-    if len(builders) != 1 or None in builders:
-        raise ValueError(
-            f"{path} names files ending in {sorted(endings)}, expected one folder of images, or files of one kind "
-            f"among {sorted(BUILDERS)}."
-        )
-    return builders.pop()
+def _slice(rows: Rows, split: str) -> Rows:
+    """The rows of a slice such as train[:1000] or train[90%:]."""
+    from datasets import ReadInstruction
 
-
-# Tars of samples (webdataset)
-
-
-def _open_tars(files: list[str], streaming: bool):
-    """An index of the members: the data stay in the tars, and a damaged member costs one record, not the load."""
-    from datasets import Dataset, Features, IterableDataset, List, Value
-
-    member = {"extension": Value("string"), "offset": Value("int64"), "size": Value("int64")}
-    features = Features({TAR: Value("string"), MEMBERS: List(member)})
-    stats = [Path(file).stat() for file in files]
-    tars = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats)]  # a changed tar, a new index
-    open_index = IterableDataset.from_generator if streaming else Dataset.from_generator
-    return open_index(index_tars, gen_kwargs={"tars": tars}, features=features)
-
-
-def index_tars(tars: list[tuple[str, int, int]]) -> Iterator[dict]:
-    """The samples of tars (path, size, time): neighbours whose names are the same up to the first dot."""
-    for path, _, _ in tars:
-        key, members = None, []
-        for name, offset, size in _tar_members(path):
-            stem, _, extension = Path(name).name.partition(".")
-            if members and (Path(name).parent, stem) != key:
-                yield {TAR: path, MEMBERS: members}
-                members = []
-            key = (Path(name).parent, stem)
-            members.append({"extension": extension.lower(), "offset": offset, "size": size})
-        if members:
-            yield {TAR: path, MEMBERS: members}
-
-
-def _tar_members(path: str) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of every file in a tar, up to its end or to where it is cut off."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isfile():
-                    yield member.name, member.offset_data, member.size
-                tar.members = []  # TarFile keeps all it has seen
-    except tarfile.ReadError as error:
-        logger.warning("%s is damaged (%s); what comes after is lost.", path, error)
-
-
-def read_record(row: dict) -> dict:
-    """Name -> value of a row, whether it is the index of a tar's members or has a column `json` or neither."""
-    record = _read_members(row) if TAR in row else row
-    if isinstance(record.get("json"), dict):
-        return {**record["json"], **{name: value for name, value in record.items() if name != "json"}}
-    return record
-
-
-def _read_members(row: dict) -> dict:
-    """Extension -> content: text and JSON as such, everything else as bytes."""
-    record = {}
-    with open(row[TAR], "rb") as file:
-        for member in row[MEMBERS]:
-            file.seek(member["offset"])
-            content, extension = file.read(member["size"]), member["extension"]
-            if len(content) < member["size"]:
-                raise UnreadableRecordError("a tar that is cut off")
-            try:
-                if extension == "txt":
-                    content = content.decode("utf-8")
-                elif extension == "json":
-                    content = json.loads(content)
-            except ValueError as error:
-                raise UnreadableRecordError(f"a damaged .{extension}") from error
-            record[extension] = content
-    return record
+        spec = ReadInstruction.from_spec(split)
+        parts = spec.to_absolute({split.partition("[")[0]: len(rows)})
+    except (ValueError, AssertionError, KeyError) as error:
+        raise ValueError(f"{split=} is not a slice such as train[:1000] or train[90%:] ({error}).") from error
+    return SlicedRows(rows, [range(part.from_ or 0, len(rows) if part.to is None else part.to) for part in parts])
 
 
 # Records of one data set
@@ -173,108 +125,124 @@ class Table:
 
     Args:
         key: what the shuffling depends on.
+        in_blocks: shuffled by files or row groups, and inside them, for what is read best piece by piece.
     """
 
-    def __init__(self, dataset, key: tuple):
-        self.rows, self.features, self.key = dataset.with_format("arrow"), _undecoded(dataset.features), key
-        self.orders: dict[int, Tensor] = {}
+    def __init__(self, rows: Rows, key: tuple, in_blocks: bool = False):
+        self.rows, self.key, self.in_blocks = rows, key, in_blocks
+        self.class_names, self.remark, self.lost = rows.class_names, rows.remark, rows.lost
+        self.orders: dict[int, OrderInBlocks] = {}
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return class_names(self.features)
-
-    def first_rows(self) -> Iterator[dict]:
-        return (self._row(index) for index in range(len(self.rows)))
-
-    def candidates(self, number: int) -> Iterator[tuple[int, dict]]:
-        """Place and row `number`, then others by chance, the same in every process, should it not be readable."""
+    def candidates(self, number: int) -> Iterator[int]:
+        """Place `number`, then others by chance, the same in every process, should it not be readable."""
         epoch, place = divmod(number, len(self.rows))
-        index = int(self._order(epoch)[place])
-        yield index, self._row(index)
-        rng = random.Random(repr((*self.key, number)))
-        while True:
-            index = rng.randrange(len(self.rows))
-            yield index, self._row(index)
+        key = key_of(*self.key, epoch)
+        rng = random.Random(key_of(*self.key, "instead", number))
+        if not self.in_blocks:
+            yield shuffled(place, len(self.rows), key)
+            while True:
+                yield rng.randrange(len(self.rows))
+        order = self._order(epoch, key)
+        yield order[place]
+        block, places = order.block_of(place)
+        while True:  # near by: a jump would open another file
+            for _ in range(4):
+                yield order[rng.choice(places)]
+            block, places = order.block_of(places.stop % len(self.rows))
 
-    def _row(self, index: int) -> dict:
-        return self.features.decode_example(self.rows[index].to_pylist()[0])
+    def record(self, index: int) -> dict:
+        """Column -> value. Raises `UnreadableRecordError`."""
+        return unfold_json(self.rows[index])
 
-    def _order(self, epoch: int) -> Tensor:
-        """The permutation of an epoch; two are kept, since a step may reach over the end of one."""
-        if epoch not in self.orders:
-            newest = dict(list(self.orders.items())[-1:])
-            self.orders = {**newest, epoch: permutation(len(self.rows), *self.key, epoch)}
-        return self.orders[epoch]
+    def some_records(self, count: int) -> Iterator[dict]:
+        """Records from all over the data that can be read, those at the beginning if these cannot."""
+        spread = dict.fromkeys(number * len(self.rows) // count for number in range(count))
+        for index in islice([*spread, *range(min(len(self.rows), MAX_TRIES))], MAX_TRIES):
+            try:
+                yield self.record(index)
+            except UnreadableRecordError:
+                continue
+
+    def _order(self, epoch: int, key: int) -> OrderInBlocks:
+        """The order of an epoch; two are kept, since a step may reach over the end of one."""
+        order = self.orders.get(epoch)
+        if order is None:
+            order = OrderInBlocks(self.rows.parts, key)
+            self.orders = {**dict(list(self.orders.items())[-1:]), epoch: order}
+        return order
 
 
 class Stream:
-    """A data set that is read in order, again and again: this process's share of it, by shards where they suffice."""
+    """A data set that is read from front to back again and again: this process's share, in shuffled blocks.
 
-    def __init__(self, dataset, process_index: int, num_processes: int):
+    A position is that of the block and the place in it, so a resumed stream reads its block again and is exact.
+    """
+
+    remark, lost = "", Counter()
+
+    def __init__(self, dataset, path: str, key: tuple, process_index: int = 0, num_processes: int = 1):
+        from datasets import ClassLabel
         from datasets.distributed import split_dataset_by_node
 
-        self.dataset = dataset.decode(False) if dataset.features else dataset
+        self.path, self.key, self.dataset = path, key, dataset.decode(False) if dataset.features else dataset
         self.share = split_dataset_by_node(self.dataset, process_index, num_processes)
-        self.rows, self.round, self.place = None, 0, 0  # place: how many rows of this round are read
+        label = (dataset.features or {}).get("label")
+        self.class_names = tuple(label.names) if isinstance(label, ClassLabel) else ()
+        self.round, self.num_blocks, self.num_read, self.next_place = 0, 0, 0, 0
+        self.rows, self.block = None, []
+        self.block_start = self.share.state_dict()
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return class_names(self.dataset.features or {})
-
-    def first_rows(self) -> Iterator[dict]:
-        return iter(self.dataset)
-
-    def candidates(self, number: int) -> Iterator[tuple[int, dict]]:
-        """Place and row of the next ones, whatever the number; none if this process's share is empty."""
+    def candidates(self, number: int) -> Iterator[int]:
+        """How many records were read before, whatever the number; none if this process's share is empty."""
         while True:
+            if self.next_place == len(self.block) and not self._read_block():
+                return
+            self.next_place += 1
+            self.num_read += 1
+            yield self.num_read - 1
+
+    def record(self, place: int) -> dict:
+        """The one that `candidates` is at."""
+        return unfold_json(self.block[self.next_place - 1])
+
+    def some_records(self, count: int) -> Iterator[dict]:
+        """The first ones."""
+        with reading(self.path):
+            yield from map(unfold_json, islice(self.dataset, count))
+
+    def _read_block(self) -> bool:
+        """Whether there is a next block, of this round or of the next."""
+        for _ in range(2):
             if self.rows is None:
                 self.rows = iter(self.share)
-            row = next(self.rows, None)
-            if row is not None:
-                self.place += 1
-                yield self.place - 1, row
-            elif self.place:
-                self._start(self.round + 1, 0)
-            else:
-                return
+            self.block_start = self.share.state_dict()
+            with reading(self.path):
+                self.block, self.next_place = list(islice(self.rows, STREAM_BLOCK)), 0
+            random.Random(key_of(*self.key, self.round, self.num_blocks)).shuffle(self.block)
+            if self.block:
+                self.num_blocks += 1
+                return True
+            if not self.num_blocks:
+                return False
+            self._start(self.round + 1)
+        return False
+
+    def _start(self, round_number: int) -> None:
+        self.rows, self.block, self.next_place = None, [], 0
+        self.round, self.num_blocks = round_number, 0
+        self.share.set_epoch(round_number)  # or a loaded position would be where every later round begins too
 
     def state_dict(self) -> dict:
         """The position, for JSON."""
-        return {"round": self.round, "place": self.place, "share": self.share.state_dict()}
+        return {
+            "round": self.round, "num_blocks": self.num_blocks, "num_read": self.num_read,
+            "block_start": self.block_start, "next_place": self.next_place, "has_block": bool(self.block),
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
-        self._start(state["round"], state["place"])
-        self.share.load_state_dict(state["share"])
-
-    def _start(self, round_number: int, place: int) -> None:
-        self.rows, self.round, self.place = None, round_number, place
-        self.share.set_epoch(round_number)  # or a loaded position would be where every later round begins too
-
-
-def permutation(length: int, *key) -> Tensor:
-    """The permutation of `length` numbers that belongs to `key`."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-    return torch.randperm(length, generator=generator)
-
-
-def class_names(features: dict) -> tuple[str, ...]:
-    """The names behind the numbers of a column `label`, () if there is none."""
-    from datasets import ClassLabel
-
-    label = features.get("label")
-    return tuple(label.names) if isinstance(label, ClassLabel) else ()
-
-
-def _undecoded(features):
-    """Features of `datasets` whose images stay bytes and paths."""
-    from datasets import Features, Image, List
-
-    if isinstance(features, Image):
-        return Image(decode=False)
-    if isinstance(features, List):
-        return List(_undecoded(features.feature))
-    if isinstance(features, dict):
-        undecoded = {name: _undecoded(feature) for name, feature in features.items()}
-        return Features(undecoded) if isinstance(features, Features) else undecoded
-    return features
+        self._start(state["round"])
+        self.share.load_state_dict(state["block_start"])
+        self.num_blocks = state["num_blocks"] - state["has_block"]
+        if state["has_block"]:
+            self._read_block()
+        self.num_read, self.next_place = state["num_read"], state["next_place"]

@@ -39,6 +39,7 @@ class ToyData:
     unknown_share: float = 0.0
     is_held_out: bool = False
     is_streaming: ClassVar[bool] = False
+    num_workers: ClassVar[int] = 0
 
     def bundles(
         self, stage: Any, processor: HydraProcessor, seed: int, *, max_length: int, **place: int

@@ -74,7 +74,7 @@ class BundleTrainer(Trainer):
             max_steps=stage.num_steps,
             per_device_train_batch_size=1,  # one bundle
             gradient_accumulation_steps=accumulation,
-            dataloader_num_workers=recipe.num_workers,
+            dataloader_num_workers=recipe.num_workers_of(stage),
             bf16=stage.mixed_precision == "bf16",
             use_cpu=not torch.accelerator.is_available(),
             max_grad_norm=stage.max_grad_norm,

@@ -92,11 +92,10 @@ def create_bundles(recipe: HydraRecipe, stage: HydraStage, seed: int, accumulati
     if recipe.num_workers and data.is_streaming:
         raise ValueError(f"num_workers={recipe.num_workers}: a stream is read in order, by one process; use 0.")
     processes = partial_state()
-    with processes.main_process_first():  # the others find its cache
-        return data.bundles(
-            stage, recipe.processor, seed, max_length=recipe.max_length or recipe.config.text_config.max_position_embeddings,
-            process_index=processes.process_index, num_processes=processes.num_processes, accumulation=accumulation,
-        )  # fmt: skip
+    return data.bundles(
+        stage, recipe.processor, seed, max_length=recipe.max_length or recipe.config.text_config.max_position_embeddings,
+        process_index=processes.process_index, num_processes=processes.num_processes, accumulation=accumulation,
+    )  # fmt: skip
 
 
 def create_held_out(recipe: HydraRecipe, stage: HydraStage) -> tuple[dict, ...]:

@@ -26,6 +26,7 @@ class Data(Protocol):
     """What a stage is trained on: `data.sources.Sources`, or the toy world (`toy.batches.ToyData`)."""
 
     is_streaming: bool  # read in order, by the training process itself
+    num_workers: int  # processes that read ahead, unless the recipe says how many
 
     def bundles(self, stage: "HydraStage", processor: HydraProcessor, seed: int, **place: int) -> Dataset:
         """One bundle of tasks for each micro step of this process."""
@@ -236,7 +237,7 @@ class HydraRecipe(Recipe):
     tokenizer: folder or Hub id of the trained HYDRA-TOK; None keeps that of `init`.
     processor: None only for a dry run without data.
     sample_prompts: what images are generated of while training; () are those of the data.
-    num_workers: processes that read ahead, for each process that trains.
+    num_workers: processes that read ahead, for each process that trains; as the data suggest when None.
     max_length: tokens of a sample, images included; longer ones are skipped and counted. None is all that the language
         model has positions for.
     num_inference_steps, guidance_scale: defaults of the saved pipeline.
@@ -245,7 +246,7 @@ class HydraRecipe(Recipe):
     tokenizer: str | None
     processor: HydraProcessor | None
     sample_prompts: tuple[str, ...] = ()
-    num_workers: int = 0
+    num_workers: int | None = None
     max_length: int | None = None
     num_inference_steps: int = 50
     guidance_scale: float = 4.5
@@ -257,6 +258,10 @@ class HydraRecipe(Recipe):
             raise ValueError(
                 f"{self.name}: max_length={self.max_length} must be 1 to {limit}, the positions of its model."
             )
+
+    def num_workers_of(self, stage: HydraStage) -> int:
+        """Processes that read ahead in a stage, for each process that trains."""
+        return self.data_of(stage).num_workers if self.num_workers is None else self.num_workers
 
 
 def freeze_unnamed(module: nn.Module, stage: Stage) -> None:
