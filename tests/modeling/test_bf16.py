@@ -16,10 +16,11 @@ IMPLEMENTATIONS = ["sdpa", "eager"]
 
 def as_bf16(model: nn.Module, how: str):
     """A context in which the model computes in bf16."""
-    if how == "weights":
-        model.to(torch.bfloat16)
-        return nullcontext()
-    return torch.autocast("cpu", torch.bfloat16)
+    if how == "autocast":
+        return torch.autocast("cpu", torch.bfloat16)
+    for tensor in [*model.parameters(), *(model.buffers() if how == "weights" else ())]:
+        tensor.data = tensor.data.to(torch.bfloat16)
+    return nullcontext()
 
 
 def error(values: Tensor, expected: Tensor) -> float:
@@ -29,7 +30,7 @@ def error(values: Tensor, expected: Tensor) -> float:
     return difference.item() if torch.isfinite(values).all() else float("inf")
 
 
-@pytest.fixture(params=["weights", "autocast"])
+@pytest.fixture(params=["weights", "parameters", "autocast"])  # "parameters": the statistics of the latents stay fp32
 def how(request) -> str:
     return request.param
 

@@ -1,14 +1,22 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import vision_tower_run
+from torch.profiler import ProfilerActivity, profile
 
 from hydra_hf.cli import main
-from hydra_hf.modeling import HydraForConditionalGeneration
-from hydra_hf.toy.batches import ToyBundles, ToyData
-from hydra_hf.training.dry_run import count_activations, count_flops, dry_run, meta_model, nominal_task, report_stage
-from hydra_hf.training.recipe import HydraRecipe, HydraStage
+from hydra_hf.modeling import HydraConfig, HydraForConditionalGeneration
+from hydra_hf.toy.batches import ToyBatches, ToyBundles, ToyData, ToyHeldOut
+from hydra_hf.toy.world import ToyWorld
+from hydra_hf.training.bundle_trainer import BundleTrainer
+from hydra_hf.training.dry_run import dry_run, report_stage, report_tower_stage
+from hydra_hf.training.hydra_trainer import create_bundles, create_model
+from hydra_hf.training.objective import HydraObjective
+from hydra_hf.training.recipe import HydraRecipe, HydraStage, Recipe, TokenizerLossWeights
 from hydra_hf.training.recipes import hydra
+from hydra_hf.training.vision_tower_trainer import TokenizerTrainer, create_stage_model
 from toy_models import toy_config, toy_processor
 
 
@@ -63,6 +71,7 @@ def test_memory_is_that_of_adamw_over_fp32_weights(reports):
     assert memory == {
         "weights": 4 * weights,
         "gradients": 4 * trained,
+        "buckets": 0,
         "optimizer": 8 * trained,
         "average": 4 * weights,
     }
@@ -75,40 +84,40 @@ def test_muon_remembers_less_than_adamw():
     )
 
 
+def flops_of(recipe: HydraRecipe, task: str, rates: dict[str, float]) -> float:
+    """Of one sample of nominal length."""
+    return report_stage(recipe, replace(STAGE, data=None, tasks={task: 1}, learning_rates=rates)).flops
+
+
 def test_operations_of_the_language_model_are_two_for_each_weight_and_token():
     """With all else negligible: a wide language model, no attention to speak of, forward, and twice that backward."""
     config = toy_config()
     config.text_config.intermediate_size = 20_000
     recipe = replace(RECIPE, config=config)
-    model = meta_model(recipe, EVERYTHING)
-    task = nominal_task("text", 1, config)
-    layers = model.model.language_model.layers
+    layers = HydraForConditionalGeneration(config).model.language_model.layers
     weights = sum(module.weight.numel() for module in layers.modules() if isinstance(module, torch.nn.Linear))
-    weights += model.lm_head.weight.numel()
-    assert count_flops(model, recipe, task) == pytest.approx(3 * 2 * weights * 77, rel=0.02)
+    flops = flops_of(recipe, "text", EVERYTHING.learning_rates)
+    assert flops == pytest.approx(3 * 2 * weights * 77, rel=0.02)
 
 
 def test_a_frozen_module_behind_trained_ones_costs_two_forwards_and_before_them_one():
-    task = nominal_task("generate", 1, RECIPE.config)
-    costs = {}
-    for name, rates in {"nothing": {"vision_head": 1e-3}, "sem": HEADS, "all": EVERYTHING.learning_rates}.items():
-        stage = replace(STAGE, learning_rates=rates)
-        costs[name] = count_flops(meta_model(RECIPE, stage), RECIPE, task)
-    assert costs["nothing"] < costs["sem"] < costs["all"]
+    rates = ({"vision_head": 1e-3}, HEADS, EVERYTHING.learning_rates)
+    nothing, sem_vit, everything = (flops_of(RECIPE, "generate", named) for named in rates)
+    assert nothing < sem_vit < everything
 
 
 def test_gradient_checkpointing_costs_operations_and_saves_memory():
-    recipe = replace(RECIPE, gradient_checkpointing=True)
-    task = nominal_task("generate", 1, RECIPE.config)
-    plain, checkpointed = meta_model(RECIPE, EVERYTHING), meta_model(recipe, EVERYTHING)
-    assert count_flops(checkpointed, recipe, task) > count_flops(plain, RECIPE, task)
-    assert 0 < count_activations(checkpointed, recipe, task) < 0.7 * count_activations(plain, RECIPE, task)
+    plain, checkpointed = (
+        report_stage(replace(RECIPE, gradient_checkpointing=on), EVERYTHING) for on in (False, True)
+    )
+    assert checkpointed.flops > plain.flops
+    assert 0 < checkpointed.memory["activations"] < 0.7 * plain.memory["activations"]
 
 
 def test_micro_steps_divide_the_activations():
     whole, parts = (report_stage(replace(RECIPE, micro_batch_size=size), STAGE) for size in (None, 11))
     assert (whole.accumulation, parts.accumulation) == (1, 4)
-    assert parts.memory["activations"] == pytest.approx(whole.memory["activations"] / 4, rel=0.15)
+    assert parts.memory["activations"] == pytest.approx(whole.memory["activations"] / 4, rel=0.3)
     assert parts.flops == whole.flops
 
 
@@ -148,7 +157,95 @@ def test_the_command_prints_the_stage_and_trains_nothing(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("option", [("--dry_run",), ("--max_length", "64"), ("--num_workers", "2")])
+@pytest.mark.parametrize("option", [("--max_length", "64"), ("--num_workers", "2")])
 def test_options_of_hydra_are_refused_for_a_tokenizer(capsys, tmp_path, option):
     assert main(["train", "tiny.tokenizer", *option, "--out", str(tmp_path / "run")]) == 2
     assert f"The recipe tiny.tokenizer takes no {option[0]}" in capsys.readouterr().err
+
+
+# Vision towers
+
+
+def test_the_command_reports_every_stage_of_a_tokenizer(capsys, tmp_path):
+    assert main(["train", "tiny.tokenizer", "--dry_run", "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("foundation: 3,000 steps, 96,000 samples; 1 processes x 1 micro steps")
+    assert "\ndecoder: 6,000 steps" in out
+    assert not (tmp_path / "run").exists()
+
+
+def tower_report(**changes):
+    recipe = Recipe(name="test", config=vision_tower_run.CONFIG, stages=())
+    return report_tower_stage(recipe, vision_tower_run.make_stage(Path("judges"), **changes))
+
+
+def test_a_tower_counts_its_judges_and_what_no_loss_reaches_as_frozen():
+    whole, plain = tower_report(), tower_report(loss_weights=TokenizerLossWeights())
+    assert plain.memory["judges"] == 0
+    assert whole.memory["judges"] > 0
+    assert plain.parameters["model.sem_vit"][1] == 0
+    assert whole.parameters["model.sem_vit"][1] == whole.parameters["model.sem_vit"][0]
+
+
+# Against what a step takes. Measured: the most bytes that torch's allocator, asked by its profiler, has given out at once
+# while a trainer is made and makes two steps, and the model from before.
+
+
+def measured_bytes(model: torch.nn.Module, train) -> int:
+    before = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = train()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    given, most = 0, 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        given += event.nbytes()
+        most = max(most, given)
+    del kept
+    return before + most
+
+
+WIDE = toy_config().to_dict()
+WIDE["text_config"] |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+WIDE["vision_head_config"] |= {"hidden_size": 64, "intermediate_size": 128}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_memory_of_hydra_is_that_of_a_real_step(tmp_path, checkpointing):
+    stage = replace(EVERYTHING, num_steps=2, tasks={"understand": 8, "generate": 16})
+    recipe = replace(
+        RECIPE,
+        config=HydraConfig.from_dict(WIDE),
+        stages=(stage,),
+        gradient_checkpointing=checkpointing,
+        save_every=10,
+    )
+    model = create_model(recipe)
+
+    def train() -> BundleTrainer:
+        bundles = create_bundles(recipe, stage, 0)
+        trainer = BundleTrainer(model, HydraObjective(stage, 0), stage, bundles, tmp_path, recipe=recipe, seed=0)
+        trainer.train()
+        return trainer
+
+    expected = report_stage(recipe, stage).memory
+    assert sum(expected.values()) == pytest.approx(measured_bytes(model, train), rel=0.15), expected
+
+
+def test_the_memory_of_a_tower_is_that_of_a_real_step(tmp_path):
+    vision_tower_run.write_judges(tmp_path)
+    stage = vision_tower_run.make_stage(tmp_path, batch_size=16, mixed_precision="bf16", discriminator_start=0)
+    recipe = Recipe(name="test", config=vision_tower_run.CONFIG, stages=(stage,))
+    model = create_stage_model(recipe, stage, None)
+
+    def train() -> TokenizerTrainer:
+        world = ToyWorld(1)
+        trainer = TokenizerTrainer(
+            model, stage, ToyBatches(world, stage.batch_size, 1), ToyHeldOut(world, stage.num_held_out, 1), tmp_path
+        )
+        for _ in range(2):
+            trainer.train_step()
+            trainer.step += 1
+        return trainer
+
+    expected = report_tower_stage(recipe, stage).memory
+    assert sum(expected.values()) == pytest.approx(measured_bytes(model, train), rel=0.15), expected

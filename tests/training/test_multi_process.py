@@ -22,7 +22,7 @@ SECONDS = 900  # a deadlock ends the test
 def start(*command: str) -> str:
     """Output of a command that sees the test's modules; what it wrote is the message if it fails."""
     environment = os.environ | {
-        "PYTHONPATH": f"{TESTS}:{TESTS / 'training'}",
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS / "training"), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }

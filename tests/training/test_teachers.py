@@ -3,7 +3,17 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torchvision.models import vgg16
-from transformers import InternVLVisionConfig, InternVLVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    Siglip2Config,
+    Siglip2Model,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
 from hydra_hf.modeling import HydraTokConfig, HydraTokModel
 from hydra_hf.training.losses import distill_loss, patch_states
@@ -48,6 +58,42 @@ def test_a_teacher_without_a_class_token_gives_the_outputs_of_its_blocks(tmp_pat
     SiglipVisionModel(config).save_pretrained(tmp_path)
     (state,) = load_teacher(str(tmp_path))(pictures(), (3,))
     assert state.shape == (2, NUM_TOKENS, WIDTH)
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_a_naflex_teacher_reads_patches_as_its_processor_cuts_them(tmp_path, with_text):
+    """At a grid of another shape than its table."""
+    vision = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
+              "patch_size": PATCH, "num_patches": 9}  # fmt: skip
+    model = Siglip2VisionModel(Siglip2VisionConfig(**vision)).eval()
+    if with_text:
+        text = {
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 8,
+            "vocab_size": 9,
+        }
+        pair = Siglip2Model(Siglip2Config(vision_config=vision, text_config=text)).eval()
+        pair.vision_model.load_state_dict(model.state_dict())
+        pair.save_pretrained(tmp_path)
+    else:
+        model.save_pretrained(tmp_path)
+    outputs = []
+    for layer in model.encoder.layers:
+        layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    image = pictures()[:, :, : SIZE // 2]  # (2, 3, 16, 32): 2 x 4 patches
+    patches = torch.stack([convert_image_to_patches(one, PATCH) for one in image])
+    model(patches, pixel_attention_mask=torch.ones(2, 8), spatial_shapes=torch.tensor([[2, 4]] * 2))
+    states = load_teacher(str(tmp_path))(image, (1, 3))
+    torch.testing.assert_close(states, [outputs[0], outputs[2]])
+
+
+def test_a_naflex_teacher_refuses_a_size_that_its_patch_does_not_divide(tmp_path):
+    Siglip2VisionModel(Siglip2VisionConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+                                           patch_size=PATCH, num_patches=4)).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(ValueError, match="height=30 and width=32 must be multiples of the teacher's patch size 8"):
+        load_teacher(str(tmp_path))(pictures()[:, :, :30], (1,))
 
 
 def test_a_timm_teacher_gives_the_patches_of_its_blocks(tmp_path):

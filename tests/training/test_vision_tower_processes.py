@@ -28,7 +28,8 @@ def judges(tmp_path_factory):
 
 def run(*command: object, timeout: int = 900) -> tuple[int, str]:
     """Exit code and stderr of a program; no process that it starts outlives the test."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUN.parents[1])}
+    path = os.pathsep.join([str(RUN.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], env=environment, start_new_session=True, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -47,10 +48,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launch(num_processes: int, *arguments: object) -> None:
+def launch_program(num_processes: int, *command: object) -> None:
     port = f"--master_port={free_port()}"
-    code, errors = run("-m", "torch.distributed.run", f"--nproc_per_node={num_processes}", port, RUN, *arguments)
+    code, errors = run("-m", "torch.distributed.run", f"--nproc_per_node={num_processes}", port, *command)
     assert code == 0, errors
+
+
+def launch(num_processes: int, *arguments: object) -> None:
+    launch_program(num_processes, RUN, *arguments)
 
 
 def log_of(folder: Path) -> dict[int, dict]:

@@ -63,9 +63,9 @@ def make_stage(judges: Path, **changes) -> TokenizerStage:
 
 
 def make_trainer(
-    folder: Path, stage: TokenizerStage, micro_batch_size: int | None = None, **recipe
+    folder: Path, stage: TokenizerStage, micro_batch_size: int | None = None, config=CONFIG, **recipe
 ) -> TokenizerTrainer:
-    recipe = Recipe(name="test", config=CONFIG, stages=(stage,), **recipe)
+    recipe = Recipe(name="test", config=config, stages=(stage,), **recipe)
     torch.manual_seed(0)
     world = ToyWorld(1)
     return TokenizerTrainer(

@@ -13,7 +13,7 @@ from typing import TextIO
 from .common import add_device, check_out_folder, choose_device
 
 
-HYDRA_OPTIONS = ("num_workers", "max_length", "dry_run")
+HYDRA_OPTIONS = ("num_workers", "max_length")
 STAGE_OPTIONS = {
     "teacher_weights": "safetensors of a timm teacher",
     "perceptual_backbone": "lpips:vgg, lpips:alex, lpips:squeeze or timm:NAME",
@@ -56,7 +56,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--num_workers", type=int, help="of HYDRA: processes that read ahead")
     add_device(command)
-    command.add_argument("--dry_run", action="store_true", default=None, help="of HYDRA: what a step sees and costs")
+    command.add_argument(
+        "--dry_run", action="store_true", default=None, help="what a step sees and costs, without training"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -388,7 +388,8 @@ class HydraTokModel(HydraTokPreTrainedModel):
             raise ValueError(f"latents {tuple(latents.shape)} must be (B, {self.config.latent_channels}, h, w).")
 
     def _denormalize(self, tokens: Tensor) -> Tensor:
-        return self.bottleneck.denormalize(tokens.to(self.dtype))
+        """In the dtype of the weights that read them, whatever that of the statistics."""
+        return self.bottleneck.denormalize(tokens).to(self.bottleneck.semantic_up_proj.weight.dtype)
 
     def get_decoder_noise(
         self, grids: Sequence[Grid], device: torch.device, generator: torch.Generator | list[torch.Generator] | None = None,

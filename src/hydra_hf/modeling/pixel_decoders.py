@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_hydra import PixelFlowDecoderConfig, PixelViTDecoderConfig
 from .flow import euler_step, inference_sigmas, velocity_from_clean
@@ -15,7 +16,7 @@ from .grid import Grid, num_tokens, sinusoidal_positions_2d, varlen_arguments
 from .layers import TimestepEmbedding, ViTLayer, ZeroLinear, modulate
 
 
-class FlowMLPBlock(nn.Module):
+class FlowMLPBlock(GradientCheckpointingLayer):
     """Residual MLP on one patch, modulated by its condition and the noise level (AdaLN-Zero)."""
 
     def __init__(self, hidden_size: int, layer_norm_eps: float):

@@ -28,6 +28,7 @@ from .interruption import StopRequest, TrainingInterruptedError
 from .objective import Objective
 from .optimizers import create_average, create_optimizer, shardable
 from .recipe import HydraRecipe, HydraStage
+from .sharding import autocast, check_launcher, configure_sharding, launcher_precision, save_launcher
 
 
 HELD_OUT_STEP = 2**31  # whose noise no step of training has
@@ -75,7 +76,7 @@ class BundleTrainer(Trainer):
             per_device_train_batch_size=1,  # one bundle
             gradient_accumulation_steps=accumulation,
             dataloader_num_workers=recipe.num_workers_of(stage),
-            bf16=stage.mixed_precision == "bf16",
+            bf16=launcher_precision(stage) == "bf16",
             use_cpu=not torch.accelerator.is_available(),
             max_grad_norm=stage.max_grad_norm,
             logging_steps=recipe.log_every,
@@ -97,6 +98,7 @@ class BundleTrainer(Trainer):
             callbacks=[EveryStep(self, output_dir, recipe.sample_every)],
         )  # fmt: skip
         self.is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        configure_sharding(self.accelerator, stage, model)
         if self.is_sharded and stage.lora_rank:
             raise ValueError(f"{stage.name}: lora_rank={stage.lora_rank} does not go with sharded weights; use DDP.")
         self.ema = create_average(model, stage, self.is_sharded)
@@ -106,6 +108,8 @@ class BundleTrainer(Trainer):
         folder = Path(self.args.output_dir)
         with self.accelerator.main_process_first():
             checkpoint = last_whole_checkpoint(folder)
+        if checkpoint is not None:
+            check_launcher(self.accelerator, Path(checkpoint))
         if self.args.should_save:
             forget_later_rows(folder / "log.jsonl", 0 if checkpoint is None else step_of(checkpoint))
         with self.stop:
@@ -180,9 +184,8 @@ class BundleTrainer(Trainer):
         """
         losses, outputs = {}, {}
         for task in self.stage.tasks:
-            with self.accelerator.autocast():
-                arguments = self.objective.prepare(self.unwrapped_model, inputs, task)
-            outputs[task] = model(**arguments)
+            with autocast(self.accelerator, self.stage):
+                outputs[task] = model(**self.objective.prepare(self.unwrapped_model, inputs, task))
             for name, value in self.objective.losses_of(outputs[task]).items():
                 key = f"{task}/{name}"
                 losses[key] = value * inputs["num_targets"][key] / num_items_in_batch[key]
@@ -201,7 +204,7 @@ class BundleTrainer(Trainer):
             num_targets = self.count_targets(inputs)
             counts = {key: count + num_targets[key] for key, count in counts.items()}
             for task in self.stage.tasks:
-                with self.accelerator.autocast():
+                with autocast(self.accelerator, self.stage):
                     outputs = model(**self.objective.prepare(self.unwrapped_model, inputs, task))
                 for name, value in self.objective.losses_of(outputs).items():
                     sums[f"{task}/{name}"] += value.float() * num_targets[f"{task}/{name}"]
@@ -266,6 +269,8 @@ class BundleTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # the main process has made the folder
         if state := self.train_dataset.state_dict(self.state.global_step):
             write_text(self._data_state_path(Path(output_dir)), json.dumps(state))
+        if self.args.should_save:
+            save_launcher(self.accelerator, Path(output_dir))
         self.accelerator.wait_for_everyone()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -1,40 +1,48 @@
 """What a stage would see and cost, without training it: tokens, parameters, floating-point operations, memory.
 
-The model is built on torch's meta device, so no weights are needed and no size is too large. Estimates:
+The model is built on torch's meta device and its step is run on fake tensors, forward, losses and backward, in the stage's
+precision, with gradient checkpointing and with what is frozen: no weights are needed and no size is too large.
 
-- Operations: torch's FlopCounterMode on one sample of a task's mean length, times the samples. A module that is trained
-  costs three forwards (itself, its inputs' gradients, its weights'), a frozen one behind a trained one two, any other one
-  forward; with gradient checkpointing one forward more where there are gradients.
-- Memory of one process under DDP: weights and gradients in fp32, AdamW's two moments (Muon's one), the average if there is
-  one, and the activations of one micro step: what autograd keeps of one sample of mean length, times its samples, in the
-  dtype of mixed precision. DDP's buckets (as large as the gradients) and the allocator's losses come on top;
-  FSDP divides all but the activations by the number of processes.
+- Operations: torch's FlopCounterMode, for HYDRA on one sample of a task's mean length, times the samples.
+- Memory of one process under DDP: weights in fp32, AdamW's two moments (Muon's one), the average if there is one, frozen
+  judges, DDP's buckets (as large as the gradients), and the most that a step of the longest samples has alive at once:
+  gradients and activations. FSDP divides all but activations and judges by the number of processes, and has no buckets. The
+  allocator's losses come on top. A teacher counts as another encoder; its own forward and reading are not counted.
 """
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hydra_hf.data.tasks import TASKS
-from hydra_hf.modeling import HydraConfig, HydraForConditionalGeneration
+from hydra_hf.modeling import HydraConfig, HydraForConditionalGeneration, HydraTokForPreTraining
 from hydra_hf.modeling.compat import enable_checkpointing
 
+from .discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss
 from .hydra_trainer import create_bundles
 from .lora import add_adapters
+from .losses import distill_loss, reached_parameters, tokenizer_losses, training_inputs, weighted_sum
 from .optimizers import create_optimizer
-from .processes import num_accumulation_steps, partial_state
-from .recipe import HydraRecipe, HydraStage, freeze_unnamed
+from .processes import num_accumulation_steps, partial_state, split_batch
+from .recipe import HydraRecipe, HydraStage, Recipe, Stage, TokenizerStage, freeze_unnamed
+from .teachers import blank_perceptual
+from .vision_tower_trainer import create_stage_model
 
 
 NUM_SEEN = 16  # samples of each task that are read
 NOMINAL_TEXT_TOKENS = 77  # of a sample that is not read
-TOWER = "model.vision_tower."
+PARTS = ("gen_vit", "bottleneck", "sem_vit", "pixel_decoder")
+TOWER_MODULES = tuple(f"model.{part}" for part in PARTS)
 MODULES = (
-    f"{TOWER}gen_vit", f"{TOWER}bottleneck", f"{TOWER}sem_vit", f"{TOWER}pixel_decoder", "model.multi_modal_projector",
-    "model.time_embedding", "model.language_model", "lm_head", "vision_head",
+    *(f"model.vision_tower.{part}" for part in PARTS), "model.multi_modal_projector", "model.time_embedding",
+    "model.language_model", "lm_head", "vision_head",
 )  # fmt: skip
 
 
@@ -62,25 +70,25 @@ class TaskReport:
 
 @dataclass(frozen=True)
 class StageReport:
-    """What `dry_run` finds out about one stage; `parameters` are module -> (all, trained), `memory` bytes by kind."""
+    """What `dry_run` finds out about one stage.
+
+    `flops` are those of one optimizer step, `parameters` module -> (all, trained), `memory` bytes by kind; `tasks` HYDRA's.
+    """
 
     name: str
     num_steps: int
+    batch_size: int
     num_processes: int
     accumulation: int
+    flops: float
     tasks: dict[str, TaskReport]
     parameters: dict[str, tuple[int, int]]
     memory: dict[str, int]
 
     @property
-    def flops(self) -> float:
-        """Of one optimizer step."""
-        return sum(task.flops for task in self.tasks.values())
-
-    @property
     def num_samples(self) -> int:
         """Of the whole stage."""
-        return self.num_steps * sum(task.num_samples for task in self.tasks.values())
+        return self.num_steps * self.batch_size
 
     def __str__(self) -> str:
         totals = [sum(counts) for counts in zip(*self.parameters.values())]
@@ -97,36 +105,79 @@ class StageReport:
         return "\n".join(lines)
 
 
-def dry_run(recipe: HydraRecipe, only: str | None = None) -> list[StageReport]:
+def dry_run(recipe: Recipe, only: str | None = None) -> list[StageReport]:
     """A report of every stage, or of `only` one. ValueError for a stage that the recipe does not have."""
-    reports = [report_stage(recipe, stage) for stage in recipe.stages if only in (None, stage.name)]
+    report = report_stage if isinstance(recipe, HydraRecipe) else report_tower_stage
+    reports = [report(recipe, stage) for stage in recipe.stages if only in (None, stage.name)]
     if not reports:
         raise ValueError(f"{recipe.name} has no stage {only!r}; its stages are {[s.name for s in recipe.stages]}.")
     return reports
 
 
 def report_stage(recipe: HydraRecipe, stage: HydraStage) -> StageReport:
+    """Of HYDRA."""
     processes = partial_state()
-    model = meta_model(recipe, stage)
-    tasks, activations = {}, 0
     accumulation = num_accumulation_steps(stage.tasks, processes.num_processes, recipe.micro_batch_size)
-    for name, task in look_at_tasks(recipe, stage).items():
-        tasks[name] = replace(task, flops=task.num_samples * count_flops(model, recipe, task))
-        in_memory = -(-task.num_samples // (processes.num_processes * accumulation))
-        activations += in_memory * count_activations(model, recipe, task)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    memory = {
-        "weights": 4 * weights,
-        "gradients": 4 * trained,
-        "optimizer": 4 * num_moments(model, stage),
-        "average": 4 * weights if stage.ema_decay > 0 else 0,
-        "activations": activations // (2 if stage.mixed_precision == "bf16" else 1),
-    }
+    tasks = look_at_tasks(recipe, stage)
+    model = meta_model(recipe, stage)
+    parameters = count_parameters(model, MODULES)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        make_fake(model)
+        for name, task in tasks.items():
+            cost = run_step(lambda task=task: hydra_loss(model, stage, task, 1, task.length[1]).backward())
+            tasks[name] = replace(task, flops=task.num_samples * cost.flops)
+
+        def micro_step() -> None:
+            losses = []
+            for task in tasks.values():
+                num_samples = -(-task.num_samples // (processes.num_processes * accumulation))
+                losses.append(hydra_loss(model, stage, task, num_samples, task.length[2]))
+            sum(losses).backward()
+
+        memory = memory_of(model, stage, run_step(micro_step, min(accumulation, 2)).peak)
     return StageReport(
-        name=stage.name, num_steps=stage.num_steps, num_processes=processes.num_processes, accumulation=accumulation,
-        tasks=tasks, parameters=count_parameters(model), memory=memory,
+        name=stage.name, num_steps=stage.num_steps, batch_size=sum(stage.tasks.values()), accumulation=accumulation,
+        num_processes=processes.num_processes, flops=sum(task.flops for task in tasks.values()), tasks=tasks,
+        parameters=parameters, memory=memory,
     )  # fmt: skip
+
+
+def report_tower_stage(recipe: Recipe, stage: TokenizerStage) -> StageReport:
+    """Of the vision tower."""
+    num_processes = partial_state().num_processes
+    micro, accumulation = split_batch(stage.batch_size, num_processes, recipe.micro_batch_size)
+    with torch.device("meta"):
+        model = create_stage_model(recipe, stage, None).train()
+    freeze_unnamed(model, stage)
+    reached = reached_parameters(model, stage)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in reached)
+    parameters = count_parameters(model, TOWER_MODULES)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        judges = create_judges(stage)
+        for module in (model, *judges.values()):
+            make_fake(module)
+        step = run_step(lambda: tower_step(model, stage, judges, micro), min(accumulation, 2))
+        memory = memory_of(model, stage, step.peak) | {"judges": 4 * count_judges(model, stage, judges)}
+    return StageReport(
+        name=stage.name, num_steps=stage.num_steps, batch_size=stage.batch_size, accumulation=accumulation,
+        num_processes=num_processes, flops=step.flops * num_processes * accumulation, tasks={}, parameters=parameters,
+        memory=memory,
+    )  # fmt: skip
+
+
+def memory_of(model: nn.Module, stage: Stage, peak: int) -> dict[str, int]:
+    """Bytes by kind; `peak` is of gradients and activations together."""
+    gradients = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "weights": weights,
+        "gradients": gradients,
+        "buckets": gradients if partial_state().num_processes > 1 else 0,
+        "optimizer": 4 * num_moments(model, stage),
+        "average": weights if stage.ema_decay > 0 else 0,
+        "activations": max(0, peak - gradients),
+    }
 
 
 def meta_model(recipe: HydraRecipe, stage: HydraStage) -> HydraForConditionalGeneration:
@@ -141,10 +192,10 @@ def meta_model(recipe: HydraRecipe, stage: HydraStage) -> HydraForConditionalGen
     return model
 
 
-def count_parameters(model: HydraForConditionalGeneration) -> dict[str, tuple[int, int]]:
+def count_parameters(model: nn.Module, modules: tuple[str, ...]) -> dict[str, tuple[int, int]]:
     """Module -> all parameters, and those that are trained; a tied head counts as its embedding."""
     counts = {}
-    for module in MODULES:
+    for module in modules:
         parameters = [p for name, p in model.named_parameters() if name.startswith(f"{module}.")]
         if parameters:
             trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
@@ -152,7 +203,7 @@ def count_parameters(model: HydraForConditionalGeneration) -> dict[str, tuple[in
     return counts
 
 
-def num_moments(model: nn.Module, stage: HydraStage) -> int:
+def num_moments(model: nn.Module, stage: Stage) -> int:
     """Numbers that the optimizer remembers: two for a parameter of AdamW, one for one of Muon."""
     return sum(
         parameter.numel() * (1 if isinstance(part, torch.optim.Muon) else 2)
@@ -205,81 +256,135 @@ def seen_task(batch: dict[str, Tensor], count: int, config: HydraConfig) -> Task
 # Costs
 
 
-Part = tuple[str, Callable[[], Tensor], float]  # module, its forward on one sample's size, how often a sample runs it
+@dataclass(frozen=True)
+class Cost:
+    """Operations of one micro step, and the bytes that it has alive at its peak, weights and inputs of before not counted."""
+
+    flops: float
+    peak: int
 
 
-def parts_of(model: HydraForConditionalGeneration, task: TaskReport) -> Iterator[Part]:
-    """The modules that a sample of mean length goes through, in order; images of the mean number of tokens."""
-    config, dtype = model.config, torch.float32
-    vision, hidden_size = config.vision_config, config.text_config.hidden_size
-    length, tower = max(1, round(task.length[1])), model.model.vision_tower
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors that are made inside, alive now and at most."""
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, device="meta", dtype=dtype)
+    def __init__(self):
+        super().__init__()
+        self.alive = self.peak = 0
+        self.storages = weakref.WeakSet()
 
-    if task.num_images:
-        num_tokens = task.image_tokens / task.num_images - config.num_time_tokens
-        side = max(1, round(num_tokens**0.5))
-        size = side * vision.patch_size
-        tokens, sigma, grids = empty(side * side, vision.latent_channels), empty(1), [(1, side, side)]
-        yield f"{TOWER}gen_vit", lambda: tower.gen_vit(empty(1, vision.num_channels, size, size)), task.num_images
-        yield f"{TOWER}sem_vit", lambda: model.model.get_image_embeds(tokens, sigma, grids), task.num_images
-    mask, embeds = empty(1, 1, length, length), empty(1, length, hidden_size)
-    yield (
-        "model.language_model",
-        lambda: (
-            model.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
-        ),
-        1,
-    )
-    num_scored = max(1, round(task.label_tokens))
-    yield "lm_head", lambda: model.lm_head(empty(1, num_scored, hidden_size)), 1
-    if task.generates:
-        states = empty(1, side * side, hidden_size)
-        yield "vision_head", lambda: model.vision_head(states, tokens[None], sigma, grids), task.num_images
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.storages:
+                self.storages.add(storage)
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self.free, storage.nbytes())
+        return output
+
+    def free(self, size: int) -> None:
+        self.alive -= size
 
 
-def gradients_of(model: nn.Module, module: str, is_behind_trained: bool) -> tuple[bool, bool]:
-    """Whether a module is trained, and whether gradients go through it."""
-    weights = model.get_submodule(module).parameters()
-    is_trained = any(parameter.requires_grad for parameter in weights)
-    return is_trained, is_trained or is_behind_trained
+def run_step(step: Callable[[], None], repeats: int = 1) -> Cost:
+    """The cost of a step that is repeated, its gradients being added up."""
+    with FlopCounterMode(display=False) as counter, PeakMemory() as memory:
+        for _ in range(repeats):
+            step()
+    return Cost(counter.get_total_flops() / repeats, memory.peak)
 
 
-def count_flops(model: HydraForConditionalGeneration, recipe: HydraRecipe, task: TaskReport) -> float:
-    """Of one sample, forward and backward."""
-    total, has_gradients = 0.0, False
-    for module, forward, repeats in parts_of(model, task):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            forward()
-        is_trained, has_gradients = gradients_of(model, module, has_gradients)
-        recomputes = recipe.gradient_checkpointing and has_gradients and module != "lm_head"
-        passes = 1 + has_gradients + is_trained + recomputes
-        total += repeats * passes * counter.get_total_flops()
-    return total
+def make_fake(model: nn.Module) -> None:
+    """From the meta device to fake tensors of a CPU, inside FakeTensorMode; what was shared stays shared."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for name, old in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if old not in made:
+                new = torch.empty(old.shape, dtype=old.dtype)
+                made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            setattr(module, name, made[old])
 
 
-def count_activations(model: HydraForConditionalGeneration, recipe: HydraRecipe, task: TaskReport) -> int:
-    """Bytes in fp32 that autograd keeps of one sample, weights not counted."""
-    owned = {parameter.untyped_storage()._cdata for parameter in [*model.parameters(), *model.buffers()]}
-    total, has_gradients = 0.0, False
-    for module, forward, repeats in parts_of(model, task):
-        is_behind = has_gradients
-        _, has_gradients = gradients_of(model, module, is_behind)
-        if has_gradients:
-            total += repeats * kept_bytes(forward, owned)
-    return int(total)
+def hydra_loss(
+    model: HydraForConditionalGeneration, stage: HydraStage, task: TaskReport, num_samples: int, length: float
+) -> Tensor:
+    """What `HydraTrainer` makes of a task's batch, with fake contents."""
+    config, length = model.config, max(1, round(length))
+    num_images = max(1, round(num_samples * task.num_images)) if task.num_images else 0
+    num_scored = round(num_samples * task.label_tokens)
+    losses = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=stage.mixed_precision == "bf16"):
+        embeds = model.get_input_embeddings()(torch.empty(num_samples, length, dtype=torch.long))
+        if num_images:
+            side = max(1, round((task.image_tokens / task.num_images - config.num_time_tokens) ** 0.5))
+            grids, sigma = [(1, side, side)] * num_images, torch.empty(num_images)
+            latents = fake_latents(model, num_images, side)
+            image_embeds = model.model.get_image_embeds(latents, sigma, grids)
+            is_image = torch.empty(num_samples, length, 1, dtype=torch.bool).expand_as(embeds)
+            embeds = embeds.masked_scatter(is_image, image_embeds.to(embeds.dtype))
+        mask = torch.empty(num_samples, 1, length, length, dtype=torch.bool)
+        states = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False)
+        states = states.last_hidden_state.flatten(0, 1)
+        if num_scored:  # the head runs where a label is
+            logits = model.lm_head(states[:num_scored])
+            labels = torch.empty(num_scored, dtype=torch.long)
+            losses.append(nn.functional.cross_entropy(logits.float(), labels))
+        if task.generates:
+            velocity = model._draw(states[: len(latents)], latents, sigma, grids)
+            losses.append(nn.functional.mse_loss(velocity, torch.empty_like(velocity)))
+    return sum(losses)
 
 
-def kept_bytes(forward: Callable[[], Tensor], owned: set[int]) -> int:
-    kept: dict[int, Tensor] = {}
+@torch.no_grad()
+def fake_latents(model: HydraForConditionalGeneration, num_images: int, side: int) -> Tensor:
+    """Packed (num_images * side * side, C), as the vision tower encodes them."""
+    tower, vision = model.model.vision_tower, model.config.vision_config
+    size = side * vision.patch_size
+    states = tower.gen_vit(torch.empty(num_images, vision.num_channels, size, size))
+    return tower.bottleneck(states).mean.flatten(0, 1).float()
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in owned:
-            kept[storage] = tensor
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+def create_judges(stage: TokenizerStage) -> dict[str, nn.Module]:
+    """What the losses ask for besides the teacher, without weights."""
+    judges: dict[str, nn.Module] = {}
+    if stage.loss_weights.perceptual > 0:
+        judges["perceptual"] = blank_perceptual(stage.perceptual_backbone)
+    if stage.loss_weights.discriminator > 0:
+        with torch.device("meta"):
+            judges["discriminator"] = PatchDiscriminator()
+    return judges
+
+
+def count_judges(model: HydraTokForPreTraining, stage: TokenizerStage, judges: dict[str, nn.Module]) -> int:
+    """Numbers: of frozen judges their weights; of the discriminator two moments more, its gradients being in the step."""
+    counts = {name: sum(parameter.numel() for parameter in judge.parameters()) for name, judge in judges.items()}
+    teacher = 0
+    if stage.loss_weights.distill > 0:
+        layers = [model.model.gen_vit, model.model.sem_vit]
+        teacher = sum(parameter.numel() for part in layers for parameter in part.parameters())
+    return teacher + counts.get("perceptual", 0) + 3 * counts.get("discriminator", 0)
+
+
+def tower_step(
+    model: HydraTokForPreTraining, stage: TokenizerStage, judges: dict[str, nn.Module], num_images: int
+) -> None:
+    """A micro step of `TokenizerTrainer`, with fake contents."""
+    weights, inputs = stage.loss_weights, training_inputs(model.config, num_images)
+    pixel_values = inputs["pixel_values"]
+    layers = stage.distill_layers if weights.distill > 0 else ()
+    with torch.autocast("cpu", torch.bfloat16, enabled=stage.mixed_precision == "bf16"):
+        outputs = model(**inputs, distill_layers=layers)
+    losses = tokenizer_losses(outputs, pixel_values, weights)
+    if layers:
+        targets = [torch.empty(state.shape) for state in outputs.hidden_states]
+        losses["distill"] = distill_loss(outputs.hidden_states, targets, outputs.mean.shape[1])
+    if weights.perceptual > 0:
+        losses["perceptual"] = judges["perceptual"](outputs.clean_pixel_values, pixel_values).mean()
+    if weights.adversarial > 0:
+        judges["discriminator"].requires_grad_(False)
+        losses["adversarial"] = adversarial_loss(judges["discriminator"](outputs.clean_pixel_values))
+        judges["discriminator"].requires_grad_(True)
+    weighted_sum(losses, weights).backward()
+    if weights.discriminator > 0:
+        copies = outputs.clean_pixel_values.detach()
+        discriminator_loss(judges["discriminator"](pixel_values), judges["discriminator"](copies)).backward()

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
+from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, PixelFlowDecoderConfig
 from hydra_hf.modeling.modeling_hydra_tok import HydraTokForPreTrainingOutput
 
-from .recipe import TokenizerLossWeights
+from .recipe import TokenizerLossWeights, TokenizerStage
 
 
 MAX_CLASS_TOKENS = 8  # class token and registers that a ViT may carry in front of its patches
@@ -61,6 +63,41 @@ def tokenizer_losses(
         difference = outputs.clean_pixel_values - pixel_values
         losses["regression"] = (difference**2).mean() + 0.5 * difference.abs().mean()  # our choice: L2 + L1 / 2
     return losses
+
+
+def training_inputs(config: HydraTokConfig, num_images: int) -> dict[str, Tensor]:
+    """What `HydraTokForPreTraining` is trained on, without contents: pixels, and the noise that its decoder takes."""
+    size, num_tokens = config.image_size, (config.image_size // config.patch_size) ** 2
+    inputs = {
+        "pixel_values": torch.empty(num_images, config.num_channels, size, size),
+        "latent_noise": torch.empty(num_images, num_tokens, config.latent_channels),
+    }
+    if isinstance(config.decoder_config, PixelFlowDecoderConfig):
+        inputs["pixel_noise"] = torch.empty(num_images, num_tokens, config.num_channels * config.patch_size**2)
+        inputs["sigma"] = torch.empty(num_images)
+    return inputs
+
+
+def reached_parameters(model: HydraTokForPreTraining, stage: TokenizerStage) -> set[str]:
+    """The names of the parameters that the stage's losses have a gradient for, found on torch's meta device.
+
+    DDP would wait for the others for ever, such as layers of Sem-ViT behind the last one that is distilled. Raises
+    ValueError for a stage without losses.
+    """
+    weights = stage.loss_weights
+    with torch.device("meta"):
+        blank = HydraTokForPreTraining._from_config(model.config, attn_implementation="sdpa")
+        inputs = training_inputs(model.config, 1)
+    layers = stage.distill_layers if weights.distill > 0 else ()
+    outputs = blank(**inputs, distill_layers=layers)
+    judged = [*tokenizer_losses(outputs, inputs["pixel_values"], weights).values(), *outputs.hidden_states]
+    if weights.perceptual > 0 or weights.adversarial > 0:
+        judged.append(outputs.clean_pixel_values)
+    if not judged:
+        raise ValueError(f"{stage.name} has no loss: {weights}.")
+    names, parameters = zip(*blank.named_parameters())
+    gradients = torch.autograd.grad(sum(value.mean() for value in judged), parameters, allow_unused=True)
+    return {name for name, gradient in zip(names, gradients) if gradient is not None}
 
 
 def weighted_sum(losses: dict[str, Tensor], weights) -> Tensor:

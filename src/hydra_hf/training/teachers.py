@@ -1,4 +1,4 @@
-"""Frozen judges of the tokenizer: teachers of the distillation, trunks of the perceptual loss. HYDRA, section 3.3.
+"""Frozen pretrained networks that judge the vision tower: teachers of the distillation, trunks of the perceptual loss. HYDRA, section 3.3.
 
 They belong to the trainer and are never part of a saved model.
 """
@@ -40,9 +40,30 @@ class TransformersTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, pixel_values: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
         """As `HydraTokTeacher.forward`."""
-        states = self.model(pixel_values=pixel_values, output_hidden_states=True).hidden_states
+        states = self.model(**self.get_inputs(pixel_values), output_hidden_states=True).hidden_states
         _check_layers(layers, len(states) - 1)
         return [states[number] for number in layers]
+
+    def get_inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        return {"pixel_values": pixel_values}
+
+
+class NaflexTeacher(TransformersTeacher):
+    """SigLIP2 of any size and aspect (naflex), which reads rows of patches and the grid that they come from."""
+
+    def get_inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Raises ValueError for a size that the patch does not divide."""
+        patch, (height, width) = self.model.config.patch_size, pixel_values.shape[-2:]
+        if height % patch or width % patch:
+            raise ValueError(f"{height=} and {width=} must be multiples of the teacher's patch size {patch}.")
+        patches = pixel_values.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, C, h, p, w, p)
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, N, p p C), the channel last
+        grid = torch.tensor([height // patch, width // patch], device=pixel_values.device)
+        return {
+            "pixel_values": patches,
+            "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long, device=pixel_values.device),
+            "spatial_shapes": grid.expand(len(patches), 2),
+        }
 
 
 class TimmTeacher(nn.Module):
@@ -78,11 +99,15 @@ def load_teacher(teacher: str | Callable[[], nn.Module], weights: str | None = N
         return TimmTeacher(model)
     if weights is not None:
         raise ValueError(f"teacher_weights={weights!r} are for timm:NAME; {teacher!r} brings its own.")
-    from transformers import AutoModel
+    from transformers import AutoModel, Siglip2Model, Siglip2VisionModel, SiglipModel
 
     model = freeze(AutoModel.from_pretrained(teacher))
     if isinstance(model, HydraTokModel):
         return freeze(HydraTokTeacher(model))
+    if isinstance(model, SiglipModel | Siglip2Model):
+        model = model.vision_model
+    if isinstance(model, Siglip2VisionModel):
+        return NaflexTeacher(model)
     if model.main_input_name != "pixel_values":
         raise ValueError(f"The teacher {teacher!r} is a {type(model).__name__}, expected a vision model alone.")
     return TransformersTeacher(model)
@@ -124,9 +149,9 @@ LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
 class FeatureDistance(nn.Module):
     """Squared distance of a timm model's feature maps, each normalised over its channels; it is not LPIPS."""
 
-    def __init__(self, backbone: str, weights: str | None):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = load_timm(backbone, weights, num_classes=0)
+        self.model = model
 
     def forward(self, pixel_values: Tensor, targets: Tensor) -> Tensor:
         pairs = zip(self.features(pixel_values), self.features(targets), strict=True)
@@ -145,4 +170,17 @@ def load_perceptual(backbone: str, weights: str | None = None) -> nn.Module:
     kind, _, name = backbone.partition(":")
     if kind == "lpips":
         return Lpips(name, weights)
-    return FeatureDistance(backbone, weights)
+    return FeatureDistance(load_timm(backbone, weights, num_classes=0))
+
+
+def blank_perceptual(backbone: str) -> nn.Module:
+    """The distance that `load_perceptual` gives, without weights, on torch's meta device; its values are not averaged."""
+    kind, _, name = backbone.partition(":")
+    with torch.device("meta"):
+        if kind == "lpips":
+            import lpips
+
+            return freeze(lpips.LPIPS(net=name, pretrained=False, pnet_rand=True, verbose=False))
+        import timm
+
+        return freeze(FeatureDistance(timm.create_model(name, num_classes=0)))

@@ -31,18 +31,25 @@ from .checkpoints import (
 )
 from .discriminator import PatchDiscriminator, adaptive_weight, adversarial_loss, discriminator_loss
 from .interruption import StopRequest, TrainingInterruptedError
-from .losses import distill_loss, tokenizer_losses, weighted_sum
+from .losses import distill_loss, reached_parameters, tokenizer_losses, weighted_sum
 from .optimizers import MuonAdamW, create_average, create_optimizer, shardable
 from .processes import partial_state, split_batch
-from .randomness import row_generator, step_generator
+from .randomness import row_generator
 from .recipe import Recipe, TokenizerStage, freeze_unnamed
+from .sharding import (
+    SHARDED,
+    autocast,
+    check_launcher,
+    configure_sharding,
+    launcher_precision,
+    save_launcher,
+)
 from .stages import run_stages
 from .teachers import load_perceptual, load_teacher
 
 
 logger = logging.getLogger(__name__)
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 DECODER = ("pixel_decoder.", "bottleneck.decoder_up_proj.")
 
 
@@ -68,10 +75,10 @@ class TokenizerTrainer:
         self.log_every, self.save_every, self.sample_every = log_every, save_every, sample_every
         state = partial_state()
         self.micro, self.accumulation = split_batch(stage.batch_size, state.num_processes, micro_batch_size)
-        if state.distributed_type not in SHARDED:  # whose settings the state of the stage before holds
+        if state.distributed_type != DistributedType.FSDP:  # whose settings only the first state reads
             AcceleratorState._reset_state()  # or a stage could not differ from the one before in precision
         self.accelerator = Accelerator(
-            mixed_precision=stage.mixed_precision,
+            mixed_precision=launcher_precision(stage),
             gradient_accumulation_steps=self.accumulation,
             cpu=not torch.accelerator.is_available(),
         )
@@ -86,6 +93,7 @@ class TokenizerTrainer:
     def prepare(self, model: HydraTokForPreTraining) -> None:
         """The model, its optimizer and its average, as the launcher wants them spread."""
         freeze_unnamed(model, self.stage)
+        self.freeze_unreached(model)
         self.config: HydraTokConfig = model.config
         optimizer = create_optimizer(model, self.stage)
         self.is_sharded = self.accelerator.distributed_type in SHARDED
@@ -93,10 +101,25 @@ class TokenizerTrainer:
             optimizer = self.check_sharding(optimizer)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.stage.learning_rate_factor)
         self.ema = create_average(model, self.stage, self.is_sharded)
+        configure_sharding(self.accelerator, self.stage, model)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             plugin = self.accelerator.state.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.micro
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+
+    def freeze_unreached(self, model: HydraTokForPreTraining) -> None:
+        """Freezes what the stage names and none of its losses reaches, for DDP expects a gradient of all that is trained."""
+        reached = reached_parameters(model, self.stage)
+        unreached = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and name not in reached
+        }
+        for parameter in unreached.values():
+            parameter.requires_grad_(False)
+        if unreached and self.accelerator.is_main_process:
+            modules = sorted({name.removeprefix("model.").rpartition(".")[0] for name in unreached})
+            logger.warning("%s: no loss reaches %s, which stay as they are.", self.stage.name, modules)
 
     def check_sharding(self, optimizer: MuonAdamW) -> torch.optim.AdamW:
         """The optimizer that FSDP and DeepSpeed can take apart. ValueError for what needs whole matrices."""
@@ -189,7 +212,7 @@ class TokenizerTrainer:
     def micro_step(self, pixel_values: Tensor, rows: range) -> dict[str, Tensor]:
         """Forward and backward of some rows; the optimizers step at the end of an accumulation."""
         layers = self.stage.distill_layers if self.stage.loss_weights.distill > 0 else ()
-        with self.accelerator.autocast():
+        with autocast(self.accelerator, self.stage):
             outputs = self.model(pixel_values, **self.sample_noise(pixel_values, rows), distill_layers=layers)
         losses = self.tokenizer_losses(outputs, pixel_values)
         loss = self.add_adversarial(losses, outputs.clean_pixel_values)
@@ -210,7 +233,7 @@ class TokenizerTrainer:
         if weights.distill > 0:
             layers, num_tokens = self.stage.distill_layers, outputs.mean.shape[1]
             normalized = self.accelerator.unwrap_model(self.model).model.normalize_pixels(pixel_values)
-            with self.accelerator.autocast():
+            with autocast(self.accelerator, self.stage):
                 targets = self.teacher(normalized, layers)
             losses["distill"] = distill_loss(outputs.hidden_states, targets, num_tokens)
         if weights.perceptual > 0:
@@ -300,12 +323,22 @@ class TokenizerTrainer:
         pixel_values = self.held_out(0, rows).to(self.accelerator.device)
         shape = pixel_values.shape[1:]
         noise = torch.stack([torch.randn(shape, generator=row_generator(self.seed, 0, row)) for row in rows])
-        with self.accelerator.autocast():
+        with autocast(self.accelerator, self.stage):
             decoded = model.decode(model.encode(pixel_values).latent, noise=noise.to(pixel_values.device)).sample
         return pixel_values, decoded.float()
 
+    def measure_latents(self, model: HydraTokModel) -> tuple[Tensor, Tensor]:
+        """Statistics of the latents of 64 batches after the last of the stage; every process encodes its share."""
+        first = self.stage.num_steps + 2
+        batches = (self.batches(step, rows) for step in range(first, first + 64) for rows in self.rows)
+
+        def add_up(sums: Tensor) -> Tensor:
+            return self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
+
+        return measure_latents(model, batches, add_up)
+
     def averaged_model(self) -> HydraTokModel:
-        """The average of the weights; where they are sharded, a copy of them as they are, whole on the main process."""
+        """The average of the weights; where they are sharded, a copy of them as they are, whole on every process."""
         if self.ema is not None:
             return self.ema.module.model
         if not self.is_sharded:
@@ -314,7 +347,9 @@ class TokenizerTrainer:
         weights = self.accelerator.get_state_dict(self.model)
         if self.accelerator.is_main_process:  # FSDP gives the others nothing
             whole.load_state_dict(weights)
-        return whole.model.to(self.accelerator.device)
+        for value in whole.to(self.accelerator.device).state_dict().values():
+            torch.distributed.broadcast(value, src=0)
+        return whole.model
 
     # State in safetensors and JSON, written by the main process; shards are accelerate's business
 
@@ -337,6 +372,7 @@ class TokenizerTrainer:
                 save_state(folder, name, {"value": part.state_dict()})
             save_state(folder, "step", {"value": self.step})
             save_state(folder, "scheduler", {"value": {"last_epoch": self.scheduler.last_epoch}})
+            save_launcher(self.accelerator, folder)
             finish_checkpoint(folder)
 
         if self.is_sharded:
@@ -349,6 +385,7 @@ class TokenizerTrainer:
         self.accelerator.wait_for_everyone()
 
     def load_checkpoint(self, folder: Path) -> None:
+        check_launcher(self.accelerator, folder)
         for name, part in self.state().items():
             part.load_state_dict(load_state(folder, name)["value"])
         self.step = load_state(folder, "step")["value"]
@@ -360,14 +397,20 @@ class TokenizerTrainer:
 
 @torch.no_grad()
 def measure_latents(
-    model: HydraTokModel, batches: Iterator[Tensor], generator: torch.Generator
+    model: HydraTokModel, batches: Iterator[Tensor], add_up: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of sampled latents, in fp64; a dead channel then keeps its unit noise."""
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    """Mean and standard deviation (C,) of sampled latents, exact in their noise, so that a dead channel keeps its unit noise.
+
+    `add_up` gives the sums, in fp64, of all processes, each of which has batches of its own.
+    """
+    sums = torch.zeros(3, model.config.latent_channels, dtype=torch.float64)  # of ones, means and squares
     for pixel_values in batches:
         latent_dist = model.encode(pixel_values.to(model.device)).latent_dist
-        latents = latents_to_tokens(latent_dist.sample(generator)).flatten(0, 1).double().cpu()
-        count, total, squares = count + len(latents), total + latents.sum(0), squares + (latents**2).sum(0)
+        mean, var = (
+            latents_to_tokens(value).flatten(0, 1).double().cpu() for value in (latent_dist.mean, latent_dist.var)
+        )
+        sums += torch.stack([torch.ones_like(mean).sum(0), mean.sum(0), (mean**2 + var).sum(0)])
+    count, total, squares = add_up(sums)
     mean = total / count
     std = (squares / count - mean**2).sqrt()
     # encode() normalises by the statistics in force; these are what it would have to normalise by.
@@ -439,10 +482,7 @@ def train_stage(
         log_every=recipe.log_every, save_every=recipe.save_every, sample_every=recipe.sample_every,
     )  # fmt: skip
     model = trainer.train().eval()
-    if not trainer.accelerator.is_main_process:
-        return
     if index == 0:
-        parts = [range(start, start + trainer.micro) for start in range(0, stage.batch_size, trainer.micro)]
-        unseen = (batches(stage.num_steps + 2 + i, rows) for i in range(64) for rows in parts)
-        model.set_latents_statistics(*measure_latents(model, unseen, step_generator(seed, 2**31)))
-    write_folder(folder / "final", model.save_pretrained)
+        model.set_latents_statistics(*trainer.measure_latents(model))
+    if trainer.accelerator.is_main_process:
+        write_folder(folder / "final", model.save_pretrained)

@@ -55,6 +55,7 @@ def internvit_300m(init: str, teacher: str | None = None, decoder: str = "S") ->
         config=config,
         stages=(foundation, refinement),
         init=init,
+        gradient_checkpointing=True,  # our choice
         save_every=5000,
         sample_every=5000,
     )
