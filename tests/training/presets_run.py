@@ -8,9 +8,9 @@ import vision_tower_run
 from transformers import InternVLVisionConfig, InternVLVisionModel, Siglip2VisionConfig, Siglip2VisionModel
 
 from hydra_hf.modeling import HydraTokConfig
+from hydra_hf.training.image_trainer import TokenizerTrainer
 from hydra_hf.training.processes import partial_state
 from hydra_hf.training.recipe import TokenizerLossWeights
-from hydra_hf.training.vision_tower_trainer import TokenizerTrainer
 
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "patch_size": 16}

@@ -13,10 +13,11 @@ from hydra_hf.toy.world import ToyWorld
 from hydra_hf.training.bundle_trainer import BundleTrainer
 from hydra_hf.training.dry_run import dry_run, report_stage, report_tower_stage
 from hydra_hf.training.hydra_trainer import create_bundles, create_model
+from hydra_hf.training.image_trainer import TokenizerTrainer
 from hydra_hf.training.objective import HydraObjective
 from hydra_hf.training.recipe import HydraRecipe, HydraStage, Recipe, TokenizerLossWeights
 from hydra_hf.training.recipes import hydra
-from hydra_hf.training.vision_tower_trainer import TokenizerTrainer, create_stage_model
+from hydra_hf.training.vision_tower_trainer import create_stage_model
 from toy_models import toy_config, toy_processor
 
 

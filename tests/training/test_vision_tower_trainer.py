@@ -18,14 +18,10 @@ from hydra_hf.modeling import (
 from hydra_hf.modeling.grid import latents_to_tokens
 from hydra_hf.toy.batches import ToyBatches, ToyData, ToyHeldOut, toy_images
 from hydra_hf.toy.world import CANVAS, ToyWorld
+from hydra_hf.training.image_trainer import TokenizerTrainer, measure_latents
 from hydra_hf.training.randomness import step_generator
 from hydra_hf.training.recipe import Recipe, TokenizerLossWeights, TokenizerStage
-from hydra_hf.training.vision_tower_trainer import (
-    TokenizerTrainer,
-    create_stage_model,
-    measure_latents,
-    train_tokenizer,
-)
+from hydra_hf.training.vision_tower_trainer import create_stage_model, train_tokenizer
 
 
 VIT_DECODER = PixelViTDecoderConfig(num_hidden_layers=1, **SIZES)

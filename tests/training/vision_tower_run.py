@@ -15,8 +15,9 @@ from hydra_hf.modeling import HydraTokConfig, HydraTokModel, PixelFlowDecoderCon
 from hydra_hf.toy.batches import ToyBatches, ToyData, ToyHeldOut
 from hydra_hf.toy.world import ToyWorld
 from hydra_hf.training.checkpoints import last_whole_checkpoint
+from hydra_hf.training.image_trainer import TokenizerTrainer
 from hydra_hf.training.recipe import Recipe, TokenizerLossWeights, TokenizerStage
-from hydra_hf.training.vision_tower_trainer import TokenizerTrainer, create_stage_model
+from hydra_hf.training.vision_tower_trainer import create_stage_model
 
 
 SIZES = {

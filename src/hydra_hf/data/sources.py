@@ -3,7 +3,6 @@
 import math
 import os
 from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from .tasks import TASKS, check_task
@@ -41,12 +40,6 @@ class Source:
             raise ValueError(f"The source of task {self.task!r} has an empty path.")
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise ValueError(f"{self.path}: weight={self.weight} must be a number above 0.")
-
-    def files(self) -> list[Path]:
-        """The files or the folder on this machine, [] for a data set on the Hub. ValueError where none is."""
-        from .tables import find_files
-
-        return [] if self.path.startswith(HUB) else [Path(file) for file in find_files(self.path)]
 
     @property
     def is_stream(self) -> bool:

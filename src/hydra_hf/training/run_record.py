@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, ProcessorMixin
 
+from hydra_hf.data.fingerprint import difference, fingerprint
 from hydra_hf.data.sources import Sources
 from hydra_hf.files import has_folder, write_text
 
@@ -32,7 +33,6 @@ NOT_DECIDING = {
     "frechet_backbone", "frechet_weights",
 }  # fmt: skip
 WRITTEN_BY_MODELS = ("architectures", "dtype", "transformers_version", "_name_or_path")  # into their configs
-NUM_OPENED = 100  # files of a data set whose contents are looked at
 EDGE = 65536  # bytes at either end of a file
 
 
@@ -98,6 +98,12 @@ def write_record(output_dir: Path, record: dict) -> None:
 
 def compare(expected: dict, given: dict, output_dir: Path, prefix: str) -> None:
     """Raises ValueError for the first field that differs; one that only one side has is another version's."""
+    if isinstance(expected.get("data"), list) and isinstance(given.get("data"), list):
+        if changed := difference(expected["data"], given["data"]):
+            raise ValueError(
+                f"{output_dir} was made with other {prefix}data: {changed}. Give this run a folder of its own."
+            )
+        expected = {name: value for name, value in expected.items() if name != "data"}
     for name in sorted(expected.keys() & given.keys(), key=lambda name: (name != "name", name)):
         if content_of(expected[name]) != content_of(given[name]):
             raise ValueError(
@@ -108,8 +114,6 @@ def compare(expected: dict, given: dict, output_dir: Path, prefix: str) -> None:
 
 def content_of(value):
     """What counts of a recorded value: of files their content, wherever they are now."""
-    if isinstance(value, list):
-        return [content_of(item) for item in value]
     return {**value, "path": None} if isinstance(value, dict) and "content" in value else value
 
 
@@ -130,7 +134,7 @@ def describe_stage(recipe: Recipe, stage: Stage) -> dict[str, Any]:
 def describe_data(data: Data | None) -> Any:
     """Data sets by what is in their files, other data by its type and fields."""
     if isinstance(data, Sources):
-        return [{**asdict(source), **describe_files(source.files())} for source in data.sources]
+        return [fingerprint(source) for source in data.sources]
     return {"type": type(data).__qualname__, **(asdict(data) if is_dataclass(data) else {})}
 
 
@@ -156,27 +160,24 @@ def flatten(value, prefix: str = "") -> dict[str, Any]:
 
 def describe_value(value, name: str):
     if name in MODELS and isinstance(value, str):
-        return {"path": value, **describe_files([Path(value)])}
+        return {"path": value, **describe_files(Path(value))}
     if callable(value):
         return f"{value.__module__}.{value.__qualname__}"
     return value if isinstance(value, int | float | str | dict | list | tuple | None) else str(value)
 
 
-def describe_files(paths: list[Path]) -> dict[str, str]:
-    """How many files, how many bytes, and a digest of names, sizes and what some of them begin and end with, as `content`;
-    {} where nothing is on this machine."""
-    files = sorted(
-        file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()
-    )
+def describe_files(path: Path) -> dict[str, str]:
+    """The number, bytes and digest of a model's files, by names, sizes and what they begin and end with, as `content`;
+    {} for what is not on this machine."""
+    files = sorted(file for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
     found = hashlib.blake2b(digest_size=8)
     sizes = [file.stat().st_size for file in files]
-    for index, (file, size) in enumerate(zip(files, sizes)):
+    for file, size in zip(files, sizes):
         found.update(f"{file.name} {size} ".encode())
-        if index < NUM_OPENED:
-            with open(file, "rb") as opened:
-                found.update(opened.read(EDGE))
-                opened.seek(max(0, size - EDGE))
-                found.update(opened.read(EDGE))
+        with open(file, "rb") as opened:
+            found.update(opened.read(EDGE))
+            opened.seek(max(0, size - EDGE))
+            found.update(opened.read(EDGE))
     return {"content": f"{len(files)} files, {sum(sizes)} bytes, {found.hexdigest()}"} if files else {}
 
 

@@ -1,449 +1,24 @@
-"""Trains HYDRA-TOK, stage by stage, on accelerate. HYDRA, section 3.3."""
+"""Trains vision towers (HYDRA-TOK): the stages of a recipe, and where each starts. HYDRA, section 3.3."""
 
-import json
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState
-from torch import Tensor
-from tqdm.auto import tqdm
 
-from hydra_hf.data.images import Batches, ReadAhead
-from hydra_hf.evaluation.backbones import PooledFeatures
-from hydra_hf.evaluation.reconstruction import score_reconstructions
-from hydra_hf.files import write_folder, write_image_grid
-from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, HydraTokModel, PixelFlowDecoderConfig
+from hydra_hf.data.images import Batches
+from hydra_hf.files import write_folder
+from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, HydraTokModel
 from hydra_hf.modeling.compat import enable_checkpointing
-from hydra_hf.modeling.flow import sample_sigma
-from hydra_hf.modeling.grid import latents_to_tokens
 
-from .checkpoints import (
-    finish_checkpoint,
-    forget_later_rows,
-    last_whole_checkpoint,
-    load_state,
-    remove_old_checkpoints,
-    save_state,
-)
-from .discriminator import PatchDiscriminator, adaptive_weight, adversarial_loss, discriminator_loss
-from .interruption import StopRequest, TrainingInterruptedError
-from .losses import distill_loss, reached_parameters, tokenizer_losses, weighted_sum
-from .optimizers import MuonAdamW, create_average, create_optimizer, shardable
-from .processes import partial_state, split_batch
-from .randomness import row_generator
-from .recipe import Recipe, TokenizerStage, freeze_unnamed
-from .sharding import (
-    SHARDED,
-    autocast,
-    check_launcher,
-    configure_sharding,
-    launcher_precision,
-    save_launcher,
-)
+from .image_trainer import TokenizerTrainer
+from .recipe import Recipe, TokenizerStage
 from .stages import run_stages
-from .teachers import load_perceptual, load_teacher
 
 
 logger = logging.getLogger(__name__)
 
 DECODER = ("pixel_decoder.", "bottleneck.decoder_up_proj.")
-
-
-class TokenizerTrainer:
-    """One stage. `batches` is what is trained on, `held_out` what is not."""
-
-    def __init__(
-        self,
-        model: HydraTokForPreTraining,
-        stage: TokenizerStage,
-        batches: Batches,
-        held_out: Batches,
-        output_dir: Path,
-        *,
-        seed: int = 0,
-        micro_batch_size: int | None = None,
-        log_every: int = 50,
-        save_every: int = 1000,
-        sample_every: int = 1000,
-    ):
-        self.stage, self.output_dir, self.seed = stage, output_dir, seed
-        self.batches, self.held_out = batches, held_out
-        self.log_every, self.save_every, self.sample_every = log_every, save_every, sample_every
-        state = partial_state()
-        self.micro, self.accumulation = split_batch(stage.batch_size, state.num_processes, micro_batch_size)
-        if state.distributed_type != DistributedType.FSDP:  # whose settings only the first state reads
-            AcceleratorState._reset_state()  # or a stage could not differ from the one before in precision
-        self.accelerator = Accelerator(
-            mixed_precision=launcher_precision(stage),
-            gradient_accumulation_steps=self.accumulation,
-            cpu=not torch.accelerator.is_available(),
-        )
-        stride = self.micro * state.num_processes
-        starts = range(self.micro * state.process_index, stage.batch_size, stride)
-        self.rows = [range(start, start + self.micro) for start in starts]  # of this process, by micro step
-        self.read = ReadAhead(batches, self.rows)
-        self.step, self.stop = 0, StopRequest()
-        self.prepare(model.to(self.accelerator.device))
-        self.prepare_judges()
-
-    def prepare(self, model: HydraTokForPreTraining) -> None:
-        """The model, its optimizer and its average, as the launcher wants them spread."""
-        freeze_unnamed(model, self.stage)
-        self.freeze_unreached(model)
-        self.config: HydraTokConfig = model.config
-        optimizer = create_optimizer(model, self.stage)
-        self.is_sharded = self.accelerator.distributed_type in SHARDED
-        if self.is_sharded:
-            optimizer = self.check_sharding(optimizer)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.stage.learning_rate_factor)
-        self.ema = create_average(model, self.stage, self.is_sharded)
-        configure_sharding(self.accelerator, self.stage, model)
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            plugin = self.accelerator.state.deepspeed_plugin
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = self.micro
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-
-    def freeze_unreached(self, model: HydraTokForPreTraining) -> None:
-        """Freezes what the stage names and none of its losses reaches, for DDP expects a gradient of all that is trained."""
-        reached = reached_parameters(model, self.stage)
-        unreached = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and name not in reached
-        }
-        for parameter in unreached.values():
-            parameter.requires_grad_(False)
-        if unreached and self.accelerator.is_main_process:
-            modules = sorted({name.removeprefix("model.").rpartition(".")[0] for name in unreached})
-            logger.warning("%s: no loss reaches %s, which stay as they are.", self.stage.name, modules)
-
-    def check_sharding(self, optimizer: MuonAdamW) -> torch.optim.AdamW:
-        """The optimizer that FSDP and DeepSpeed can take apart. ValueError for what needs whole matrices."""
-        if self.stage.adaptive_adversarial_weight:
-            raise ValueError(
-                f"{self.stage.name}: adaptive_adversarial_weight=True, expected False: it needs a whole matrix, which FSDP"
-                " and DeepSpeed do not keep."
-            )
-        return shardable(optimizer, self.stage)
-
-    def prepare_judges(self) -> None:
-        """Teacher, perceptual distance and discriminator, as far as the losses ask for them; none is part of the model."""
-        stage, weights, device = self.stage, self.stage.loss_weights, self.accelerator.device
-        if weights.distill > 0:
-            if not 1 <= min(stage.distill_layers) <= max(stage.distill_layers) <= self.config.num_hidden_layers:
-                raise ValueError(
-                    f"{stage.distill_layers=} must be blocks 1 to {self.config.num_hidden_layers} of the ViT."
-                )
-            self.teacher = load_teacher(stage.teacher, stage.teacher_weights).to(device)
-        if weights.perceptual > 0:
-            self.perceptual = load_perceptual(stage.perceptual_backbone, stage.perceptual_weights).to(device)
-        self.discriminator = None
-        if weights.discriminator > 0:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                self.discriminator = PatchDiscriminator().to(device)
-            # Small, so every process has all of it, and its gradients are averaged by hand under any launcher.
-            self.discriminator_optimizer = torch.optim.AdamW(self.discriminator.parameters(), betas=(0.5, 0.9))
-        self.pooled_features = None
-        if stage.frechet_backbone is not None and self.accelerator.is_main_process:
-            self.pooled_features = PooledFeatures(stage.frechet_backbone, stage.frechet_weights).to(device)
-
-    def train(self) -> HydraTokModel:
-        """Trains to the end of the stage, from the last whole checkpoint if there is one; gives the averaged model.
-
-        Raises `TrainingInterruptedError`, once all is saved, after SIGTERM or Ctrl-C.
-        """
-        with self.accelerator.main_process_first():
-            checkpoint = last_whole_checkpoint(self.output_dir)
-        if checkpoint is not None:
-            self.load_checkpoint(Path(checkpoint))
-        if self.accelerator.is_main_process:
-            forget_later_rows(self.output_dir / "log.jsonl", self.step)
-        with self.stop:
-            self.train_steps()
-        return self.averaged_model()
-
-    def train_steps(self) -> None:
-        """To the end of the stage, or of the step in which the run is asked to stop."""
-        history: dict[str, list[Tensor]] = defaultdict(list)  # since the last log
-        progress = tqdm(
-            total=self.stage.num_steps, initial=self.step, desc=self.stage.name, mininterval=5,
-            disable=not self.accelerator.is_main_process,
-        )  # fmt: skip
-        while self.step < self.stage.num_steps:
-            for name, value in self.train_step().items():
-                history[name].append(value)
-            self.step += 1
-            progress.update()
-            is_last, record = self.step == self.stage.num_steps, {}
-            signum = self.stop.agreed(self.accelerator)
-            if self.step % self.log_every == 0:
-                record = self.average(history)
-                progress.set_postfix({name: f"{value:.4f}" for name, value in record.items()})
-                history.clear()
-            if self.step % self.sample_every == 0 or is_last:
-                record |= self.measure()
-            if record:
-                self.write_log(record)
-            if self.step % self.save_every == 0 or is_last or signum:
-                self.save_checkpoint()
-            if signum:
-                raise TrainingInterruptedError(self.stage.name, self.step, signum)
-
-    def train_step(self) -> dict[str, Tensor]:
-        """One optimizer step; this process's mean of each loss by name, and their weighted sum as `loss`."""
-        self.model.train()
-        totals: dict[str, Tensor] = defaultdict(float)
-        for index, rows in enumerate(self.rows):
-            pixel_values = self.read(self.step, index).to(self.accelerator.device)
-            with self.accelerator.accumulate(self.model):
-                losses = self.micro_step(pixel_values, rows)
-            for name, value in losses.items():
-                totals[name] = totals[name] + value.detach() / self.accumulation
-        self.scheduler.step()
-        if self.ema is not None:
-            self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
-        return dict(totals)
-
-    def micro_step(self, pixel_values: Tensor, rows: range) -> dict[str, Tensor]:
-        """Forward and backward of some rows; the optimizers step at the end of an accumulation."""
-        layers = self.stage.distill_layers if self.stage.loss_weights.distill > 0 else ()
-        with autocast(self.accelerator, self.stage):
-            outputs = self.model(pixel_values, **self.sample_noise(pixel_values, rows), distill_layers=layers)
-        losses = self.tokenizer_losses(outputs, pixel_values)
-        loss = self.add_adversarial(losses, outputs.clean_pixel_values)
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients:
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.accelerator.clip_grad_norm_(trained, self.stage.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.discriminator is not None:
-            losses["discriminator"] = self.discriminator_step(pixel_values, outputs.clean_pixel_values.detach())
-        return {"loss": loss, **losses}
-
-    def tokenizer_losses(self, outputs, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Every loss but the adversarial one."""
-        weights = self.stage.loss_weights
-        losses = tokenizer_losses(outputs, pixel_values, weights)
-        if weights.distill > 0:
-            layers, num_tokens = self.stage.distill_layers, outputs.mean.shape[1]
-            normalized = self.accelerator.unwrap_model(self.model).model.normalize_pixels(pixel_values)
-            with autocast(self.accelerator, self.stage):
-                targets = self.teacher(normalized, layers)
-            losses["distill"] = distill_loss(outputs.hidden_states, targets, num_tokens)
-        if weights.perceptual > 0:
-            losses["perceptual"] = self.perceptual(outputs.clean_pixel_values, pixel_values)
-        return losses
-
-    def add_adversarial(self, losses: dict[str, Tensor], clean_pixel_values: Tensor) -> Tensor:
-        """The sum to minimise; adds `adversarial` to the losses once the discriminator has had its head start."""
-        weights = self.stage.loss_weights
-        loss = weighted_sum(losses, weights)
-        if weights.adversarial == 0 or self.step < self.stage.discriminator_start:
-            return loss
-        self.discriminator.requires_grad_(False)
-        losses["adversarial"] = adversarial_loss(self.discriminator(clean_pixel_values))
-        self.discriminator.requires_grad_(True)
-        scale = 1.0
-        if self.stage.adaptive_adversarial_weight:
-            last_layer = self.accelerator.unwrap_model(self.model).model.pixel_decoder.out_proj.weight
-            gradients = [
-                torch.autograd.grad(x, last_layer, retain_graph=True)[0] for x in (loss, losses["adversarial"])
-            ]
-            scale = adaptive_weight(*(self.accelerator.reduce(gradient, "mean") for gradient in gradients))
-        return loss + weights.adversarial * scale * losses["adversarial"]
-
-    def discriminator_step(self, pixel_values: Tensor, clean_pixel_values: Tensor) -> Tensor:
-        """Teaches the discriminator these images and their estimates."""
-        loss = discriminator_loss(self.discriminator(pixel_values), self.discriminator(clean_pixel_values))
-        (self.stage.loss_weights.discriminator * loss / self.accumulation).backward()
-        if self.accelerator.sync_gradients:
-            for parameter in self.discriminator.parameters():
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-            factor = self.stage.learning_rate_factor(self.step)
-            for group in self.discriminator_optimizer.param_groups:
-                group["lr"] = self.stage.discriminator_learning_rate * factor
-            self.discriminator_optimizer.step()
-            self.discriminator_optimizer.zero_grad()
-        return loss
-
-    def sample_noise(self, pixel_values: Tensor, rows: range) -> dict[str, Tensor]:
-        """The posterior's noise of these rows of a step, and for a flow decoder that of the pixels with its levels."""
-        num_tokens = pixel_values[0, 0].numel() // self.config.patch_size**2
-        patch = self.config.num_channels * self.config.patch_size**2
-        sampled = defaultdict(list)
-        for row in rows:
-            generator = row_generator(self.seed, self.step, row)
-            sampled["latent_noise"].append(torch.randn(num_tokens, self.config.latent_channels, generator=generator))
-            if isinstance(self.config.decoder_config, PixelFlowDecoderConfig):
-                sampled["pixel_noise"].append(torch.randn(num_tokens, patch, generator=generator))
-                sigma = sample_sigma(1, generator=generator)[0]
-                is_one_step = torch.rand((), generator=generator) < self.stage.one_step_prob
-                sampled["sigma"].append(torch.where(is_one_step, torch.ones_like(sigma), sigma))
-        return {name: torch.stack(values).to(pixel_values.device) for name, values in sampled.items()}
-
-    # What is seen of the run
-
-    def average(self, history: dict[str, list[Tensor]]) -> dict[str, float]:
-        """Each loss, over the steps and all processes; the rate; and how many records could not be read since the start."""
-        means = torch.stack([torch.stack(values).float().mean() for values in history.values()])
-        means = self.accelerator.reduce(means, "mean").tolist()
-        skipped = torch.tensor(sum(self.batches.num_skipped.values()), device=self.accelerator.device)
-        skipped = int(self.accelerator.reduce(skipped, "sum"))
-        record = dict(zip(history, means)) | {"learning_rate_factor": self.stage.learning_rate_factor(self.step)}
-        return {**record, "skipped": skipped} if skipped else record
-
-    def write_log(self, record: dict[str, float]) -> None:
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            with open(self.output_dir / "log.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, **record}) + "\n")
-
-    def measure(self) -> dict[str, float]:
-        """Scores of the held-out images, and a grid of them over their copies; the main process's work."""
-        model, scores = self.averaged_model().eval(), {}
-        if self.accelerator.is_main_process:
-            number = self.stage.num_held_out
-            starts = range(0, number, self.micro)
-            parts = (range(start, min(start + self.micro, number)) for start in starts)
-            scores = score_reconstructions((self.reconstruct(model, rows) for rows in parts), self.pooled_features)
-            grid = torch.cat(self.reconstruct(model, range(min(16, number))))
-            write_image_grid(self.output_dir / f"samples-{self.step:06d}.png", grid, num_columns=8)
-        self.accelerator.wait_for_everyone()
-        return scores
-
-    @torch.no_grad()
-    def reconstruct(self, model: HydraTokModel, rows: range) -> tuple[Tensor, Tensor]:
-        """Held-out images and what the model makes of them."""
-        pixel_values = self.held_out(0, rows).to(self.accelerator.device)
-        shape = pixel_values.shape[1:]
-        noise = torch.stack([torch.randn(shape, generator=row_generator(self.seed, 0, row)) for row in rows])
-        with autocast(self.accelerator, self.stage):
-            decoded = model.decode(model.encode(pixel_values).latent, noise=noise.to(pixel_values.device)).sample
-        return pixel_values, decoded.float()
-
-    def measure_latents(self, model: HydraTokModel) -> tuple[Tensor, Tensor]:
-        """Statistics of the latents of 64 batches after the last of the stage; every process encodes its share."""
-        first = self.stage.num_steps + 2
-        batches = (self.batches(step, rows) for step in range(first, first + 64) for rows in self.rows)
-
-        def add_up(sums: Tensor) -> Tensor:
-            return self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
-
-        return measure_latents(model, batches, add_up)
-
-    def averaged_model(self) -> HydraTokModel:
-        """The average of the weights; where they are sharded, a copy of them as they are, whole on every process."""
-        if self.ema is not None:
-            return self.ema.module.model
-        if not self.is_sharded:
-            return self.accelerator.unwrap_model(self.model).model
-        whole = HydraTokForPreTraining._from_config(self.config)
-        weights = self.accelerator.get_state_dict(self.model)
-        if self.accelerator.is_main_process:  # FSDP gives the others nothing
-            whole.load_state_dict(weights)
-        for value in whole.to(self.accelerator.device).state_dict().values():
-            torch.distributed.broadcast(value, src=0)
-        return whole.model
-
-    # State in safetensors and JSON, written by the main process; shards are accelerate's business
-
-    def state(self) -> dict:
-        """What a resumed run needs, as far as every process has all of it, by the name of its file."""
-        state = {}
-        if not self.is_sharded:
-            state = {"model": self.accelerator.unwrap_model(self.model), "optimizer": self.optimizer.optimizer}
-        if self.ema is not None:
-            state["ema"] = self.ema
-        if self.discriminator is not None:
-            state |= {"discriminator": self.discriminator, "discriminator_optimizer": self.discriminator_optimizer}
-        return state
-
-    def save_checkpoint(self) -> None:
-        """The main process writes. Shards are written first, so that a checkpoint never names shards that are not there."""
-
-        def write(folder: Path) -> None:
-            for name, part in self.state().items():
-                save_state(folder, name, {"value": part.state_dict()})
-            save_state(folder, "step", {"value": self.step})
-            save_state(folder, "scheduler", {"value": {"last_epoch": self.scheduler.last_epoch}})
-            save_launcher(self.accelerator, folder)
-            finish_checkpoint(folder)
-
-        if self.is_sharded:
-            self.accelerator.save_state(str(self.output_dir / f"shards-{self.step}"))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            checkpoint = self.output_dir / f"checkpoint-{self.step}"
-            write_folder(checkpoint, write)
-            remove_old_checkpoints(self.output_dir, checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    def load_checkpoint(self, folder: Path) -> None:
-        check_launcher(self.accelerator, folder)
-        for name, part in self.state().items():
-            part.load_state_dict(load_state(folder, name)["value"])
-        self.step = load_state(folder, "step")["value"]
-        if self.is_sharded:
-            self.accelerator.load_state(str(self.output_dir / f"shards-{self.step}"))
-        self.scheduler.last_epoch = load_state(folder, "scheduler")["value"]["last_epoch"]
-        logger.info("Resumed %s at step %d.", self.stage.name, self.step)
-
-
-@torch.no_grad()
-def measure_latents(
-    model: HydraTokModel, batches: Iterator[Tensor], add_up: Callable[[Tensor], Tensor] = lambda sums: sums
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of sampled latents, exact in their noise, so that a dead channel keeps its unit noise.
-
-    `add_up` gives the sums, in fp64, of all processes, each of which has batches of its own.
-    """
-    sums = torch.zeros(3, model.config.latent_channels, dtype=torch.float64)  # of ones, means and squares
-    for pixel_values in batches:
-        latent_dist = model.encode(pixel_values.to(model.device)).latent_dist
-        mean, var = (
-            latents_to_tokens(value).flatten(0, 1).double().cpu() for value in (latent_dist.mean, latent_dist.var)
-        )
-        sums += torch.stack([torch.ones_like(mean).sum(0), mean.sum(0), (mean**2 + var).sum(0)])
-    count, total, squares = add_up(sums)
-    mean = total / count
-    std = (squares / count - mean**2).sqrt()
-    # encode() normalises by the statistics in force; these are what it would have to normalise by.
-    old_mean, old_std = model.bottleneck.latents_mean.cpu(), model.bottleneck.latents_std.cpu()
-    return (mean * old_std + old_mean).float(), (std * old_std).float()
-
-
-def create_stage_model(
-    recipe: Recipe, stage: TokenizerStage, previous: HydraTokModel | None
-) -> HydraTokForPreTraining:
-    """A model with the stage's decoder; encoder (and decoder, if it is of the same kind) from the stage before.
-
-    Raises ValueError if the encoders, or two decoders of the same kind, do not have the same weights.
-    """
-    config = HydraTokConfig.from_dict({**recipe.config.to_dict(), "decoder_config": stage.decoder_config.to_dict()})
-    model = HydraTokForPreTraining._from_config(config, attn_implementation=recipe.attn_implementation)
-    if recipe.gradient_checkpointing:
-        enable_checkpointing(model, use_reentrant=False)
-    if previous is None:
-        return model
-    weights, new = previous.state_dict(), model.model.state_dict()
-    if type(previous.pixel_decoder) is not type(model.model.pixel_decoder):
-        weights = {name: value for name, value in weights.items() if not name.startswith(DECODER)}
-        new = {name: value for name, value in new.items() if not name.startswith(DECODER)}
-    shapes, expected = ({name: tuple(value.shape) for name, value in part.items()} for part in (weights, new))
-    if wrong := sorted(name for name, _ in shapes.items() ^ expected.items()):
-        name = wrong[0]
-        raise ValueError(
-            f"{stage.name}: {len(set(wrong))} weights of the model before do not fit, such as {name}:"
-            f" {shapes.get(name)}, expected {expected.get(name)}."
-        )
-    model.model.load_state_dict(weights, strict=False)  # what is missing is the new decoder
-    return model
 
 
 def train_tokenizer(
@@ -486,3 +61,31 @@ def train_stage(
         model.set_latents_statistics(*trainer.measure_latents(model))
     if trainer.accelerator.is_main_process:
         write_folder(folder / "final", model.save_pretrained)
+
+
+def create_stage_model(
+    recipe: Recipe, stage: TokenizerStage, previous: HydraTokModel | None
+) -> HydraTokForPreTraining:
+    """A model with the stage's decoder; encoder (and decoder, if it is of the same kind) from the stage before.
+
+    Raises ValueError if the encoders, or two decoders of the same kind, do not have the same weights.
+    """
+    config = HydraTokConfig.from_dict({**recipe.config.to_dict(), "decoder_config": stage.decoder_config.to_dict()})
+    model = HydraTokForPreTraining._from_config(config, attn_implementation=recipe.attn_implementation)
+    if recipe.gradient_checkpointing:
+        enable_checkpointing(model, use_reentrant=False)
+    if previous is None:
+        return model
+    weights, new = previous.state_dict(), model.model.state_dict()
+    if type(previous.pixel_decoder) is not type(model.model.pixel_decoder):
+        weights = {name: value for name, value in weights.items() if not name.startswith(DECODER)}
+        new = {name: value for name, value in new.items() if not name.startswith(DECODER)}
+    shapes, expected = ({name: tuple(value.shape) for name, value in part.items()} for part in (weights, new))
+    if wrong := sorted(name for name, _ in shapes.items() ^ expected.items()):
+        name = wrong[0]
+        raise ValueError(
+            f"{stage.name}: {len(set(wrong))} weights of the model before do not fit, such as {name}:"
+            f" {shapes.get(name)}, expected {expected.get(name)}."
+        )
+    model.model.load_state_dict(weights, strict=False)  # what is missing is the new decoder
+    return model
