@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file
 from test_vision_tower_processes import launch_program
 
+from hydra_hf.cli import main
+from hydra_hf.modeling import HydraTokModel
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -38,6 +41,14 @@ def test_a_stage_without_losses_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(presets_run.RUNS, "nothing", nothing)
     with pytest.raises(ValueError, match="all has no loss"):
         presets_run.make_trainer(folder, "nothing", tmp_path)
+
+
+def test_a_full_size_recipe_without_data_is_an_error_before_anything_is_written(capsys, tmp_path):
+    init, out = tmp_path / "init", tmp_path / "run"
+    HydraTokModel(presets_run.INTERNVIT).save_pretrained(init)
+    assert main(["train", "hydra_tok.internvit_300m", "--init", str(init), "--out", str(out)]) == 2
+    assert "hydra_tok.internvit_300m needs data: images to train on" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ precision, with gradient checkpointing and with what is frozen: no weights are n
   allocator's losses come on top. A teacher counts as another encoder; its own forward and reading are not counted.
 """
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -124,7 +125,7 @@ def report_stage(recipe: HydraRecipe, stage: HydraStage) -> StageReport:
     with FakeTensorMode(allow_non_fake_inputs=True):
         make_fake(model)
         for name, task in tasks.items():
-            cost = run_step(lambda task=task: hydra_loss(model, stage, task, 1, task.length[1]).backward())
+            cost = run_step(lambda task=task: backward(hydra_loss(model, stage, task, 1, task.length[1])))
             tasks[name] = replace(task, flops=task.num_samples * cost.flops)
 
         def micro_step() -> None:
@@ -132,8 +133,9 @@ def report_stage(recipe: HydraRecipe, stage: HydraStage) -> StageReport:
             for task in tasks.values():
                 num_samples = -(-task.num_samples // (processes.num_processes * accumulation))
                 losses.append(hydra_loss(model, stage, task, num_samples, task.length[2]))
-            sum(losses).backward()
+            backward(sum(losses))
 
+        model.zero_grad()  # a step makes them anew
         memory = memory_of(model, stage, run_step(micro_step, min(accumulation, 2)).peak)
     return StageReport(
         name=stage.name, num_steps=stage.num_steps, batch_size=sum(stage.tasks.values()), accumulation=accumulation,
@@ -311,7 +313,7 @@ def hydra_loss(
     """What `HydraTrainer` makes of a task's batch, with fake contents."""
     config, length = model.config, max(1, round(length))
     num_images = max(1, round(num_samples * task.num_images)) if task.num_images else 0
-    num_scored = round(num_samples * task.label_tokens)
+    num_scored = math.ceil(num_samples * task.label_tokens)
     losses = []
     with torch.autocast("cpu", torch.bfloat16, enabled=stage.mixed_precision == "bf16"):
         embeds = model.get_input_embeddings()(torch.empty(num_samples, length, dtype=torch.long))
@@ -332,7 +334,13 @@ def hydra_loss(
         if task.generates:
             velocity = model._draw(states[: len(latents)], latents, sigma, grids)
             losses.append(nn.functional.mse_loss(velocity, torch.empty_like(velocity)))
-    return sum(losses)
+    return sum(losses, torch.zeros(()))
+
+
+def backward(loss: Tensor) -> None:
+    """Nothing for a task that reaches no trained module."""
+    if loss.requires_grad:
+        loss.backward()
 
 
 @torch.no_grad()

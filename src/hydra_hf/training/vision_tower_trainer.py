@@ -13,7 +13,7 @@ from hydra_hf.modeling.compat import enable_checkpointing
 
 from .image_trainer import TokenizerTrainer
 from .recipe import Recipe, TokenizerStage
-from .stages import run_stages
+from .stages import check_stage, run_stages
 
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,14 @@ DECODER = ("pixel_decoder.", "bottleneck.decoder_up_proj.")
 def train_tokenizer(
     recipe: Recipe, output_dir: Path, *, only: str | None = None, on_stage: Callable[[str], None] = logger.info
 ) -> Path:
-    """Runs every stage that is not done yet, or `only` one; the folder of the finished vision tower."""
+    """Runs every stage that is not done yet, or `only` one; the folder of the finished vision tower.
+
+    Raises ValueError for a stage that the recipe does not have, or that has no data: before anything is read or written.
+    """
+    check_stage(recipe, only)
+    for stage in recipe.stages:
+        if only in (None, stage.name):
+            check_data(recipe, stage)
 
     def train(index: int, previous: Path | None, folder: Path) -> None:
         start = recipe.init if previous is None else previous
@@ -34,14 +41,21 @@ def train_tokenizer(
     return run_stages(recipe, output_dir, train, only=only, on_stage=on_stage)
 
 
-def create_batches(recipe: Recipe, stage: TokenizerStage, seed: int) -> tuple[Batches, Batches]:
-    """What a stage is trained on, and what it is measured on. ValueError where one of the two is missing."""
-    data, size = recipe.data_of(stage), recipe.config.image_size
+def check_data(recipe: Recipe, stage: TokenizerStage) -> None:
+    """Raises ValueError for a stage without images to train on, or without others to measure it on."""
+    data = recipe.data_of(stage)
     if data is None:
         raise ValueError(f"{recipe.name} needs data: images to train on, such as generate=PATH.")
     if stage.held_out is None:
         raise ValueError(f"{recipe.name}: {data=} needs held_out images too, which are not trained on.")
-    return data.images(size, stage.batch_size, seed), stage.held_out.images(size, stage.num_held_out, 0)
+
+
+def create_batches(recipe: Recipe, stage: TokenizerStage, seed: int) -> tuple[Batches, Batches]:
+    """What a stage is trained on, and what it is measured on. ValueError where one of the two is missing."""
+    check_data(recipe, stage)
+    size = recipe.config.image_size
+    images = recipe.data_of(stage).images(size, stage.batch_size, seed)
+    return images, stage.held_out.images(size, stage.num_held_out, 0)
 
 
 def train_stage(
