@@ -127,6 +127,8 @@ def test_a_step_has_one_canvas_half_of_the_time_the_first_and_large_ones_less_of
     assert chosen.count((128, 128)) < chosen.count((48, 48))
     tokens = sum(height * width / 16**2 for height, width in chosen) / len(chosen)
     assert tokens < 22  # on the average of a step, 16 on the first canvas
+    chosen = [choose_canvas(CANVASES, generator, first_share=0.25) for _ in range(3000)]
+    assert 0.22 < chosen.count((64, 64)) / len(chosen) < 0.28
     batches = ToyBatches(ToyWorld(1), 5, seed=1, canvases=CANVASES)
     shapes = {tuple(batches(step, range(5)).shape) for step in range(40)}
     assert len(shapes) > 5

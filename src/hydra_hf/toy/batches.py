@@ -23,8 +23,9 @@ class ToyData:
 
     Args:
         max_objects: scenes have at most so many objects (a curriculum).
-        canvases: (height, width) of the pictures. A step has one: the first half of the time, else another, the less
-            often the larger it is, since a step takes as many pictures of any.
+        canvases: (height, width) of the pictures. A step has one, the less often the larger it is, since a step takes as
+            many pictures of any.
+        first_canvas_share: how often it is the first of them.
         questions_per_image: at most so many turns about one picture.
         question_weights: type -> how often it is asked; None is every type alike.
         unknown_share: so many prompts have a word that nobody knows, and a picture of known things.
@@ -33,6 +34,7 @@ class ToyData:
 
     difficulty: int = 1
     canvases: tuple[tuple[int, int], ...] = (CANVAS,)
+    first_canvas_share: float = 0.5
     max_objects: int = 4
     questions_per_image: int = 4
     question_weights: dict[str, int] | None = None
@@ -52,7 +54,7 @@ class ToyData:
         world = ToyWorld(self.difficulty)
         if self.is_held_out:
             return ToyHeldOut(world, batch_size, seed)
-        return ToyBatches(world, batch_size, seed, self.canvases)
+        return ToyBatches(world, batch_size, seed, self.canvases, self.first_canvas_share)
 
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
         """Held-out prompts to draw while training."""
@@ -61,12 +63,14 @@ class ToyData:
         return tuple(prompt.text for prompt in prompts)
 
 
-def choose_canvas(canvases: tuple[tuple[int, int], ...], generator: torch.Generator) -> tuple[int, int]:
+def choose_canvas(
+    canvases: tuple[tuple[int, int], ...], generator: torch.Generator, first_share: float = 0.5
+) -> tuple[int, int]:
     """The canvas of a step, see `ToyData`."""
     if len(canvases) == 1:
         return canvases[0]
     weights = torch.tensor([1 / (height * width) for height, width in canvases])
-    weights[0] = weights[1:].sum()
+    weights[0] = weights[1:].sum() * first_share / (1 - first_share)
     return canvases[int(torch.multinomial(weights, 1, generator=generator))]
 
 
@@ -83,13 +87,20 @@ def toy_images(
 class ToyBatches:
     """`toy_images` as training data."""
 
-    def __init__(self, world: ToyWorld, batch_size: int, seed: int, canvases: tuple[tuple[int, int], ...] = (CANVAS,)):
-        self.world, self.batch_size, self.seed, self.canvases = world, batch_size, seed, canvases
-        self.num_skipped = {}
+    def __init__(
+        self,
+        world: ToyWorld,
+        batch_size: int,
+        seed: int,
+        canvases: tuple[tuple[int, int], ...] = (CANVAS,),
+        first_canvas_share: float = 0.5,
+    ):
+        self.world, self.batch_size, self.seed = world, batch_size, seed
+        self.canvases, self.first_canvas_share, self.num_skipped = canvases, first_canvas_share, {}
 
     def __call__(self, step: int, rows: range) -> Tensor:
         generator = hashed_generator(self.seed, step)
-        canvas = choose_canvas(self.canvases, generator)
+        canvas = choose_canvas(self.canvases, generator, self.first_canvas_share)
         return toy_images(self.world, self.batch_size, generator, canvas)[rows.start : rows.stop]
 
 
@@ -131,7 +142,7 @@ class ToyBundles(Dataset):
     def __getitem__(self, index: int) -> dict:
         step, micro_step = divmod(index, self.accumulation)
         generator = hashed_generator(self.seed, step)
-        canvas = choose_canvas(self.data.canvases, generator)
+        canvas = choose_canvas(self.data.canvases, generator, self.data.first_canvas_share)
         bundle, rows = {}, {}
         for task, count in self.stage.tasks.items():
             samples = self.samples(task, generator, canvas)

@@ -11,6 +11,7 @@ from hydra_hf.data.sample import Sample
 
 from .phrasing import (
     NUMBERS,
+    ONLY_OF,
     PHRASINGS,
     PLAIN,
     RELATIONS,
@@ -84,7 +85,7 @@ class ToyLanguage:
 
         Args:
             phrasings: kinds of `phrasing.KINDS`, each in the forms of the split. None is plain captions and all other
-                kinds, half and half, in the forms of training.
+                kinds, half and half, in the forms of training; kinds of one category alone come there more often.
             unknown_share: so often a word that nobody knows replaces an object in the text, and not in the scene.
         """
         check_split(split)
@@ -113,7 +114,7 @@ class ToyLanguage:
         """None where no kind says anything of the category."""
         if kinds is None:
             split = "train"
-            kinds = tuple(PHRASINGS) if rng.random() < 0.5 else ("plain",)
+            kinds = (*PHRASINGS, *3 * tuple(ONLY_OF)) if rng.random() < 0.5 else ("plain",)
         kinds = [kind for kind in kinds if fits(kind, category)]
         return rng.choice(phrasings_of(rng.choice(kinds), split)) if kinds else None
 

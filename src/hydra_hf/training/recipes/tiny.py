@@ -71,7 +71,7 @@ def tokenizer() -> Recipe:
         name="decoder",
         data=ToyData(canvases=CANVASES),
         held_out=ToyData(is_held_out=True),
-        num_steps=3000,
+        num_steps=2000,
         batch_size=32,
         learning_rates={"model.pixel_decoder": 1e-3, "model.bottleneck.decoder_up_proj": 1e-3},
         muon_scale=3.0,
@@ -137,8 +137,8 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     The language model starts from nothing, so stage I is short and stage II has to teach it to look. Descriptions come
     first, for the words; then only questions of the place and distance of one thing by its name, which make it find
     things: among descriptions, whose order is chance, it does not learn that. Sem-ViT, which knows the words from its
-    teacher, follows at a tenth of the rate once image generation begins. Other canvases than 64 px come with it. Stage III is
-    mostly questions.
+    teacher, follows at a tenth of the rate once image generation begins. Other canvases than 64 px come with it, and are most
+    of stage III.
     """
     language = ToyLanguage(ToyWorld(difficulty=1))
     text_tokenizer = train_toy_tokenizer(language.corpus())
@@ -172,7 +172,10 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
             canvases=CANVASES, questions_per_image=6, question_weights=questions, unknown_share=0.05
         ),
     )  # fmt: skip
-    stage3 = replace(stage2, name="stage3", num_steps=800, tasks={"understand": 28, "generate": 16}, decay_share=0.7)
+    stage3 = replace(
+        stage2, name="stage3", num_steps=1000, tasks={"understand": 12, "generate": 36}, decay_share=0.7,
+        data=replace(stage2.data, first_canvas_share=0.25),
+    )  # fmt: skip
     return HydraRecipe(
         name="tiny.hydra",
         config=hydra_config(vision_config, text_tokenizer),
