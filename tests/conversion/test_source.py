@@ -148,7 +148,7 @@ def test_a_config_whose_numbers_do_not_fit_each_other_is_an_error(vit):
 
 
 def test_what_is_neither_a_folder_nor_a_repo_id_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="neither a folder nor a repo id"):
+    with pytest.raises(ValueError, match="There is no folder .*; a Hub id is owner/name"):
         Source(str(tmp_path / "nowhere" / "at" / "all"))
 
 

@@ -76,9 +76,9 @@ def test_bilinear_and_bicubic_positions_differ_off_the_grid(tmp_path):
     )  # fmt: skip
     bilinear = HydraTokModel(config).gen_vit.embeddings
     assert bilinear.position_interpolation == "bilinear"
-    shrunk = bilinear.interpolate_positions((2, 2))
+    shrunk = bilinear.interpolate_positions((1, 2, 2))
     bilinear.position_interpolation = "bicubic"
-    assert not torch.allclose(shrunk, bilinear.interpolate_positions((2, 2)), atol=1e-3)
+    assert not torch.allclose(shrunk, bilinear.interpolate_positions((1, 2, 2)), atol=1e-3)
 
 
 def test_an_unknown_interpolation_of_positions_is_an_error():

@@ -140,7 +140,7 @@ def test_what_training_encodes_of_a_file_is_what_the_processor_gives_bit_for_bit
     picture.save(path, **options)
     processor = HydraProcessor(HydraImageProcessor(size=size, patch_size=8), tiny_tokenizer, patch_size=8)
     record = llava("<image>\nwhat is in the picture", "a cat", image="picture.png")
-    sample = RecordReader(find_columns(set(record), False, ()), files.folder, processor.image_processor).sample(
+    sample = RecordReader(find_columns(set(record), ()), files.folder, processor.image_processor).sample(
         record, "understand"
     )
     trained = collate([sample], processor)

@@ -32,11 +32,11 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from hydra_hf import HydraConfig, HydraForConditionalGeneration, HydraModel, HydraTokConfig, PixelViTDecoderConfig
 from hydra_hf.modeling.compat import enable_checkpointing
 from hydra_hf.modeling.flow import add_noise, velocity_target
-from hydra_hf.modeling.grid import latents_to_tokens, pack_latents
+from hydra_hf.modeling.grid import get_image_block_ids, latents_to_tokens, pack_latents
 from hydra_hf.modeling.image_generation import GuidanceBranch, ImagePrefix, classifier_free
 from hydra_hf.modeling.layers import ZeroLinear
-from hydra_hf.modeling.modeling_hydra import MultiModalProjector, get_image_block_ids
 from hydra_hf.modeling.prefix_cache import FrozenPrefixCache
+from hydra_hf.modeling.projector import MultiModalProjector
 
 
 TEXTS = ["qwen2", "qwen3", "llama"]
@@ -750,7 +750,7 @@ def test_each_branch_reads_its_own_prompts_and_no_padding_of_the_other():
     )
     model.denoise_step(gaussian(1, 6, 2, 2), torch.ones(1), classifier_free(*prefixes, 3.0))
     assert [prefix.cache.get_seq_length() for prefix in prefixes] == [100, 1]
-    assert num_keys == [100 + 5, 1 + 5]
+    assert num_keys == [1 + 5, 100 + 5]  # the negative prompt first
 
 
 @pytest.mark.parametrize("lengths", [(2,), (3, 2), (2, 3), (6,)])
@@ -864,11 +864,11 @@ def test_a_size_of_0_is_refused(qwen):
 
 
 def test_the_shift_follows_the_size_of_the_latents_unless_the_config_says_it():
-    assert hydra_model().get_sigma_shift(9) == 1.0
+    assert hydra_model().get_sigma_shift(9) == 3.0  # the least
     with torch.device("meta"):
         big = HydraForConditionalGeneration(HydraConfig.hydra_1_5b())
     assert big.get_sigma_shift(1024) == 4.0
-    assert hydra_model(sigma_shift=3).get_sigma_shift(9) == 3.0
+    assert hydra_model(sigma_shift=2).get_sigma_shift(9) == 2.0
 
 
 # Weights

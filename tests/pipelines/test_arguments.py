@@ -152,11 +152,11 @@ def test_a_scheduler_whose_shift_was_set_later_is_refused(tiny_pipeline):
 
 @pytest.mark.parametrize("name", ["latents", "generator"])
 def test_noise_names_a_wrong_argument(tiny_pipeline, name):
-    refused(tiny_pipeline.prepare_latents, name, RIGHT[name], batch_size=1, grid=(4, 4))
+    refused(tiny_pipeline.prepare_latents, name, RIGHT[name], batch_size=1, grid=(1, 4, 4))
 
 
 def test_a_prefix_names_wrong_texts(tiny_pipeline):
-    refused(tiny_pipeline.prepare_prefix, "texts", RIGHT["prompt"], grid=(4, 4))
+    refused(tiny_pipeline.prepare_prefix, "texts", RIGHT["prompt"], grid=(1, 4, 4))
 
 
 @pytest.mark.parametrize("name", ["height", "width"])

@@ -31,6 +31,11 @@ RECIPE = HydraRecipe(
 )
 
 
+WIDE = toy_config().to_dict()
+WIDE["text_config"] |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "layer_types": None}
+WIDE["vision_head_config"] |= {"hidden_size": 64, "intermediate_size": 128}
+
+
 @pytest.fixture(scope="module")
 def reports():
     return dry_run(RECIPE)
@@ -108,8 +113,9 @@ def test_a_frozen_module_behind_trained_ones_costs_two_forwards_and_before_them_
 
 
 def test_gradient_checkpointing_costs_operations_and_saves_memory():
+    recipe = replace(RECIPE, config=HydraConfig.from_dict(WIDE))
     plain, checkpointed = (
-        report_stage(replace(RECIPE, gradient_checkpointing=on), EVERYTHING) for on in (False, True)
+        report_stage(replace(recipe, gradient_checkpointing=on), EVERYTHING) for on in (False, True)
     )
     assert checkpointed.flops > plain.flops
     assert 0 < checkpointed.memory["activations"] < 0.7 * plain.memory["activations"]
@@ -131,6 +137,7 @@ def test_adapters_are_counted_and_their_base_is_frozen():
     assert adapted.parameters["vision_head"] == full.parameters["vision_head"]
 
 
+@pytest.mark.slow
 def test_a_full_size_recipe_needs_neither_weights_nor_data():
     (report,) = dry_run(hydra.hydra_1_5b(), "stage1")
     assert report.num_samples == 150_000 * 1024
@@ -150,6 +157,7 @@ def test_a_stage_that_is_not_there_is_refused():
         dry_run(RECIPE, "stage9")
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_stage_and_trains_nothing(capsys, tmp_path):
     arguments = ["train", "hydra.hydra_1_5b", "--stage", "stage3", "--micro_batch_size", "8", "--dry_run"]
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
@@ -171,7 +179,7 @@ def test_the_command_reports_every_stage_of_a_tokenizer(capsys, tmp_path):
     assert main(["train", "tiny.tokenizer", "--dry_run", "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert out.startswith("foundation: 3,000 steps, 96,000 samples; 1 processes x 1 micro steps")
-    assert "\ndecoder: 6,000 steps" in out
+    assert "\ndecoder: 3,000 steps" in out
     assert not (tmp_path / "run").exists()
 
 
@@ -203,11 +211,6 @@ def measured_bytes(model: torch.nn.Module, train) -> int:
         most = max(most, given)
     del kept
     return before + most
-
-
-WIDE = toy_config().to_dict()
-WIDE["text_config"] |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
-WIDE["vision_head_config"] |= {"hidden_size": 64, "intermediate_size": 128}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

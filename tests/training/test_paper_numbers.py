@@ -32,6 +32,7 @@ STAGE_TABLE = {  # field -> (stage I, stage II, stage III, source)
     "max_grad_norm": (1.0, 1.0, 1.0, OURS),
     "ema_decay": (0.0, 0.0, 0.0, OURS),
     "mixed_precision": ("bf16", "bf16", "bf16", OURS),
+    "task_weights": ({}, {}, {"text": 1 / 3, "understand": 2 / 3}, OURS),  # L_NTP as a whole keeps its weight
     "lora_rank": (0, 0, 0, GIVEN),  # trained in full
     "drop_prompt": (0.1, 0.1, 0.1, OURS),
 }
@@ -59,7 +60,7 @@ def model(recipe):
 
 def test_the_table_has_every_field_of_a_stage():
     names = {field.name for field in fields(HydraStage)}
-    assert set(STAGE_TABLE) | {"learning_rates", "data"} == names
+    assert set(STAGE_TABLE) | {"learning_rates", "data", "held_out", "num_held_out"} == names
 
 
 @pytest.mark.parametrize("name", STAGE_TABLE)

@@ -182,7 +182,7 @@ def test_a_teacher_of_another_width_is_refused():
 
 @pytest.mark.parametrize("num_tokens", [3, 16])
 def test_a_teacher_of_another_grid_is_refused(num_tokens):
-    with pytest.raises(ValueError, match=f"{num_tokens} tokens for a picture of 4 patches"):
+    with pytest.raises(ValueError, match=f"{num_tokens} tokens for an image of 4 patches"):
         patch_states(states(1, num_tokens, 6, seed=0), 4)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -260,3 +260,50 @@ def rotary_positions_2d(grids: Sequence[Grid], head_dim: int, like: Tensor) -> t
     angles = [position[:, None] * frequencies for position in grid_positions(grids, like.device)]
     angles = torch.cat([*angles, *angles], dim=-1)
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+# Images in a sequence with text
+
+
+def get_image_block_ids(mm_token_type_ids: Tensor, past_length: int = 0) -> Tensor:
+    """k in picture k and -1 in text, (B, past + L): one block is bidirectional, all else causal.
+
+    The masks index by absolute position, so what the cache holds is filled up with -1.
+    """
+    is_image = nn.functional.pad(mm_token_type_ids == 1, (past_length, 0), value=False)
+    before = nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
+    return torch.where(is_image, (is_image & ~before).int().cumsum(1) - 1, -1)
+
+
+def check_token_types(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> None:
+    """ValueError for token types of other rows than the inputs (B, L, D), or of fewer positions."""
+    batch_size, length = inputs_embeds.shape[:2]
+    if mm_token_type_ids.ndim != 2 or len(mm_token_type_ids) != batch_size or mm_token_type_ids.shape[1] < length:
+        raise ValueError(
+            f"mm_token_type_ids {tuple(mm_token_type_ids.shape)} must be {(batch_size, length)}, as input_ids."
+        )
+
+
+def run_lengths(is_image: Tensor) -> list[int]:
+    """How many positions each run of image tokens of a batch (B, L) has, row by row."""
+    steps = nn.functional.pad(is_image, (1, 1), value=False).int().flatten().diff()
+    return ((steps == -1).nonzero() - (steps == 1).nonzero()).flatten().tolist()
+
+
+def place_images(inputs_embeds: Tensor, image_mask: Tensor, image_embeds: Sequence[Tensor]) -> Tensor:
+    """Embeddings (B, L, D) with images (N, D) each at their placeholders (B, L). ValueError for a run that is no image's."""
+    needed = [len(image) for image in image_embeds]
+    if not torch.compiler.is_compiling() and (runs := run_lengths(image_mask)) != needed:
+        raise ValueError(
+            f"input_ids have runs of {runs} image placeholders, but the images need runs of {needed}, time tokens"
+            " included, with another token between two of them."
+        )
+    image_embeds = torch.cat(tuple(image_embeds)).to(inputs_embeds.device, inputs_embeds.dtype)
+    return inputs_embeds.masked_scatter(image_mask[..., None].expand_as(inputs_embeds), image_embeds)
+
+
+def drop_leading(packed: Tensor, lengths: Sequence[int], num_leading: int) -> Tensor:
+    """Packed images of so many tokens each, without the `num_leading` in front of each."""
+    if len(set(lengths)) == 1:
+        return packed.unflatten(0, (len(lengths), -1))[:, num_leading:].flatten(0, 1)
+    return torch.cat([image[num_leading:] for image in packed.split(lengths)])

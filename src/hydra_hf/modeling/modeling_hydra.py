@@ -6,7 +6,6 @@ noisy latents -> Sem-ViT -> projector -.                .-> lm_head     -> next 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
@@ -24,88 +23,27 @@ from .configuration_hydra import HydraConfig
 from .grid import (
     Grid,
     check_packed,
+    check_token_types,
+    drop_leading,
+    get_image_block_ids,
     image_grids,
     is_one_grid,
     latents_to_tokens,
     pack_latents,
+    place_images,
     prepend,
     run_by_grid,
     select_images,
-    sinusoidal_positions_2d,
     split_images,
     tokens_to_latents,
 )
 from .image_generation import ImageGenerationMixin
 from .layers import TimestepEmbedding, first_set, init_layer
 from .modeling_hydra_tok import HydraTokModel
+from .outputs import HydraModelOutput, HydraOutput
 from .pretrained import HydraPreTrainedMixin
+from .projector import MultiModalProjector
 from .vision_head import VisionHead
-
-
-@dataclass
-class HydraModelOutput(BaseModelOutputWithPast):
-    """`last_hidden_state` (B, L, D); `image_hidden_states` (total_tokens, D): the part of it at the images' patches, packed;
-    `image_outputs`: what `get_image_features` gave for images that came as pixels."""
-
-    image_hidden_states: Tensor | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
-
-
-@dataclass
-class HydraOutput(CausalLMOutputWithPast):
-    """`loss` is the sum of the losses that the call's targets allow.
-
-    `logits` are (B, L, V), and with labels (num_labelled, V): of the positions whose next token is a label, row by row; but
-    (B, L, V) in a compiled graph.
-    `velocity` is (num_generated, C, h, w), or packed as the latents are, (total_tokens of the generated images, C).
-    """
-
-    velocity: Tensor | None = None
-    language_loss: Tensor | None = None
-    flow_loss: Tensor | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
-
-
-def get_image_block_ids(mm_token_type_ids: Tensor, past_length: int = 0) -> Tensor:
-    """k in picture k and -1 in text, (B, past + L): one block is bidirectional, all else causal.
-
-    The masks index by absolute position, so what the cache holds is filled up with -1.
-    """
-    is_image = nn.functional.pad(mm_token_type_ids == 1, (past_length, 0), value=False)
-    before = nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
-    return torch.where(is_image, (is_image & ~before).int().cumsum(1) - 1, -1)
-
-
-def check_token_types(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> None:
-    """ValueError for token types of other rows than the inputs (B, L, D), or of fewer positions."""
-    batch_size, length = inputs_embeds.shape[:2]
-    if mm_token_type_ids.ndim != 2 or len(mm_token_type_ids) != batch_size or mm_token_type_ids.shape[1] < length:
-        raise ValueError(
-            f"mm_token_type_ids {tuple(mm_token_type_ids.shape)} must be {(batch_size, length)}, as input_ids."
-        )
-
-
-def run_lengths(is_image: Tensor) -> list[int]:
-    """How many positions each run of image tokens of a batch (B, L) has, row by row."""
-    steps = nn.functional.pad(is_image, (1, 1), value=False).int().flatten().diff()
-    return ((steps == -1).nonzero() - (steps == 1).nonzero()).flatten().tolist()
-
-
-class MultiModalProjector(nn.Module):
-    """Semantic states to the width of the LLM: a norm, fixed positions if the config has them, the paper's linear layer."""
-
-    def __init__(self, config: HydraConfig):
-        super().__init__()
-        self.position_period = config.projector_position_period
-        self.norm = nn.LayerNorm(config.vision_config.hidden_size, eps=config.vision_config.layer_norm_eps)
-        self.linear = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
-
-    def forward(self, semantic_states: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """States (B, N, D), rows of images of `grids`, see `grid.py` -> (B, N, D_llm)."""
-        states = self.norm(semantic_states)
-        if self.position_period is not None:
-            states = states + sinusoidal_positions_2d(grids, states.shape[-1], states, self.position_period)
-        return self.linear(states)
 
 
 class HydraPreTrainedModel(HydraPreTrainedMixin, PreTrainedModel):
@@ -267,7 +205,7 @@ class HydraModel(HydraPreTrainedModel):
         elif latents is not None:
             image_embeds = self._embed_latents(latents, image_grid_thw, sigma)
         if image_embeds is not None:
-            inputs_embeds = self._place_images(inputs_embeds, image_mask, image_embeds)
+            inputs_embeds = place_images(inputs_embeds, image_mask, image_embeds)
         if not isinstance(attention_mask, dict):
             mm_token_type_ids = image_mask.int() if mm_token_type_ids is None else mm_token_type_ids
             attention_mask = self._create_masks(inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids)
@@ -284,7 +222,7 @@ class HydraModel(HydraPreTrainedModel):
         if image_embeds is not None:
             lengths = [len(image) for image in image_embeds]
             places = first_set(image_mask.flatten(), sum(lengths))
-            image_hidden_states = self._states_of_images(states.flatten(0, 1)[places], lengths)
+            image_hidden_states = drop_leading(states.flatten(0, 1)[places], lengths, self.config.num_time_tokens)
         return HydraModelOutput(
             last_hidden_state=states,
             hidden_states=outputs.hidden_states,
@@ -311,22 +249,6 @@ class HydraModel(HydraPreTrainedModel):
             shape = None if sigma is None else tuple(sigma.shape)
             raise ValueError(f"latents of {len(grids)} images need sigma of shape ({len(grids)},), got {shape}.")
         return split_images(self.get_image_embeds(tokens, sigma, grids), grids, self.config.num_time_tokens)
-
-    def _place_images(self, inputs_embeds: Tensor, image_mask: Tensor, image_embeds: Sequence[Tensor]) -> Tensor:
-        needed = [len(image) for image in image_embeds]
-        if not torch.compiler.is_compiling() and (runs := run_lengths(image_mask)) != needed:
-            raise ValueError(
-                f"input_ids have runs of {runs} image placeholders, but the images need runs of {needed}, time tokens"
-                " included, with another token between two of them."
-            )
-        image_embeds = torch.cat(image_embeds).to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(image_mask[..., None].expand_as(inputs_embeds), image_embeds)
-
-    def _states_of_images(self, states: Tensor, lengths: list[int]) -> Tensor:
-        """Packed states (total_tokens, D) without those of the time tokens."""
-        if len(set(lengths)) == 1:
-            return states.unflatten(0, (len(lengths), -1))[:, self.config.num_time_tokens :].flatten(0, 1)
-        return torch.cat([image[self.config.num_time_tokens :] for image in states.split(lengths)])
 
     def _create_masks(self, inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids):
         if attention_mask is None:
@@ -418,10 +340,9 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
                 logits, None, self.config.text_config.vocab_size, shift_labels=labels[:, 1:][is_labelled], **kwargs
             )
         if is_generated is not None:
-            num_generated = None if velocity_target is None else len(velocity_target)
-            velocity = self._velocity_of(
-                outputs.image_hidden_states, latents, image_grid_thw, sigma, is_generated, num_generated
-            )
+            count = None if velocity_target is None else len(velocity_target)
+            states = outputs.image_hidden_states
+            velocity = self._velocity_of(states, latents, image_grid_thw, sigma, is_generated, count)
         if velocity_target is not None:
             if velocity is None or velocity.shape != velocity_target.shape:
                 shape = None if velocity is None else tuple(velocity.shape)

@@ -5,7 +5,6 @@ pixels -> Gen-ViT -> bottleneck (64 channels a token) -> Sem-ViT -> semantic sta
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput
 from transformers.utils.generic import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -34,55 +32,14 @@ from .grid import (
     varlen_arguments,
 )
 from .layers import ViTAttention, ViTLayer, ZeroLinear, init_layer
+from .outputs import (
+    HydraTokDecoderOutput,
+    HydraTokEncoderOutput,
+    HydraTokForPreTrainingOutput,
+    HydraTokOutput,
+)
 from .pixel_decoders import PIXEL_DECODERS
 from .pretrained import HydraPreTrainedMixin
-
-
-@dataclass
-class HydraTokOutput(ModelOutput):
-    """`last_hidden_state` (B, N, D) are the semantic states; `latents` (B, C, h, w) the normalised mean; `mean` and
-    `logvar` (B, N, C) the posterior; `hidden_states` the embeddings and every layer, Gen-ViT's with its class token."""
-
-    last_hidden_state: Tensor | None = None
-    latents: Tensor | None = None
-    mean: Tensor | None = None
-    logvar: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class HydraTokEncoderOutput(ModelOutput):
-    """`latent_dist`: diffusers' Gaussian over normalised latents (B, C, h, w)."""
-
-    latent_dist: object | None = None
-
-    @property
-    def latent(self) -> Tensor:
-        """The mode, for pipelines that expect a deterministic autoencoder."""
-        return self.latent_dist.mode()
-
-
-@dataclass
-class HydraTokDecoderOutput(ModelOutput):
-    """`sample` (B, 3, H, W), near [-1, 1] and not clamped."""
-
-    sample: Tensor | None = None
-
-
-@dataclass
-class HydraTokForPreTrainingOutput(ModelOutput):
-    """What the losses of the tokenizer read; `velocity` and its target (B, N, 3 p p) only with a flow decoder,
-    `hidden_states` the outputs of `distill_layers`, Gen-ViT's with its class token."""
-
-    clean_pixel_values: Tensor | None = None
-    velocity: Tensor | None = None
-    velocity_target: Tensor | None = None
-    mean: Tensor | None = None
-    logvar: Tensor | None = None
-    gen_states: Tensor | None = None
-    bottleneck_states: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class Embeddings(nn.Module):

@@ -88,6 +88,7 @@ class TokenizerTrainer:
 
     def prepare(self, model: HydraTokForPreTraining) -> None:
         """The model, its optimizer and its average, as the launcher wants them spread."""
+        check_distill_layers(self.stage, model.config.num_hidden_layers)
         freeze_unnamed(model, self.stage)
         self.freeze_unreached(model)
         self.config: HydraTokConfig = model.config
@@ -130,10 +131,6 @@ class TokenizerTrainer:
         """Teacher, perceptual distance and discriminator, as far as the losses ask for them; none is part of the model."""
         stage, weights, device = self.stage, self.stage.loss_weights, self.accelerator.device
         if weights.distill > 0:
-            if not 1 <= min(stage.distill_layers) <= max(stage.distill_layers) <= self.config.num_hidden_layers:
-                raise ValueError(
-                    f"{stage.distill_layers=} must be blocks 1 to {self.config.num_hidden_layers} of the ViT."
-                )
             self.teacher = load_teacher(stage.teacher, stage.teacher_weights).to(device)
         if weights.perceptual > 0:
             self.perceptual = load_perceptual(stage.perceptual_backbone, stage.perceptual_weights).to(device)
@@ -412,3 +409,12 @@ def measure_latents(
     # encode() normalises by the statistics in force; these are what it would have to normalise by.
     old_mean, old_std = model.bottleneck.latents_mean.cpu(), model.bottleneck.latents_std.cpu()
     return (mean * old_std + old_mean).float(), (std * old_std).float()
+
+
+def check_distill_layers(stage: TokenizerStage, num_layers: int) -> None:
+    """Raises ValueError for a layer that a ViT of `num_layers` does not have."""
+    if (
+        stage.loss_weights.distill > 0
+        and not 1 <= min(stage.distill_layers) <= max(stage.distill_layers) <= num_layers
+    ):
+        raise ValueError(f"{stage.distill_layers=} must be blocks 1 to {num_layers} of the ViT.")

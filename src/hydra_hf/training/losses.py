@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, PixelFlowDecoderConfig
-from hydra_hf.modeling.modeling_hydra_tok import HydraTokForPreTrainingOutput
+from hydra_hf.modeling.outputs import HydraTokForPreTrainingOutput
 
 from .recipe import TokenizerLossWeights, TokenizerStage
 
@@ -78,6 +78,7 @@ def training_inputs(config: HydraTokConfig, num_images: int) -> dict[str, Tensor
     return inputs
 
 
+@torch.enable_grad()
 def reached_parameters(model: HydraTokForPreTraining, stage: TokenizerStage) -> set[str]:
     """The names of the parameters that the stage's losses have a gradient for, found on torch's meta device.
 

@@ -1,0 +1,78 @@
+"""What the models give back."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class HydraTokOutput(ModelOutput):
+    """`last_hidden_state` (B, N, D) are the semantic states; `latents` (B, C, h, w) the normalised mean; `mean` and
+    `logvar` (B, N, C) the posterior; `hidden_states` the embeddings and every layer, Gen-ViT's with its class token."""
+
+    last_hidden_state: Tensor | None = None
+    latents: Tensor | None = None
+    mean: Tensor | None = None
+    logvar: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class HydraTokEncoderOutput(ModelOutput):
+    """`latent_dist`: diffusers' Gaussian over normalised latents (B, C, h, w)."""
+
+    latent_dist: object | None = None
+
+    @property
+    def latent(self) -> Tensor:
+        """The mode, for pipelines that expect a deterministic autoencoder."""
+        return self.latent_dist.mode()
+
+
+@dataclass
+class HydraTokDecoderOutput(ModelOutput):
+    """`sample` (B, 3, H, W), near [-1, 1] and not clamped."""
+
+    sample: Tensor | None = None
+
+
+@dataclass
+class HydraTokForPreTrainingOutput(ModelOutput):
+    """What the losses of the tokenizer read; `velocity` and its target (B, N, 3 p p) only with a flow decoder,
+    `hidden_states` the outputs of `distill_layers`, Gen-ViT's with its class token."""
+
+    clean_pixel_values: Tensor | None = None
+    velocity: Tensor | None = None
+    velocity_target: Tensor | None = None
+    mean: Tensor | None = None
+    logvar: Tensor | None = None
+    gen_states: Tensor | None = None
+    bottleneck_states: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class HydraModelOutput(BaseModelOutputWithPast):
+    """`last_hidden_state` (B, L, D); `image_hidden_states` (total_tokens, D): the part of it at the images' patches, packed;
+    `image_outputs`: what `get_image_features` gave for images that came as pixels."""
+
+    image_hidden_states: Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+
+
+@dataclass
+class HydraOutput(CausalLMOutputWithPast):
+    """`loss` is the sum of the losses that the call's targets allow.
+
+    `logits` are (B, L, V), and with labels (num_labelled, V): of the positions whose next token is a label, row by row; but
+    (B, L, V) in a compiled graph.
+    `velocity` is (num_generated, C, h, w), or packed as the latents are, (total_tokens of the generated images, C).
+    """
+
+    velocity: Tensor | None = None
+    language_loss: Tensor | None = None
+    flow_loss: Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
