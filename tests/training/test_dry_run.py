@@ -205,7 +205,7 @@ def measured_bytes(model: torch.nn.Module, train) -> int:
 
 
 WIDE = toy_config().to_dict()
-WIDE["text_config"] |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+WIDE["text_config"] |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "layer_types": None}
 WIDE["vision_head_config"] |= {"hidden_size": 64, "intermediate_size": 128}
 
 
