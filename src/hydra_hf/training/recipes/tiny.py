@@ -71,7 +71,7 @@ def tokenizer() -> Recipe:
         name="decoder",
         data=ToyData(canvases=CANVASES),
         held_out=ToyData(is_held_out=True),
-        num_steps=2000,
+        num_steps=4500,
         batch_size=32,
         learning_rates={"model.pixel_decoder": 1e-3, "model.bottleneck.decoder_up_proj": 1e-3},
         muon_scale=3.0,
@@ -176,10 +176,17 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
         stage2, name="stage3", num_steps=1000, tasks={"understand": 12, "generate": 36}, decay_share=0.7,
         data=replace(stage2.data, first_canvas_share=0.25),
     )  # fmt: skip
+    # The last to come right are pictures with a side of 48 px, whose objects are a patch each.
+    small = tuple(canvas for canvas in CANVASES if min(canvas) < 64)
+    last = replace(
+        stage3, name="stage3_small", num_steps=600, tasks={"understand": 20, "generate": 28}, decay_share=0.8,
+        learning_rates={name: 0.4 * rate for name, rate in everything.items()},
+        data=replace(stage3.data, canvases=(*CANVASES, *small)),
+    )  # fmt: skip
     return HydraRecipe(
         name="tiny.hydra",
         config=hydra_config(vision_config, text_tokenizer),
-        stages=(stage1, describe, find, stage2, stage3),
+        stages=(stage1, describe, find, stage2, stage3, last),
         attn_implementation=ATTENTION,
         save_every=200,
         sample_every=500,
