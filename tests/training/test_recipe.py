@@ -125,13 +125,13 @@ def test_the_decoder_stage_freezes_the_encoder_of_the_tokenizer():
 
 def test_the_stages_of_tiny_hydra_follow_the_paper(hydra_recipe):
     assert isinstance(hydra_recipe.config, HydraConfig)
-    names = ["stage1", "stage2_describe", "stage2_find", "stage2", "stage3"]
+    names = ["stage1", "stage2_describe", "stage2_find", "stage2", "stage3", "stage3_small"]
     assert [stage.name for stage in hydra_recipe.stages] == names
-    assert [stage.data.max_objects for stage in hydra_recipe.stages] == [1, 4, 4, 4, 4]
-    assert [set(stage.tasks) for stage in hydra_recipe.stages] == [{"understand", "generate"}] * 5
+    assert [stage.data.max_objects for stage in hydra_recipe.stages] == [1, 4, 4, 4, 4, 4]
+    assert [set(stage.tasks) for stage in hydra_recipe.stages] == [{"understand", "generate"}] * 6
     shares = [stage.tasks["generate"] / stage.tasks["understand"] for stage in hydra_recipe.stages]
     assert shares[0] == 3  # the paper's 0 : 1 : 3
-    assert shares[-1] < 1  # the last stage is about questions
+    assert max(shares[1:3]) < 1  # what the language model learns first is about questions
 
 
 def test_stage_one_freezes_the_language_model(hydra_recipe, hydra_model):
