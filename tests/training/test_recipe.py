@@ -149,4 +149,4 @@ def test_later_stages_train_the_language_model_too_and_never_what_makes_or_reads
         tower = "model.vision_tower."
         frozen = ("gen_vit", "pixel_decoder", "bottleneck.down_proj", "bottleneck.decoder_up_proj")
         assert names.isdisjoint(under(hydra_model, *(tower + name for name in frozen)))
-        assert (names >= under(hydra_model, f"{tower}sem_vit")) == (stage.name in ("stage2", "stage3"))
+        assert (names >= under(hydra_model, f"{tower}sem_vit")) == (stage.name in ("stage2", "stage3", "stage3_small"))
