@@ -1,3 +1,4 @@
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,6 +202,7 @@ def test_a_tower_counts_its_judges_and_what_no_loss_reaches_as_frozen():
 
 
 def measured_bytes(model: torch.nn.Module, train) -> int:
+    gc.collect()  # what an earlier profile saw made and this one saw freed would count as negative
     before = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = train()

@@ -125,8 +125,8 @@ def report_stage(recipe: HydraRecipe, stage: HydraStage) -> StageReport:
     with FakeTensorMode(allow_non_fake_inputs=True):
         make_fake(model)
         for name, task in tasks.items():
-            cost = run_step(lambda task=task: backward(hydra_loss(model, stage, task, 1, task.length[1])))
-            tasks[name] = replace(task, flops=task.num_samples * cost.flops)
+            flops = count_flops(lambda task=task: backward(hydra_loss(model, stage, task, 1, task.length[1])))
+            tasks[name] = replace(task, flops=task.num_samples * flops)
 
         def micro_step() -> None:
             losses = []
@@ -136,7 +136,7 @@ def report_stage(recipe: HydraRecipe, stage: HydraStage) -> StageReport:
             backward(sum(losses))
 
         model.zero_grad()  # a step makes them anew
-        memory = memory_of(model, stage, run_step(micro_step, min(accumulation, 2)).peak)
+        memory = memory_of(model, stage, measure_peak(micro_step, min(accumulation, 2)))
     return StageReport(
         name=stage.name, num_steps=stage.num_steps, batch_size=sum(stage.tasks.values()), accumulation=accumulation,
         num_processes=processes.num_processes, flops=sum(task.flops for task in tasks.values()), tasks=tasks,
@@ -159,11 +159,16 @@ def report_tower_stage(recipe: Recipe, stage: TokenizerStage) -> StageReport:
         judges = create_judges(stage)
         for module in (model, *judges.values()):
             make_fake(module)
-        step = run_step(lambda: tower_step(model, stage, judges, micro), min(accumulation, 2))
-        memory = memory_of(model, stage, step.peak) | {"judges": 4 * count_judges(model, stage, judges)}
+
+        def micro_step() -> None:
+            tower_step(model, stage, judges, micro)
+
+        peak = measure_peak(micro_step, min(accumulation, 2))
+        flops = num_processes * accumulation * count_flops(micro_step)
+        memory = memory_of(model, stage, peak) | {"judges": 4 * count_judges(model, stage, judges)}
     return StageReport(
         name=stage.name, num_steps=stage.num_steps, batch_size=stage.batch_size, accumulation=accumulation,
-        num_processes=num_processes, flops=step.flops * num_processes * accumulation, tasks={}, parameters=parameters,
+        num_processes=num_processes, flops=flops, tasks={}, parameters=parameters,
         memory=memory,
     )  # fmt: skip
 
@@ -258,14 +263,6 @@ def seen_task(batch: dict[str, Tensor], count: int, config: HydraConfig) -> Task
 # Costs
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Operations of one micro step, and the bytes that it has alive at its peak, weights and inputs of before not counted."""
-
-    flops: float
-    peak: int
-
-
 class PeakMemory(TorchDispatchMode):
     """Bytes of the tensors that are made inside, alive now and at most."""
 
@@ -275,9 +272,10 @@ class PeakMemory(TorchDispatchMode):
         self.storages = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.storages.update(storages_of((args, kwargs)))  # a view of a weight is nothing new
         output = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.storages:
+        for storage in storages_of(output):
+            if storage not in self.storages:
                 self.storages.add(storage)
                 self.alive += storage.nbytes()
                 self.peak = max(self.peak, self.alive)
@@ -288,14 +286,25 @@ class PeakMemory(TorchDispatchMode):
         self.alive -= size
 
 
-def run_step(step: Callable[[], None], repeats: int = 1) -> Cost:
-    """The cost of a step that is repeated, its gradients being added up."""
+def storages_of(values) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def count_flops(step: Callable[[], None]) -> float:
     with FlopCounterMode(display=False) as counter:
         step()
-    with PeakMemory() as memory:  # by itself: the counter's hooks keep what gradient checkpointing lets go
+    return counter.get_total_flops()
+
+
+def measure_peak(step: Callable[[], None], repeats: int) -> int:
+    """Bytes alive at most in a step that is repeated, its gradients being added up; what is there before does not count.
+
+    Apart from the count of operations, which keeps what is computed twice.
+    """
+    with PeakMemory() as memory:
         for _ in range(repeats):
             step()
-    return Cost(counter.get_total_flops(), memory.peak)
+    return memory.peak
 
 
 def make_fake(model: nn.Module) -> None:
