@@ -52,7 +52,6 @@ def make_tower(use_sem_positions: bool) -> HydraTokModel:
 def recipe_of(tower: Path, stage: str, use_latent_skip: bool, num_steps: int, seed: int) -> HydraRecipe:
     recipe = tiny.hydra(str(tower))
     config = recipe.config
-    config.projector_position_period = None
     config.vision_head_config.use_latent_skip = use_latent_skip
     stage = HydraStage(
         name=stage, num_steps=num_steps, tasks={"generate": 16}, learning_rates=RATES[stage], muon_scale=3.0,

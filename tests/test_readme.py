@@ -104,6 +104,12 @@ def test_the_tree_in_the_readme_is_the_tree():
 def test_the_scores_in_the_readme_are_those_of_the_checkpoint():
     scores = json.loads((Path(hydra_hf.TINY) / "scores.json").read_text())
     rows = dict(re.findall(r"^\| `([\w/]+)` \| ([\d.]+) \|", README, flags=re.MULTILINE))
+    sides = (48, 64, 80, 96, 112, 128)
+    for height in sides:  # a table of its own, a row for each height
+        (row,) = re.findall(
+            rf"^\| {height} \|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)\|", README, re.MULTILINE
+        )
+        rows |= {f"t2i_size/{height}x{width}": value for width, value in zip(sides, row) if value.strip()}
     assert set(rows) == {name for name in scores if "/" in name}
     for name, value in rows.items():
         assert float(value) == round(scores[name], 3 if "reconstruction" not in name else 2), name

@@ -11,7 +11,8 @@ from hydra_hf import HydraConfig, HydraForConditionalGeneration, HydraPipeline
 from hydra_hf.toy.checker import ToyChecker
 from hydra_hf.toy.evaluation import evaluate_reconstruction, evaluate_understanding
 from hydra_hf.toy.language import CATEGORIES, QUESTION_TYPES, Prompt, ToyLanguage
-from hydra_hf.toy.world import ToyWorld
+from hydra_hf.toy.phrasing import KINDS
+from hydra_hf.toy.world import CANVASES, ToyWorld
 from hydra_hf.training.recipes import tiny
 from toy_models import toy_tokenizer
 
@@ -39,6 +40,9 @@ SIZE_FIELDS = {
 }  # fmt: skip
 
 
+SAVED_FIELDS = {"architectures", "transformers_version", "dtype", "_name_or_path"}  # of any saved model
+
+
 def different_fields(ours: dict, theirs: dict) -> set[str]:
     """Names of the fields, at any depth, whose values differ."""
     names = set()
@@ -56,6 +60,11 @@ def test_its_recipe_makes_a_preset_that_differs_in_sizes_only():
     vision_config.decoder_config = tiny.tokenizer().stages[-1].decoder_config
     config = tiny.hydra_config(vision_config, toy_tokenizer())
     assert different_fields(config.to_dict(), HydraConfig.hydra_1_5b().to_dict()) <= SIZE_FIELDS
+
+
+def test_it_differs_from_a_preset_in_sizes_only():
+    config = HydraConfig.from_pretrained(TINY / "model")
+    assert different_fields(config.to_dict(), HydraConfig.hydra_1_5b().to_dict()) <= SIZE_FIELDS | SAVED_FIELDS
 
 
 def test_it_is_small_and_holds_no_pickle():
@@ -100,7 +109,10 @@ def test_its_measured_scores_have_not_fallen():
     expected = {f"t2i/{name}" for name in (*CATEGORIES, "mean")} | {f"vqa/{name}" for name in QUESTION_TYPES}
     assert expected <= set(scores)
     assert scores["t2i/single_object"] >= 0.95
-    assert scores["t2i/mean"] >= 0.70
-    assert scores["vqa/mean"] >= 0.85
+    assert scores["t2i/mean"] >= 0.95
+    assert scores["vqa/mean"] >= 0.9
+    plain = scores["t2i_phrasing/plain"]
+    assert all(scores[f"t2i_phrasing/{kind}"] >= plain - 0.2 for kind in KINDS)
+    assert all(scores[f"t2i_size/{height}x{width}"] >= 0.5 for height, width in CANVASES)
     assert all(scores[f"vqa/{name}"] >= scores[f"vqa_majority/{name}"] + 0.15 for name in QUESTION_TYPES)
     assert scores["reconstruction/psnr"] >= 30

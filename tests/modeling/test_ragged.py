@@ -26,7 +26,7 @@ ROWS = [(0, 1), (2,), (3,)]  # which images each of three prompts has
 
 @pytest.fixture(scope="module", params=["semantic", "latent"])
 def model(request) -> HydraForConditionalGeneration:
-    return hydra_model(llm_visual_input=request.param, projector_position_period=16)
+    return hydra_model(llm_visual_input=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +310,7 @@ def attention_in_segments(module, query, key, value, attention_mask, scaling, cu
 def flash(monkeypatch) -> HydraForConditionalGeneration:
     """A model whose image networks have an attention that takes rows of several images, as flash kernels do."""
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_segments", attention_in_segments)
-    model = hydra_model(projector_position_period=16)
+    model = hydra_model()
     for config in (model.model.vision_tower.config, model.config.vision_head_config,
                    model.model.vision_tower.config.decoder_config):  # fmt: skip
         config._attn_implementation = "flash_segments"
@@ -318,7 +318,7 @@ def flash(monkeypatch) -> HydraForConditionalGeneration:
 
 
 def test_a_row_of_all_images_gives_what_groups_of_equal_grids_give(flash):
-    plain, lengths = hydra_model(projector_position_period=16), []
+    plain, lengths = hydra_model(), []
     flash.model.vision_tower.sem_vit.layers[0].register_forward_hook(
         lambda module, args, output: lengths.append(tuple(output.shape[:2]))
     )

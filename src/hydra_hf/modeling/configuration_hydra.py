@@ -281,8 +281,6 @@ class HydraConfig(HydraPreTrainedConfig):
     Args:
         llm_visual_input: "semantic": the LLM reads Sem-ViT's states (HYDRA-X, section 3); "latent": the bottleneck's.
         use_time_token: put the noise level as one token in front of each image block.
-        projector_position_period: longest wavelength, in tokens over 2 pi, of fixed 2D sine positions that the projector
-            adds to the normalised states; None adds none, and places reach the LLM only as Sem-ViT tells them.
         sigma_shift: None shifts by sqrt(N C / 4096) within [3, 8], N tokens of C channels.
         sigma_logit_std: spread of the logit-normal noise levels in training; at 1 the sampler's first steps would hardly ever
             be trained for.
@@ -304,7 +302,6 @@ class HydraConfig(HydraPreTrainedConfig):
     vision_end_token_id: int = 151653
     llm_visual_input: str = "semantic"
     use_time_token: bool = True
-    projector_position_period: int | None = None
     sigma_shift: float | int | None = None
     sigma_logit_std: float | int = 1.6
     null_prompt_ids: list[int] = field(
@@ -325,9 +322,6 @@ class HydraConfig(HydraPreTrainedConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        period, width = self.projector_position_period, self.vision_config.hidden_size
-        if period is not None and (period < 2 or width % 4):
-            raise ValueError(f"projector_position_period={period} must be at least 2, and {width=} a multiple of 4.")
         _check_language_model(self.text_config)
         if self.sigma_shift is not None and not 0 < self.sigma_shift < math.inf:
             raise ValueError(f"{self.sigma_shift=} must be a positive number, or None.")

@@ -110,7 +110,7 @@ class HydraModel(HydraPreTrainedModel):
         return visual_states
 
     def _project_rows(self, visual_states: Tensor, sigma: Tensor, *, grids: Sequence[Grid]) -> Tensor:
-        image_embeds = self.multi_modal_projector(visual_states, grids)  # (B, N, D_llm)
+        image_embeds = self.multi_modal_projector(visual_states)  # (B, N, D_llm)
         if self.time_embedding is None:
             return image_embeds
         return prepend(image_embeds, self.time_embedding(sigma), grids)
