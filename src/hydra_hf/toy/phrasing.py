@@ -129,7 +129,11 @@ PHRASINGS: dict[str, tuple[tuple[Phrasing, ...], tuple[Phrasing, ...]]] = {
     "relation": (
         _relations("on the left of, on the right of, over, under",
                    "at the left of, at the right of, on top of, beneath",
-                   "to the left side of, to the right side of, directly over, directly below"),
+                   "to the left side of, to the right side of, directly over, directly below",
+                   "directly left of, directly right of, right above, right below",
+                   "a bit left of, a bit right of, a bit above, a bit under",
+                   "on the left hand side of, on the right hand side of, up above, down below",
+                   "somewhere to the left side of, somewhere to the right side of, at the top of, at the bottom of"),
         _relations("to the left of, to the right of, directly above, directly under",
                    "on the left side of, on the right side of, on the top of, directly beneath"),
     ),

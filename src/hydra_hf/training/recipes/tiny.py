@@ -71,7 +71,7 @@ def tokenizer() -> Recipe:
         name="decoder",
         data=ToyData(canvases=CANVASES),
         held_out=ToyData(is_held_out=True),
-        num_steps=4500,
+        num_steps=9000,
         batch_size=32,
         learning_rates={"model.pixel_decoder": 1e-3, "model.bottleneck.decoder_up_proj": 1e-3},
         muon_scale=3.0,
@@ -155,6 +155,7 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
         muon_scale=3.0,
         decay_share=0.0,
         data=ToyData(max_objects=1, questions_per_image=1, question_weights={"describe": 1}),
+        held_out=ToyData(is_held_out=True),
     )
     describe = replace(
         stage1, name="stage2_describe", num_steps=400, tasks={"understand": 64, "generate": 4}, learning_rates=language_model,
