@@ -13,7 +13,7 @@ from hydra_hf.data.sample import Sample
 from hydra_hf.data.seeds import hashed_generator
 from hydra_hf.modeling import HydraProcessor
 
-from .language import ToyLanguage
+from .language import PAINTED, ToyLanguage
 from .world import CANVAS, ToyWorld
 
 
@@ -170,6 +170,10 @@ class ToyBundles(Dataset):
                 count, generator, data.questions_per_image, max_objects=data.max_objects, canvas=canvas,
                 weights=data.question_weights, split=split,
             )  # fmt: skip
+        if task in PAINTED:
+            return self.language.paint_samples(
+                task, count, generator, max_objects=data.max_objects, canvas=canvas, split=split
+            )
         raise ValueError(
-            f"{task=} of stage {self.stage.name!r} is not one that the toy world has: generate, understand."
+            f"{task=} of stage {self.stage.name!r} is not one that the toy world has: generate, understand, {', '.join(PAINTED)}."
         )

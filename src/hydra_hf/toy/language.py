@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from hydra_hf.data.prompts import PROMPTS
 from hydra_hf.data.sample import Sample
 
 from .phrasing import (
@@ -26,6 +27,7 @@ from .world import CANVAS, COLORS, MAX_OBJECTS, NEAR, SHAPES, Scenes, ToyWorld, 
 
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 QUESTION_TYPES = ("what", "color", "count", "exist", "horizontal", "vertical", "nearer")
+PAINTED = {"reconstruct": "render", "depth": "render_depth", "segment": "render_segmentation"}  # task -> its painter
 TRAINING_TYPES = (*QUESTION_TYPES, "place", "distance", "describe")  # the last three make up what the others need
 
 
@@ -345,6 +347,27 @@ class ToyLanguage:
             messages = [(role, text) for turn in turns.items() for role, text in zip(("user", "assistant"), turn)]
             samples.append(_chat("understand", [("user", image), *messages]))
         return samples
+
+    def paint_samples(
+        self,
+        task: str,
+        num_samples: int,
+        generator: torch.Generator,
+        *,
+        max_objects: int = MAX_OBJECTS,
+        split: str = "train",
+        canvas: tuple[int, int] = CANVAS,
+    ) -> list[Sample]:
+        """A picture and one of `PROMPTS` from the user, the map that `task` of `PAINTED` asks for from the assistant."""
+        scenes = self.world.sample_scenes(
+            num_samples, generator, split=split, max_objects=max_objects, scattered=0.5, canvas=canvas
+        )
+        rng = _random_from(generator)
+        targets = getattr(self.world, PAINTED[task])(scenes)
+        return [
+            _chat(task, [("user", image), ("user", rng.choice(PROMPTS[task])), ("assistant", target)])
+            for image, target in zip(self.world.render(scenes), targets)
+        ]
 
     def sample_questions(
         self, num_questions: int, generator: torch.Generator, *, split: str = "train"
