@@ -39,6 +39,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--teacher", help="frozen ViT of the distillation: folder, Hub id or timm:NAME; --init by default"
     )
     command.add_argument("--decoder", help="size of the flow decoder: S, M or L")
+    command.add_argument("--mixture", help="of UniMRG: unimrg, or sft, reca, depth or segment to compare with")
     command.add_argument("--data", action="append", metavar="TASK=PATH", help="what is trained on; may be repeated")
     command.add_argument(
         "--held_out", action="append", metavar="TASK=PATH", help="what is measured and not trained on"
@@ -119,7 +120,7 @@ def _given(options: argparse.Namespace, parameters: Mapping[str, Parameter]) -> 
     """The arguments of a recipe's function. Raises ValueError for an unknown option or a missing one."""
     from hydra_hf.hub import check_model_name
 
-    values = {name: getattr(options, name) for name in ("tokenizer", "init", "teacher", "decoder")}
+    values = {name: getattr(options, name) for name in ("tokenizer", "init", "teacher", "decoder", "mixture")}
     given = {name: value for name, value in values.items() if value is not None}
     if unknown := sorted(set(given) - set(parameters)):
         raise ValueError(f"The recipe {options.recipe} takes no --{unknown[0]}.")

@@ -9,16 +9,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hydra_hf.data.prompts import PROMPTS
+from hydra_hf.evaluation import maps
 from hydra_hf.evaluation.metrics import psnr
 from hydra_hf.evaluation.reconstruction import photo_crops, reconstruct
 from hydra_hf.modeling import HydraForConditionalGeneration, HydraProcessor, HydraTokModel
 from hydra_hf.pipelines.answering import answer
+from hydra_hf.pipelines.painting import paint
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
 from .checker import ToyChecker
-from .language import CATEGORIES, Prompt, ToyLanguage
+from .language import CATEGORIES, PAINTED, Prompt, ToyLanguage
 from .phrasing import KINDS
-from .world import CANVASES
+from .world import CANVASES, Scenes, ToyWorld
 
 
 def evaluate_generation(
@@ -132,3 +135,60 @@ def evaluate_reconstruction(
         "reconstruction/psnr": psnr(pixel_values, reconstruct(model, pixel_values, seed)).mean().item(),
         "reconstruction/psnr_photos": psnr(crops, reconstruct(model, crops, seed)).mean().item(),
     }
+
+
+def evaluate_painting(
+    model: HydraForConditionalGeneration,
+    processor: HydraProcessor,
+    world: ToyWorld,
+    num_scenes: int,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """What a model paints of held-out scenes, see `score_maps`, and next to it what maps that say nothing would get:
+    `black`, the `mean` map, `another` scene's map.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scenes = world.sample_scenes(num_scenes, generator, split="test", scattered=0.5)
+    images = processor.image_processor.postprocess(world.render(scenes), output_type="pil")
+    painted = {}
+    for task in PAINTED:
+        prompts = [PROMPTS[task][index % len(PROMPTS[task])] for index in range(num_scenes)]
+        parts = [
+            torch.stack(
+                paint(model, processor, images[i : i + batch_size], prompts[i : i + batch_size], generator=generator)
+            )
+            for i in range(0, num_scenes, batch_size)
+        ]
+        painted[task] = torch.cat(parts).cpu().clamp(-1, 1)
+    truth = {task: getattr(world, painter)(scenes) for task, painter in PAINTED.items()}
+    trivial = {
+        "black": {task: torch.full_like(pixels, -1.0) for task, pixels in truth.items()},
+        "mean": {task: pixels.mean(dim=0, keepdim=True).expand_as(pixels) for task, pixels in truth.items()},
+        "another": {task: pixels.roll(1, dims=0) for task, pixels in truth.items()},
+    }
+    scores = {f"paint/{name}": value for name, value in score_maps(painted, truth, world, scenes).items()}
+    for kind, pictures in trivial.items():
+        scores |= {f"paint_{kind}/{name}": value for name, value in score_maps(pictures, truth, world, scenes).items()}
+    return scores
+
+
+def score_maps(
+    painted: dict[str, Tensor], truth: dict[str, Tensor], world: ToyWorld, scenes: Scenes
+) -> dict[str, float]:
+    """Means over scenes of pictures (B, 3, H, W) of each task of `PAINTED` against the truth; `order` over pairs of objects."""
+    objects, right, pairs = world.object_masks(scenes), 0, 0
+    for index, masks in enumerate(objects):
+        present = masks.flatten(1).any(dim=1)
+        found = maps.order_accuracy(painted["depth"][index], masks[present], scenes.distances[index][present])
+        right, pairs = right + found[0], pairs + found[1]
+    foreground, expected = maps.foreground_of(painted["depth"]), maps.foreground_of(truth["depth"])
+    means = {
+        "psnr": psnr(painted["reconstruct"], truth["reconstruct"]),
+        "depth_similarity": maps.depth_similarity(painted["depth"], truth["depth"]),
+        "foreground_error": maps.foreground_error(painted["depth"], truth["depth"]),
+        "foreground_iou": maps.intersection_over_union(foreground, expected),
+        "boundary_f": maps.boundary_f(painted["segment"], truth["segment"]),
+        "white_share": maps.white_share(painted["segment"]),
+    }
+    return {**{name: value.mean().item() for name, value in means.items()}, "order": right / max(pairs, 1)}

@@ -209,7 +209,7 @@ class ToyWorld:
         """Pixels (B, 3, H, W) in [-1, 1]; a far object is half as strong against the background."""
         background = self._background(scenes)  # (B, 3, H, W)
         canvas = background.clone()
-        for place, sprites, distances in self._placed(scenes):
+        for _, place, sprites, distances in self._placed(scenes):
             haze = torch.where(distances == FAR, HAZE, 0.0)[:, None, None, None]
             color, alpha = sprites[..., :3], sprites[..., 3:]
             canvas[place] = canvas[place] * (1 - alpha) + color * (1 - haze) + background[place] * alpha * haze
@@ -218,7 +218,7 @@ class ToyWorld:
     def render_depth(self, scenes: Scenes) -> Tensor:
         """Nearness (B, 3, H, W): -1 background, 0 far, 1 near."""
         depth = torch.full((len(scenes), 1, *scenes.canvas), -1.0)
-        for place, sprites, distances in self._placed(scenes):
+        for _, place, sprites, distances in self._placed(scenes):
             nearness = torch.where(distances == FAR, 0.0, 1.0)[:, None, None, None]
             depth[place] = torch.where(sprites[..., 3:] > 0.5, nearness, depth[place])
         return depth.expand(-1, 3, -1, -1)
@@ -226,13 +226,20 @@ class ToyWorld:
     def render_segmentation(self, scenes: Scenes) -> Tensor:
         """Boundaries of the objects (B, 3, H, W), white (1) on black (-1): UniMRG's form."""
         labels = torch.zeros(len(scenes), 1, *scenes.canvas)
-        for index, (place, sprites, _) in enumerate(self._placed(scenes)):
-            labels[place] = torch.where(sprites[..., 3:] > 0.5, float(index + 1), labels[place])
+        for slot, place, sprites, _ in self._placed(scenes):
+            labels[place] = torch.where(sprites[..., 3:] > 0.5, float(slot + 1), labels[place])
         padded = torch.nn.functional.pad(labels, (1, 1, 1, 1), mode="replicate")
         high = torch.nn.functional.max_pool2d(padded, 3, stride=1)
         low = -torch.nn.functional.max_pool2d(-padded, 3, stride=1)
         boundary = (high != low) & (labels > 0)
         return torch.where(boundary, 1.0, -1.0).expand(-1, 3, -1, -1)
+
+    def object_masks(self, scenes: Scenes) -> Tensor:
+        """Where each object is, (B, 4, H, W) bool."""
+        masks = torch.zeros(len(scenes), MAX_OBJECTS, *scenes.canvas, dtype=torch.bool)
+        for slot, (rows, _, y, x), sprites, _ in self._placed(scenes):
+            masks[rows, slot, y, x] = sprites[..., 3] > 0.5
+        return masks
 
     def _background(self, scenes: Scenes) -> Tensor:
         colors = torch.tensor(list(BACKGROUNDS.values())) / 255
@@ -242,7 +249,7 @@ class ToyWorld:
         return torch.where(is_graded, flat * shade, flat)
 
     def _placed(self, scenes: Scenes):
-        """Slot by slot and size by size: an index of the canvas, the sprites (n, size, size, 4) there, their distances."""
+        """Slot by slot and size by size: the slot, an index of the canvas, the sprites (n, size, size, 4) there, their distances."""
         for slot in range(MAX_OBJECTS):
             objects, sizes = scenes.objects[:, slot], scenes.sizes[:, slot]
             for size, sprites in self.sprites_of_size.items():
@@ -251,7 +258,7 @@ class ToyWorld:
                     continue
                 x, y = (scenes.positions[rows, slot, :, None] + torch.arange(size)).unbind(1)  # (n, size) each
                 place = (rows[:, None, None], slice(None), y[:, :, None], x[:, None, :])
-                yield place, sprites[objects[rows]], scenes.distances[rows, slot]
+                yield slot, place, sprites[objects[rows]], scenes.distances[rows, slot]
 
 
 def _far(size: int) -> int:

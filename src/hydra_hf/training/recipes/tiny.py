@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from transformers import Qwen2Config
 
+from hydra_hf import TINY
 from hydra_hf.modeling import (
     HydraConfig,
     HydraImageProcessor,
@@ -23,6 +24,8 @@ from hydra_hf.toy.teacher import ToyTeacher
 from hydra_hf.toy.text_tokenizer import train_toy_tokenizer
 from hydra_hf.toy.world import CANVASES, ToyWorld
 from hydra_hf.training.recipe import HydraRecipe, HydraStage, Recipe, TokenizerLossWeights, TokenizerStage
+
+from .unimrg import tasks_of, trained_modules
 
 
 ATTENTION = "eager"  # torch 2.15's fused attention takes 5 to 20 times as long backwards in bf16 on a CPU
@@ -193,6 +196,34 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
         sample_every=500,
         tokenizer=tokenizer,
         processor=processor(vision_config, text_tokenizer, language.known_words),
+        num_inference_steps=24,
+        guidance_scale=2.0,
+    )
+
+
+def unimrg(init: str = TINY, mixture: str = "unimrg") -> HydraRecipe:
+    """UniMRG, or another mixture of `recipes.unimrg`, on a trained toy model."""
+    config = HydraConfig.from_pretrained(init, subfolder="model")
+    stage = HydraStage(
+        name=mixture,
+        num_steps=300,
+        tasks=tasks_of(mixture, 12),
+        learning_rates=trained_modules(config, 3e-4),
+        muon_scale=3.0,
+        decay_share=0.5,
+        data=ToyData(questions_per_image=6),
+        held_out=ToyData(is_held_out=True),
+    )
+    return HydraRecipe(
+        name="tiny.unimrg",
+        config=config,
+        stages=(stage,),
+        attn_implementation=ATTENTION,
+        init=init,
+        save_every=200,
+        sample_every=500,
+        tokenizer=None,
+        processor=HydraProcessor.from_pretrained(init, subfolder="processor"),
         num_inference_steps=24,
         guidance_scale=2.0,
     )

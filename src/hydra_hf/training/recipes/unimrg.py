@@ -4,5 +4,73 @@ hydra train unimrg.hydra_1_5b --init hydra-1.5b --data understand=llava.json,ima
     --data reconstruct=llava.json,image_root=images --data depth=llava.json,image_root=images,targets=targets/depth \\
     --data segment=llava.json,image_root=images,targets=targets/segment
 
-The baselines (`sft`, `reca`) and the ablation (`pixel`, `depth`, `segment` alone) differ from it in their mixture only.
+The baselines and the ablation differ from it in their mixture alone: `--mixture sft`, `reca`, `depth` or `segment`.
 """
+
+from hydra_hf.modeling import HydraConfig, HydraProcessor
+from hydra_hf.training.recipe import HydraRecipe, HydraStage
+
+
+MIXTURES = {  # the same number of samples of each task in every step: given
+    "unimrg": ("understand", "reconstruct", "depth", "segment"),
+    "sft": ("understand",),
+    "reca": ("understand", "reconstruct"),  # what pixels alone add, too
+    "depth": ("understand", "depth"),
+    "segment": ("understand", "segment"),
+}
+
+
+def tasks_of(mixture: str, num_samples: int) -> dict[str, int]:
+    """`num_samples` of each task of a mixture. Raises ValueError for an unknown one."""
+    if mixture not in MIXTURES:
+        raise ValueError(f"{mixture=} must be one of {list(MIXTURES)}.")
+    return dict.fromkeys(MIXTURES[mixture], num_samples)
+
+
+def trained_modules(config: HydraConfig, rate: float) -> dict[str, float]:
+    """Given: the shared visual encoder, language model and heads. Gen-ViT, bottleneck and pixel decoder stay as they are: they
+    have the part of a VAE. So do the word embeddings."""
+    names = ["model.vision_tower.sem_vit", "model.vision_tower.bottleneck.semantic_up_proj", "model.multi_modal_projector",
+             "model.language_model", "vision_head"]  # fmt: skip
+    if config.use_time_token:
+        names.append("model.time_embedding")
+    if not config.tie_word_embeddings:
+        names.append("lm_head")
+    return {**dict.fromkeys(names, rate), "model.language_model.embed_tokens": 0.0}
+
+
+def hydra_1_5b(init: str | None = None, mixture: str = "unimrg") -> HydraRecipe:
+    """A trained HYDRA of 1.5B, a folder or Hub id."""
+    return _recipe("unimrg.hydra_1_5b", HydraConfig.hydra_1_5b, init, mixture)
+
+
+def hydra_7b(init: str | None = None, mixture: str = "unimrg") -> HydraRecipe:
+    """A trained HYDRA of 7B, a folder or Hub id."""
+    return _recipe("unimrg.hydra_7b", HydraConfig.hydra_7b, init, mixture)
+
+
+def _recipe(name: str, preset, init: str | None, mixture: str) -> HydraRecipe:
+    """The sizes and words of `init`; without it the preset's sizes and no words, which is enough for a dry run."""
+    config = preset() if init is None else HydraConfig.from_pretrained(init, subfolder="model")
+    stage = HydraStage(
+        name=mixture,
+        num_steps=1000,  # given, if the 4,000 of the paper count micro batches of one task, as its code does
+        tasks=tasks_of(mixture, 128),  # given for Harmon: 16 on each of 8 GPUs
+        learning_rates=trained_modules(config, 1e-5),  # given
+        muon_scale=0.0,  # given: AdamW
+        weight_decay=0.02,  # given by the code
+        warmup_steps=10,  # given by the code: a hundredth
+        decay_share=0.99,  # our choice: linear, where the code has a cosine
+        ema_decay=0.0,  # given: no average
+        drop_prompt=0.0,  # our choice; the code drops a tenth of the reconstruction prompts
+    )
+    return HydraRecipe(
+        name=name,
+        config=config,
+        stages=(stage,),
+        init=init,
+        tokenizer=None,
+        processor=None if init is None else HydraProcessor.from_pretrained(init, subfolder="processor"),
+        gradient_checkpointing=True,  # given
+        max_length=min(4096, config.text_config.max_position_embeddings),  # our choice
+    )

@@ -1,0 +1,46 @@
+"""Pictures made of pictures: an image and a prompt in, an image out. UniMRG, section 3.1."""
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..modeling.modeling_hydra import HydraForConditionalGeneration
+from ..modeling.processing_hydra import HydraProcessor
+from .arguments import check_processor, check_texts
+
+
+@torch.no_grad()
+def paint(
+    model: HydraForConditionalGeneration,
+    processor: HydraProcessor,
+    images: list[Image.Image],
+    prompts: list[str],
+    num_inference_steps: int = 24,
+    generator: torch.Generator | None = None,
+) -> list[Tensor]:
+    """What each prompt asks for of its image, such as a depth map: (3, H, W) in [-1, 1] each, as large as the image is read.
+
+    Raises ValueError if the lists differ in length or the processor does not belong to the model.
+    """
+    check_processor(model, processor)
+    if len(images) != len(check_texts("prompts", prompts)):
+        raise ValueError(f"Got {len(images)} images and {len(prompts)} prompts, expected as many.")
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+        for image, prompt in zip(images, prompts)
+    ]
+    inputs = processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        processor_kwargs={"padding": True},
+    ).to(model.device, model.dtype)  # fmt: skip
+    heights, widths = ((inputs["image_grid_thw"][:, axis] * processor.patch_size).tolist() for axis in (1, 2))
+    return list(
+        model.generate_images(
+            **inputs,
+            height=heights,
+            width=widths,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=1.0,
+            generator=generator,
+        )  # fmt: skip
+    )
