@@ -1,0 +1,114 @@
+"""UniMRG against its baselines and its parts, from one base model, in the toy world.
+
+python examples/unimrg_table.py --out runs/unimrg_table --seeds 0 1 2
+
+Every run is `tiny.unimrg` with another mixture: as many understanding samples in each, 12 in a step. Measured before and
+after: text to image, questions by type, and what is painted of held-out scenes. A run or a score that is there already is
+not made again, so a killed table is resumed. It leaves `table.json`, `table.md` and, with matplotlib, `table.png`.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+
+import hydra_hf
+from hydra_hf import HydraPipeline
+from hydra_hf.files import write_text
+from hydra_hf.toy.evaluation import evaluate_generation, evaluate_painting, evaluate_understanding
+from hydra_hf.toy.language import ToyLanguage
+from hydra_hf.toy.world import ToyWorld
+from hydra_hf.training.hydra_trainer import train_hydra
+from hydra_hf.training.recipes import tiny
+from hydra_hf.training.recipes.unimrg import MIXTURES
+
+
+SPATIAL = ("vqa/horizontal", "vqa/vertical", "vqa/nearer")
+COLUMNS = (
+    "t2i/mean", "vqa/mean", "vqa/spatial", "paint/psnr", "paint/depth_similarity", "paint/foreground_error", "paint/foreground_iou",
+    "paint/order", "paint/boundary_f", "paint/white_share",
+)  # fmt: skip
+LORA = "unimrg_lora"
+
+
+def measure(folder: str | Path, num_prompts: int, num_questions: int, num_scenes: int) -> dict[str, float]:
+    """All scores of a saved pipeline, seed 0, difficulty 1."""
+    pipeline = HydraPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    world = ToyWorld(difficulty=1)
+    language = ToyLanguage(world)
+    scores = {
+        **evaluate_generation(pipeline, language, num_prompts),
+        **evaluate_understanding(pipeline.model, pipeline.processor, language, num_questions),
+        **evaluate_painting(pipeline.model, pipeline.processor, world, num_scenes),
+    }
+    return {**scores, "vqa/spatial": mean(scores[name] for name in SPATIAL)}
+
+
+def run_one(options: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
+    """The scores of one mixture from one seed; `base` is trained no further."""
+    path = options.out / f"{name}-{seed}.json"
+    if not path.exists():
+        folder = options.init
+        if name != "base":
+            recipe = replace(tiny.unimrg(options.init, name.removesuffix("_lora")), seed=seed)
+            overrides = {"num_steps": options.num_steps} if options.num_steps else {}
+            overrides |= {"lora_rank": options.lora_rank} if name == LORA else {}
+            folder = train_hydra(recipe.with_overrides(**overrides), options.out / f"{name}-{seed}", on_stage=print)
+        scores = measure(folder, options.num_prompts, options.num_questions, options.num_scenes)
+        write_text(path, json.dumps(scores, indent=2) + "\n")
+    return json.loads(path.read_text())
+
+
+def table_of(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown, mean and spread over seeds."""
+    lines = ["| | seeds | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
+    for name, scores in rows.items():
+        cells = []
+        for column in COLUMNS:
+            values = [score[column] for score in scores]
+            spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.3f}{spread}")
+        lines.append(f"| {name} | {len(scores)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: dict[str, list[dict[str, float]]], path: Path) -> None:
+    from matplotlib import pyplot  # pip install matplotlib
+
+    figure, axes = pyplot.subplots(1, len(COLUMNS), figsize=(3 * len(COLUMNS), 3), sharey=False)
+    for axis, column in zip(axes, COLUMNS):
+        for place, scores in enumerate(rows.values()):
+            axis.scatter([place] * len(scores), [score[column] for score in scores])
+        axis.set_xticks(range(len(rows)), list(rows), rotation=90)
+        axis.set_title(column)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", default=hydra_hf.TINY, help="the base model")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--mixtures", nargs="+", default=[*MIXTURES, LORA], choices=[*MIXTURES, LORA])
+    parser.add_argument("--num_steps", type=int, help="instead of the recipe's")
+    parser.add_argument("--lora_rank", type=int, default=16)
+    parser.add_argument("--num_prompts", type=int, default=100, help="of each of six categories")
+    parser.add_argument("--num_questions", type=int, default=1000)
+    parser.add_argument("--num_scenes", type=int, default=128)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = {"base": [run_one(options, "base", 0)]}
+    for seed in options.seeds:
+        for name in options.mixtures:
+            rows.setdefault(name, []).append(run_one(options, name, seed))
+            print(table_of(rows), flush=True)
+    write_text(options.out / "table.json", json.dumps(rows, indent=2) + "\n")
+    write_text(options.out / "table.md", table_of(rows) + "\n")
+    plot(rows, options.out / "table.png")
+
+
+if __name__ == "__main__":
+    main()
