@@ -9,7 +9,7 @@ from torch import nn
 from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.training.checkpoints import last_whole_checkpoint
 from hydra_hf.training.hydra_trainer import create_model, train_hydra
-from hydra_hf.training.lora import LORA, add_adapters, merge_adapters, save_adapters
+from hydra_hf.training.lora import LORA, add_adapters, merge_adapters, save_adapters, trained_modules
 from hydra_hf.training.recipe import freeze_unnamed
 
 
@@ -89,9 +89,23 @@ def test_saved_adapters_are_opened_by_peft(adapted, tmp_path):
     from peft import PeftModel
 
     base, model = adapted
+    with torch.no_grad():
+        model.vision_head.out_proj.weight.normal_(generator=torch.Generator().manual_seed(2))  # trained in full
     save_adapters(model, tmp_path / "adapter")
     opened = PeftModel.from_pretrained(base, tmp_path / "adapter")
     torch.testing.assert_close(logits_of(opened), logits_of(model), rtol=1e-5, atol=1e-5)
+    weights = [each.vision_head.out_proj.weight for each in (opened.base_model.model, model)]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    assert opened.peft_config["default"].modules_to_save == trained_modules(model)
+
+
+def test_heads_may_have_adapters_too(finished, tmp_path):
+    model = create_model(finished[0])
+    stage = replace(ADAPTED, lora_targets=(LANGUAGE, SEM_VIT, "vision_head"))
+    freeze_unnamed(model, stage)
+    add_adapters(model, stage, seed=0)
+    assert {name.split(".")[-1] for name in trained_modules(model)} == {"multi_modal_projector"}
+    assert any(name.startswith("vision_head") and LORA in name for name, _ in model.named_parameters())
 
 
 def test_training_moves_the_adapters_and_leaves_their_base(finished):

@@ -1,4 +1,4 @@
-"""Low-rank adapters on the language model and Sem-ViT: trained on top of frozen weights, then merged into them."""
+"""Low-rank adapters on linear layers: trained on top of frozen weights, then merged into them."""
 
 from pathlib import Path
 
@@ -11,38 +11,39 @@ from hydra_hf.modeling import HydraForConditionalGeneration
 from .recipe import HydraStage
 
 
-ADAPTED = ("model.language_model", "model.vision_tower.sem_vit")
 LORA = ".lora_"  # in the name of every parameter of an adapter and of no other
 
 
 def add_adapters(model: HydraForConditionalGeneration, stage: HydraStage, seed: int) -> None:
     """Adapters of rank `stage.lora_rank` on the linear layers of what the stage trains; all else of it is frozen.
 
-    Scale and dropout are our choice: alpha = rank, none. Raises ValueError if the stage trains neither module.
+    Scale and dropout are our choice: alpha = rank, none. Raises ValueError if the stage trains none of `lora_targets`.
     """
     from peft import inject_adapter_in_model  # pip install hydra_hf[train]
 
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(ADAPTED) and stage.learning_rate_of(name) > 0
+        if isinstance(module, nn.Linear) and name.startswith(stage.lora_targets) and stage.learning_rate_of(name) > 0
     ]
     if not targets:
         raise ValueError(
-            f"{stage.name}: lora_rank={stage.lora_rank}, but learning_rates={stage.learning_rates} names none of {ADAPTED}."
+            f"{stage.name}: lora_rank={stage.lora_rank}, but learning_rates={stage.learning_rates} names none of {stage.lora_targets}."
         )
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(_config_of(stage.lora_rank, targets), model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(LORA in name or (name in trained and not name.startswith((*ADAPTED, "lm_head"))))
+        parameter.requires_grad_(
+            LORA in name or (name in trained and not name.startswith((*stage.lora_targets, "lm_head")))
+        )
 
 
-def _config_of(rank: int, targets: list[str]):
+def _config_of(rank: int, targets: list[str], saved: list[str] | None = None):
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets)
+    return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets, modules_to_save=saved)
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -50,21 +51,34 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def save_adapters(model: HydraForConditionalGeneration, folder: Path) -> None:
-    """The adapters alone, in the format of peft."""
+    """The adapters, and the modules that were trained in full, in the format of peft."""
     from peft.tuners.lora import LoraLayer
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     first = next(iter(layers.values()))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     folder.mkdir(parents=True)
-    _config_of(first.r["default"], sorted(layers)).save_pretrained(folder)
+    _config_of(first.r["default"], sorted(layers), trained_modules(model)).save_pretrained(folder)
+    weights = {f"base_model.model.{name.replace('.default', '')}": value for name, value in trained.items()}
     save_file(
-        {
-            f"base_model.model.{name.replace('.default', '')}": parameter.detach().cpu().contiguous()
-            for name, parameter in model.named_parameters()
-            if LORA in name
-        },
+        {name: value.detach().cpu().contiguous() for name, value in weights.items()},
         folder / "adapter_model.safetensors",
     )
+
+
+def trained_modules(model: nn.Module) -> list[str]:
+    """The largest modules that are trained in full, next to the adapters."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        parameters = list(module.named_parameters())
+        is_inside = any(name.startswith(f"{outer}.") for outer in found)
+        if (
+            parameters
+            and not is_inside
+            and all(each.requires_grad and LORA not in f"{name}.{own}" for own, each in parameters)
+        ):
+            found.append(name)
+    return found
 
 
 @torch.no_grad()

@@ -159,8 +159,9 @@ class HydraStage(Stage):
     tasks: task -> samples of one optimizer step, over all processes and accumulation; the papers' ratios times a size.
     task_weights: task -> what its losses are multiplied by, 1 where it is not named. Two tasks of one head then count
         twice: weights that add up to 1 keep the papers' L_NTP + L_FM.
-    lora_rank: rank of adapters on the linear layers of the language model and Sem-ViT, as far as `learning_rates` names
-        them; their own weights are frozen then. 0 is training in full.
+    lora_rank: rank of adapters on the linear layers of `lora_targets`, as far as `learning_rates` names them; their own
+        weights are frozen then, and other modules trained in full. 0 is training in full.
+    lora_targets: the modules that get adapters, by prefixes of their names.
     drop_prompt: share of prompts replaced by the empty one, for guidance.
     """
 
@@ -168,6 +169,7 @@ class HydraStage(Stage):
     loss_weights: HydraLossWeights = field(default_factory=HydraLossWeights)
     task_weights: dict[str, float] = field(default_factory=dict)
     lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ("model.language_model", "model.vision_tower.sem_vit")
     drop_prompt: float = 0.1
 
     def __post_init__(self):
