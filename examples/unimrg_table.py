@@ -16,7 +16,7 @@ from statistics import mean, stdev
 import hydra_hf
 from hydra_hf import HydraPipeline
 from hydra_hf.files import write_text
-from hydra_hf.toy.evaluation import evaluate_generation, evaluate_painting, evaluate_understanding
+from hydra_hf.toy.evaluation import evaluate_unimrg
 from hydra_hf.toy.language import ToyLanguage
 from hydra_hf.toy.world import ToyWorld
 from hydra_hf.training.hydra_trainer import train_hydra
@@ -24,7 +24,6 @@ from hydra_hf.training.recipes import tiny
 from hydra_hf.training.recipes.unimrg import MIXTURES
 
 
-SPATIAL = ("vqa/horizontal", "vqa/vertical", "vqa/nearer")
 COLUMNS = (
     "t2i/mean", "vqa/mean", "vqa/spatial", "paint/psnr", "paint/depth_similarity", "paint/foreground_error", "paint/foreground_iou",
     "paint/order", "paint/boundary_f", "paint/white_share",
@@ -32,18 +31,12 @@ COLUMNS = (
 LORA = "unimrg_lora"
 
 
-def measure(folder: str | Path, num_prompts: int, num_questions: int, num_scenes: int) -> dict[str, float]:
-    """All scores of a saved pipeline, seed 0, difficulty 1."""
+def measure(folder: str | Path, options: argparse.Namespace) -> dict[str, float]:
+    """All scores of a saved pipeline, seed 0, difficulty 1, as `hydra evaluate --suite unimrg` has them."""
     pipeline = HydraPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    world = ToyWorld(difficulty=1)
-    language = ToyLanguage(world)
-    scores = {
-        **evaluate_generation(pipeline, language, num_prompts),
-        **evaluate_understanding(pipeline.model, pipeline.processor, language, num_questions),
-        **evaluate_painting(pipeline.model, pipeline.processor, world, num_scenes),
-    }
-    return {**scores, "vqa/spatial": mean(scores[name] for name in SPATIAL)}
+    numbers = options.num_prompts, options.num_questions, options.num_scenes
+    return evaluate_unimrg(pipeline, ToyLanguage(ToyWorld(difficulty=1)), *numbers)
 
 
 def run_one(options: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
@@ -56,7 +49,7 @@ def run_one(options: argparse.Namespace, name: str, seed: int) -> dict[str, floa
             overrides = {"num_steps": options.num_steps} if options.num_steps else {}
             overrides |= {"lora_rank": options.lora_rank} if name == LORA else {}
             folder = train_hydra(recipe.with_overrides(**overrides), options.out / f"{name}-{seed}", on_stage=print)
-        scores = measure(folder, options.num_prompts, options.num_questions, options.num_scenes)
+        scores = measure(folder, options)
         write_text(path, json.dumps(scores, indent=2) + "\n")
     return json.loads(path.read_text())
 

@@ -173,6 +173,17 @@ def test_evaluate_writes_every_score_and_how_it_was_measured(model, tmp_path, ca
     assert {name: scores[name] for name in settings} == settings
 
 
+def test_evaluate_of_unimrg_has_painted_maps_next_to_trivial_ones(model, tmp_path):
+    out = tmp_path / "scores.json"
+    sizes = ["--prompts_per_category", "1", "--num_questions", "16", "--num_scenes", "2"]
+    assert main(["evaluate", model, "--suite", "unimrg", "--out", str(out), *sizes]) == 0
+    scores = json.loads(out.read_text())
+    assert {"t2i/mean", "vqa/mean", "vqa/spatial"} <= set(scores)
+    measures = ("psnr", "depth_similarity", "foreground_error", "foreground_iou", "boundary_f", "white_share", "order")
+    kinds = ("paint", "paint_black", "paint_mean", "paint_another")
+    assert {f"{kind}/{name}" for kind in kinds for name in measures} <= set(scores)
+
+
 # Errors
 
 

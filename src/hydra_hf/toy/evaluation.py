@@ -137,6 +137,29 @@ def evaluate_reconstruction(
     }
 
 
+SPATIAL = ("horizontal", "vertical", "nearer")  # types of questions
+
+
+def evaluate_unimrg(
+    pipeline: HydraPipeline,
+    language: ToyLanguage,
+    prompts_per_category: int,
+    num_questions: int,
+    num_scenes: int,
+    seed: int = 0,
+) -> dict[str, float]:
+    """What UniMRG is judged by: text to image, questions with `vqa/spatial`, the mean of three types, and painted maps."""
+    model, processor = pipeline.model, pipeline.processor
+    scores = evaluate_understanding(model, processor, language, num_questions, seed)
+    if spatial := [scores[name] for name in (f"vqa/{kind}" for kind in SPATIAL) if name in scores]:
+        scores["vqa/spatial"] = sum(spatial) / len(spatial)
+    return {
+        **evaluate_generation(pipeline, language, prompts_per_category, seed),
+        **scores,
+        **evaluate_painting(model, processor, language.world, num_scenes, seed),
+    }
+
+
 def evaluate_painting(
     model: HydraForConditionalGeneration,
     processor: HydraProcessor,
