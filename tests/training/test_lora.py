@@ -9,7 +9,14 @@ from torch import nn
 from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.training.checkpoints import last_whole_checkpoint
 from hydra_hf.training.hydra_trainer import create_model, train_hydra
-from hydra_hf.training.lora import LORA, add_adapters, merge_adapters, save_adapters, trained_modules
+from hydra_hf.training.lora import (
+    LORA,
+    add_adapters,
+    describe_modules,
+    merge_adapters,
+    save_adapters,
+    trained_modules,
+)
 from hydra_hf.training.recipe import freeze_unnamed
 
 
@@ -143,3 +150,18 @@ def test_a_resumed_run_with_adapters_ends_as_the_unbroken_one(finished, tmp_path
     again = train_hydra(made, tmp_path / "run", only="stage1")
     weights = [load_file(path / "model" / "model.safetensors") for path in (again, folder / "final")]
     torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_what_is_trained_and_what_is_frozen_is_said_with_its_numbers(adapted, finished):
+    base, model = adapted
+    freeze_unnamed(base, replace(ADAPTED, lora_rank=0))
+    trained, frozen = describe_modules(base).splitlines()
+    number = sum(parameter.numel() for parameter in base.vision_head.parameters())
+    assert trained.startswith("trained: ")
+    assert f"vision_head {number:,}" in trained
+    assert "model.vision_tower.gen_vit" in frozen
+    assert "lm_head" not in frozen  # tied, and counted where the word embeddings are
+    trained, frozen, adapters = describe_modules(model).splitlines()
+    assert SEM_VIT in frozen
+    number = sum(parameter.numel() for name, parameter in model.named_parameters() if LORA in name)
+    assert adapters == f"adapters: {number:,}"

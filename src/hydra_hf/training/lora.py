@@ -8,7 +8,7 @@ from torch import nn
 
 from hydra_hf.modeling import HydraForConditionalGeneration
 
-from .recipe import HydraStage
+from .recipe import HydraStage, largest_modules
 
 
 LORA = ".lora_"  # in the name of every parameter of an adapter and of no other
@@ -68,17 +68,7 @@ def save_adapters(model: HydraForConditionalGeneration, folder: Path) -> None:
 
 def trained_modules(model: nn.Module) -> list[str]:
     """The largest modules that are trained in full, next to the adapters."""
-    found: list[str] = []
-    for name, module in model.named_modules():
-        parameters = list(module.named_parameters())
-        is_inside = any(name.startswith(f"{outer}.") for outer in found)
-        if (
-            parameters
-            and not is_inside
-            and all(each.requires_grad and LORA not in f"{name}.{own}" for own, each in parameters)
-        ):
-            found.append(name)
-    return found
+    return largest_modules(model, lambda name, parameter: parameter.requires_grad and LORA not in name)
 
 
 @torch.no_grad()
@@ -91,3 +81,21 @@ def merge_adapters(model: HydraForConditionalGeneration) -> HydraForConditionalG
             module.merge()
             model.set_submodule(name, module.get_base_layer())
     return model
+
+
+def describe_modules(model: nn.Module) -> str:
+    """Three lines: the modules that are trained in full, the adapters and what is frozen, with their numbers of parameters."""
+    adapters = {name: parameter for name, parameter in model.named_parameters() if LORA in name}
+    trained = trained_modules(model)
+    frozen = largest_modules(model, lambda name, parameter: LORA in name or not parameter.requires_grad)
+    tied = set(getattr(model, "all_tied_weights_keys", ()))
+
+    def count(name: str) -> str:
+        parameters = model.get_submodule(name).named_parameters(prefix=name)
+        return f"{name} {sum(parameter.numel() for full_name, parameter in parameters if LORA not in full_name):,}"
+
+    names = {"trained": trained, "frozen": [name for name in frozen if f"{name}.weight" not in tied]}
+    lines = {title: ", ".join(map(count, found)) or "nothing" for title, found in names.items()}
+    if adapters:
+        lines["adapters"] = f"{sum(parameter.numel() for parameter in adapters.values()):,}"
+    return "\n".join(f"{title}: {line}" for title, line in lines.items())

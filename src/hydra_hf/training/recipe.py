@@ -274,3 +274,14 @@ def freeze_unnamed(module: nn.Module, stage: Stage) -> None:
             raise ValueError(f"{stage.name}: learning_rates names {prefix!r}, but no parameter begins with it.")
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(stage.learning_rate_of(name) > 0)
+
+
+def largest_modules(model: nn.Module, holds: Callable[[str, nn.Parameter], bool]) -> list[str]:
+    """Names of the largest modules all of whose parameters fulfil `holds(name, parameter)`; every one has some."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        parameters = list(module.named_parameters(prefix=name))
+        is_inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if parameters and not is_inside and all(holds(*parameter) for parameter in parameters):
+            found.append(name)
+    return found
