@@ -162,6 +162,6 @@ def test_what_is_trained_and_what_is_frozen_is_said_with_its_numbers(adapted, fi
     assert "model.vision_tower.gen_vit" in frozen
     assert "lm_head" not in frozen  # tied, and counted where the word embeddings are
     trained, frozen, adapters = describe_modules(model).splitlines()
-    assert SEM_VIT in frozen
+    assert "model.vision_tower " in frozen  # as a whole
     number = sum(parameter.numel() for name, parameter in model.named_parameters() if LORA in name)
     assert adapters == f"adapters: {number:,}"
