@@ -22,7 +22,7 @@ from hydra_hf.training.hydra_trainer import create_bundles, create_held_out, cre
 from hydra_hf.training.interruption import TrainingInterruptedError
 from hydra_hf.training.objective import HydraObjective
 from hydra_hf.training.processes import num_accumulation_steps
-from hydra_hf.training.randomness import grids_per_row, row_noise, step_generator
+from hydra_hf.training.randomness import grids_per_sample, row_noise, step_generator
 from hydra_hf.training.recipe import HydraRecipe, HydraStage
 from toy_models import toy_config, toy_language, toy_pipeline, toy_processor
 
@@ -594,8 +594,8 @@ def test_every_image_of_a_row_has_its_noise():
 
 def test_images_of_a_row_are_found_by_their_runs(recipe):
     ids = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]])
-    assert grids_per_row(ids, ["a", "b", "c"]) == [["a", "b"], [], ["c"]]
-    assert grids_per_row(edit_batch(recipe, 3)["mm_token_type_ids"], [*"abcdef"]) == [
+    assert grids_per_sample({"mm_token_type_ids": ids}, ["a", "b", "c"]) == [["a", "b"], [], ["c"]]
+    assert grids_per_sample(edit_batch(recipe, 3), [*"abcdef"]) == [
         ["a", "b"],
         ["c", "d"],
         ["e", "f"],

@@ -290,6 +290,15 @@ def run_lengths(is_image: Tensor) -> list[int]:
     return ((steps == -1).nonzero() - (steps == 1).nonzero()).flatten().tolist()
 
 
+def count_images(mm_token_type_ids: Tensor, document_ids: Tensor | None = None) -> list[int]:
+    """How many images each sample of a batch (B, L) has: a sample is a row, or one of the documents of a single row."""
+    is_image = mm_token_type_ids == 1
+    starts = is_image & ~nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
+    if document_ids is None:
+        return starts.sum(dim=1).tolist()
+    return torch.bincount(document_ids[starts], minlength=int(document_ids.max()) + 1).tolist()
+
+
 def place_images(inputs_embeds: Tensor, image_mask: Tensor, image_embeds: Sequence[Tensor]) -> Tensor:
     """Embeddings (B, L, D) with images (N, D) each at their placeholders (B, L). ValueError for a run that is no image's."""
     needed = [len(image) for image in image_embeds]

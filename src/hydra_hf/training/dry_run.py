@@ -117,9 +117,9 @@ def dry_run(recipe: Recipe, only: str | None = None) -> list[StageReport]:
 
 def report_stage(recipe: HydraRecipe, stage: HydraStage) -> StageReport:
     """Of HYDRA."""
-    processes = partial_state()
-    accumulation = num_accumulation_steps(stage.tasks, processes.num_processes, recipe.micro_batch_size)
-    tasks = look_at_tasks(recipe, stage)
+    processes, tasks = partial_state(), look_at_tasks(recipe, stage)
+    accumulation = count_micro_steps(recipe, stage, tasks, processes.num_processes)
+    which_length = 2 if recipe.micro_batch_tokens is None else 1  # packed, a long sample leaves room for fewer others
     model = meta_model(recipe, stage)
     parameters = count_parameters(model, MODULES)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -132,7 +132,7 @@ def report_stage(recipe: HydraRecipe, stage: HydraStage) -> StageReport:
             losses = []
             for task in tasks.values():
                 num_samples = -(-task.num_samples // (processes.num_processes * accumulation))
-                losses.append(hydra_loss(model, stage, task, num_samples, task.length[2]))
+                losses.append(hydra_loss(model, stage, task, num_samples, task.length[which_length]))
             backward(sum(losses))
 
         model.zero_grad()  # a step makes them anew
@@ -142,6 +142,14 @@ def report_stage(recipe: HydraRecipe, stage: HydraStage) -> StageReport:
         num_processes=processes.num_processes, flops=sum(task.flops for task in tasks.values()), tasks=tasks,
         parameters=parameters, memory=memory,
     )  # fmt: skip
+
+
+def count_micro_steps(recipe: HydraRecipe, stage: HydraStage, tasks: dict[str, TaskReport], num_processes: int) -> int:
+    """Of one step; under a budget of tokens, as many as samples of the mean length need."""
+    if recipe.micro_batch_tokens is None:
+        return num_accumulation_steps(stage.tasks, num_processes, recipe.micro_batch_size)
+    num_tokens = sum(math.ceil(task.num_samples / num_processes) * task.length[1] for task in tasks.values())
+    return math.ceil(num_tokens / recipe.micro_batch_tokens)
 
 
 def report_tower_stage(recipe: Recipe, stage: TokenizerStage) -> StageReport:

@@ -11,7 +11,7 @@ from hydra_hf.modeling.flow import add_noise, sample_sigma, shift_sigma, velocit
 from hydra_hf.modeling.grid import Grid, image_grids, noise_tokens, num_tokens, per_token
 
 from .lora import add_adapters
-from .randomness import grids_per_row, row_noise
+from .randomness import grids_per_sample, row_noise
 from .recipe import HydraStage, freeze_unnamed
 
 
@@ -92,7 +92,7 @@ class HydraObjective:
             sigma = torch.stack([shift_sigma(each, shift) for each, shift in zip(sigma, shifts)])
             return sigma, noise_tokens(grids, latents.shape[1], generator)
 
-        own_grids = grids_per_row(bundle[task]["mm_token_type_ids"], grids)
+        own_grids = grids_per_sample(bundle[task], grids)
         step, rows = int(bundle["step"]), bundle["rows"][task]
         sigma, noise = row_noise(step, task, rows, own_grids, sample, seed=self.seed)
         return sigma.to(latents.device), noise.to(latents.device)
