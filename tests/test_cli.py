@@ -575,10 +575,10 @@ def test_options_of_train_are_fields_of_the_recipe_and_of_its_stages(tmp_path):
         name="test", config=toy_config(), stages=(HydraStage(name="stage1", num_steps=9, learning_rates={}, tasks={}),),
         tokenizer=None, processor=None,
     )  # fmt: skip
-    words = ["--save_every", "7", "--max_length", "64", "--num_workers", "2", "--num_steps", "3", "--micro_batch_size", "4",
+    words = ["--save_every", "7", "--max_length", "64", "--num_workers", "2", "--num_steps", "3", "--micro_batch_tokens", "640",
              "--held_out", "generate=images"]  # fmt: skip
     changed = _override(recipe, create_parser().parse_args(["train", "tiny.hydra", *words]))
-    assert (changed.save_every, changed.max_length, changed.num_workers, changed.micro_batch_size) == (7, 64, 2, 4)
+    assert (changed.save_every, changed.max_length, changed.num_workers, changed.micro_batch_tokens) == (7, 64, 2, 640)
     assert changed.stages[0].num_steps == 3
     assert changed.stages[0].held_out == Sources((Source(task="generate", path="images"),))
 

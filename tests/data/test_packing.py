@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hydra_hf.data.collate import collate
-from hydra_hf.data.packing import count_micro_batches, deal, pack, split_bundle
+from hydra_hf.data.packing import count_micro_batches, deal, longest_row, pack, split_bundle
 from hydra_hf.data.sample import Sample
 
 
@@ -74,9 +74,7 @@ def test_more_rows_never_make_the_longest_longer():
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
         lengths = torch.randint(1, 100, (12,), generator=generator).tolist()
-        longest = [
-            max(sum(lengths[index] for index in row) for row in deal(lengths, number)) for number in range(1, 14)
-        ]
+        longest = [longest_row(lengths, number) for number in range(1, 14)]
         assert longest == sorted(longest, reverse=True)
         assert longest[-1] == max(lengths)
 
