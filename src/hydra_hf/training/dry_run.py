@@ -6,8 +6,9 @@ precision, with gradient checkpointing and with what is frozen: no weights are n
 - Operations: torch's FlopCounterMode, for HYDRA on one sample of a task's mean length, times the samples.
 - Memory of one process under DDP: weights in fp32, AdamW's two moments (Muon's one), the average if there is one, frozen
   judges, DDP's buckets (as large as the gradients), and the most that a step of the longest samples has alive at once:
-  gradients and activations. FSDP divides all but activations and judges by the number of processes, and has no buckets. The
-  allocator's losses come on top. A teacher counts as another encoder; its own forward and reading are not counted.
+  gradients and activations; under `micro_batch_tokens` as many samples of the mean length as it holds. FSDP divides all but
+  activations and judges by the number of processes, and has no buckets. The allocator's losses come on top. A teacher counts
+  as another encoder; its own forward and reading are not counted.
 """
 
 import math
