@@ -16,6 +16,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from hydra_hf.modeling import HydraImageProcessor
 from hydra_hf.modeling.grid import unpack_images
 
+from .latents import StoredLatents
 from .sample import Sample
 from .tasks import TASKS, UnreadableRecordError, images_of
 
@@ -103,17 +104,29 @@ class RecordReader:
 
     Args:
         image_root: the folder of image paths.
+        latents: of the images, by the number of their record; they are then not decoded.
     """
 
-    def __init__(self, columns: Columns, image_root: Path, image_processor: HydraImageProcessor):
+    def __init__(
+        self,
+        columns: Columns,
+        image_root: Path,
+        image_processor: HydraImageProcessor,
+        latents: StoredLatents | None = None,
+    ):
         self.columns, self.image_root, self.image_processor = columns, image_root, image_processor
+        self.latents = latents
 
-    def sample(self, record: dict, task: str, rng: random.Random | None = None) -> Sample:
-        """`rng` chooses among several captions; without it, it is the first."""
+    def sample(self, record: dict, task: str, rng: random.Random | None = None, number: int | None = None) -> Sample:
+        """`rng` chooses among several captions; without it, it is the first. `number` is what latents are found by."""
         with one_record():
             messages = TASKS[task].read(self, self._with_one_caption(record, rng))
             parts = [part for message in messages for part in message["content"]]
             _check_texts([part["text"] for part in parts if part["type"] == "text"])
+            if self.latents is not None:
+                for part, (grid, mean) in zip(images_of(messages), self.latents[number], strict=True):
+                    part |= {"image": grid, "latent_mean": mean}
+                return Sample(task=task, messages=messages)
             for message in messages:
                 pixels_of = self.generated_image if message["role"] == "assistant" else self.given_image
                 for part in images_of([message]):

@@ -9,7 +9,8 @@ from .tasks import check_task
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """`messages` as the chat template takes them; an image part holds pixels (3, H, W) in [-1, 1].
+    """`messages` as the chat template takes them; an image part holds pixels (3, H, W) in [-1, 1] as `image`, or in their
+    place the grid of the image, and its latents' mean (N, C) before they are normalised as `latent_mean`.
 
     Args:
         encoding: what `HydraProcessor.encode_conversations` gives for the messages alone, (1, L) each, where it is known.

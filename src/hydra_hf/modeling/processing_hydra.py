@@ -221,7 +221,7 @@ class HydraProcessor(ProcessorMixin):
     def encode_conversations(
         self,
         conversations: list[list[dict]],
-        images: list[Tensor] | None = None,
+        images: list[Tensor | Grid] | None = None,
         max_length: int | None = None,
         padding_side: str = "left",
     ) -> dict[str, Tensor]:
@@ -231,7 +231,7 @@ class HydraProcessor(ProcessorMixin):
         `image_grid_thw` (num_images, 3).
 
         Args:
-            images: (3, H, W) each, in the order of the image parts; when None, they stand in the parts.
+            images: (3, H, W) each, or only the grid of one, in the order of the image parts; None for those in the parts.
             max_length: longer conversations lose their end, unless it is a piece of an image.
         """
         if padding_side not in ("left", "right"):
@@ -272,7 +272,9 @@ class HydraProcessor(ProcessorMixin):
             raise ValueError(f"Got the chat templates {[*self.chat_template]}, expected one named 'default'.")
         return self.chat_template["default"]
 
-    def _grid_of(self, image: Tensor) -> Grid:
+    def _grid_of(self, image: Tensor | Grid) -> Grid:
+        if isinstance(image, tuple):
+            return image
         if not isinstance(image, Tensor) or image.ndim != 3:
             raise ValueError(f"Got {getattr(image, 'shape', image)} for an image, expected a tensor (3, H, W).")
         return image_grid(*image.shape[-2:], self.patch_size)
