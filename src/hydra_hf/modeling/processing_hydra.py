@@ -259,7 +259,7 @@ class HydraProcessor(ProcessorMixin):
         ]
         batch = {
             "input_ids": _padded([ids for ids, _ in rows], self.tokenizer.pad_token_id, padding_side),
-            "attention_mask": _padded([[1] * len(ids) for ids, _ in rows], 0, padding_side),
+            "attention_mask": _padded([torch.ones_like(ids) for ids, _ in rows], 0, padding_side),
             "assistant_masks": _padded([mask for _, mask in rows], 0, padding_side),
         }
         batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_token_id).long()
@@ -286,15 +286,15 @@ class HydraProcessor(ProcessorMixin):
         generated_spans: list[tuple[int, int]],
         lengths_of_images: Iterator[int],
         max_length: int | None,
-    ) -> tuple[list[int], list[int]]:
-        """Token ids and assistant mask of one conversation, every image at its length."""
-        row, mask = [], []
-        for token_id, (start, end) in zip(ids, offsets):
-            length = next(lengths_of_images) if token_id == self.image_token_id else 1
-            is_generated = any(start < span_end and end > span_start for span_start, span_end in generated_spans)
-            row += [token_id] * length
-            mask += [int(is_generated)] * length
-        if max_length is not None and self.image_token_id in row[max_length:]:
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and assistant mask (L,) of one conversation, every image at its length."""
+        mask = [
+            int(any(start < span_end and end > span_start for span_start, span_end in generated_spans))
+            for start, end in offsets
+        ]
+        lengths = [next(lengths_of_images) if token_id == self.image_token_id else 1 for token_id in ids]
+        row, mask = torch.tensor([ids, mask]).repeat_interleave(torch.tensor(lengths), dim=1)
+        if max_length is not None and (row[max_length:] == self.image_token_id).any():
             raise ValueError(f"Got {len(row)} tokens and {max_length=}, which would cut an image.")
         return row[:max_length], mask[:max_length]
 
@@ -343,7 +343,5 @@ def _image_parts(conversations: list[list[dict]]) -> Iterator[dict]:
                 yield from (part for part in message["content"] if part["type"] == "image")
 
 
-def _padded(rows: list[list[int]], value: int, padding_side: str) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=padding_side
-    )
+def _padded(rows: list[Tensor], value: int, padding_side: str) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=padding_side)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from hydra_hf.data.collate import pack_pixels
 from hydra_hf.data.latents import (
     SHARD_SIZE,
     Encoded,
@@ -26,7 +27,8 @@ from hydra_hf.data.readers import SourceMix, fits
 from hydra_hf.data.sources import Source, Sources
 from hydra_hf.data.tasks import TASKS, UnreadableRecordError, images_of
 from hydra_hf.modeling import HydraForConditionalGeneration, HydraProcessor, HydraTokModel
-from hydra_hf.modeling.grid import image_grids, pack_images, run_by_grid, split_images
+from hydra_hf.modeling.grid import image_grids, run_by_grid, split_images
+from hydra_hf.modeling.image_processing_hydra import as_pixel_values
 
 from .processes import on_main_process, partial_state
 from .recipe import Data, Stage
@@ -172,10 +174,11 @@ def encode(
     images = [image for record in records if not isinstance(record, str) for image in record]
     parts: Encoded = []
     for start in range(0, len(images), batch_size):
-        pixels, image_grid_thw = pack_images(images[start : start + batch_size], tower.config.patch_size)
+        pixels, image_grid_thw = pack_pixels(images[start : start + batch_size], tower.config.patch_size)
         grids = image_grids(image_grid_thw)
         with torch.autocast(tower.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
-            means = run_by_grid(tower.encode_means, grids, [pixels.to(tower.device)], config=tower.config)
+            pixel_values = as_pixel_values(pixels.to(tower.device))
+            means = run_by_grid(tower.encode_means, grids, [pixel_values], config=tower.config)
         parts += zip(grids, split_images(means.cpu(), grids))
     rest = iter(parts)
     return [record if isinstance(record, str) else [next(rest) for _ in record] for record in records]

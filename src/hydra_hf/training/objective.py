@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.modeling.flow import add_noise, sample_sigma, shift_sigma, velocity_target
 from hydra_hf.modeling.grid import Grid, image_grids, noise_tokens, num_tokens, per_token
+from hydra_hf.modeling.image_processing_hydra import as_pixel_values
 
 from .lora import add_adapters
 from .randomness import grids_per_row, row_noise
@@ -39,7 +40,7 @@ def clean_latents(model: HydraForConditionalGeneration, batch: dict) -> Tensor:
     """Takes the images out of a batch, pixels or kept means: their normalised latents, packed (total_tokens, C)."""
     if "latent_means" in batch:
         return model.model.vision_tower.bottleneck.normalize(batch.pop("latent_means")).float()
-    return model.encode_images(batch.pop("pixel_values"), batch["image_grid_thw"]).float()
+    return model.encode_images(as_pixel_values(batch.pop("pixel_values")), batch["image_grid_thw"]).float()
 
 
 class HydraObjective:
