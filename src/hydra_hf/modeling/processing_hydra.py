@@ -288,12 +288,13 @@ class HydraProcessor(ProcessorMixin):
         max_length: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Token ids and assistant mask (L,) of one conversation, every image at its length."""
-        mask = [
-            int(any(start < span_end and end > span_start for span_start, span_end in generated_spans))
-            for start, end in offsets
-        ]
+        starts, ends = torch.tensor(offsets, dtype=torch.long).reshape(-1, 2).T
+        is_generated = torch.zeros(len(ids), dtype=torch.bool)
+        for span_start, span_end in generated_spans:
+            is_generated |= (starts < span_end) & (ends > span_start)
         lengths = [next(lengths_of_images) if token_id == self.image_token_id else 1 for token_id in ids]
-        row, mask = torch.tensor([ids, mask]).repeat_interleave(torch.tensor(lengths), dim=1)
+        lengths = torch.tensor(lengths)
+        row, mask = torch.tensor(ids).repeat_interleave(lengths), is_generated.long().repeat_interleave(lengths)
         if max_length is not None and (row[max_length:] == self.image_token_id).any():
             raise ValueError(f"Got {len(row)} tokens and {max_length=}, which would cut an image.")
         return row[:max_length], mask[:max_length]
