@@ -36,7 +36,7 @@ def recipe(folder: Path, tasks: dict[str, int], micro_batch_size: int | None = N
     return HydraRecipe(
         name="test", config=toy_config(), stages=(replace(STAGE, tasks=tasks, **stage_changes),), log_every=1,
         save_every=100, sample_every=100, tokenizer=str(tokenizer), processor=toy_processor(),
-        micro_batch_size=micro_batch_size, sample_prompts=("a cat",),
+        micro_batch_size=micro_batch_size, sample_prompts=("a cat", "a dog", "two red circles"),
     )  # fmt: skip
 
 
