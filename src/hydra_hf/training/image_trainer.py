@@ -163,29 +163,29 @@ class TokenizerTrainer:
     def train_steps(self) -> None:
         """To the end of the stage, or of the step in which the run is asked to stop."""
         history: dict[str, list[Tensor]] = defaultdict(list)  # since the last log
-        progress = tqdm(
+        with tqdm(
             total=self.stage.num_steps, initial=self.step, desc=self.stage.name, mininterval=5,
             disable=not self.accelerator.is_main_process,
-        )  # fmt: skip
-        while self.step < self.stage.num_steps:
-            for name, value in self.train_step().items():
-                history[name].append(value)
-            self.step += 1
-            progress.update()
-            is_last, record = self.step == self.stage.num_steps, {}
-            signum = self.stop.agreed(self.accelerator)
-            if self.step % self.log_every == 0:
-                record = self.average(history)
-                progress.set_postfix({name: f"{value:.4f}" for name, value in record.items()})
-                history.clear()
-            if self.step % self.sample_every == 0 or is_last:
-                record |= self.measure()
-            if record:
-                self.write_log(record)
-            if self.step % self.save_every == 0 or is_last or signum:
-                self.save_checkpoint()
-            if signum:
-                raise TrainingInterruptedError(self.stage.name, self.step, signum)
+        ) as progress:  # fmt: skip  # closed before an error is told
+            while self.step < self.stage.num_steps:
+                for name, value in self.train_step().items():
+                    history[name].append(value)
+                self.step += 1
+                progress.update()
+                is_last, record = self.step == self.stage.num_steps, {}
+                signum = self.stop.agreed(self.accelerator)
+                if self.step % self.log_every == 0:
+                    record = self.average(history)
+                    progress.set_postfix({name: f"{value:.4f}" for name, value in record.items()})
+                    history.clear()
+                if self.step % self.sample_every == 0 or is_last:
+                    record |= self.measure()
+                if record:
+                    self.write_log(record)
+                if self.step % self.save_every == 0 or is_last or signum:
+                    self.save_checkpoint()
+                if signum:
+                    raise TrainingInterruptedError(self.stage.name, self.step, signum)
 
     def train_step(self) -> dict[str, Tensor]:
         """One optimizer step; this process's mean of each loss by name, and their weighted sum as `loss`."""
