@@ -37,7 +37,7 @@ def recipe(folder: Path, tasks: dict[str, int], **stage_changes) -> HydraRecipe:
     return HydraRecipe(
         name="test", config=toy_config(), stages=(replace(STAGE, tasks=tasks, **stage_changes),), log_every=1,
         save_every=100, sample_every=100, tokenizer=str(tokenizer), processor=toy_processor(),
-        sample_prompts=("a cat",),
+        sample_prompts=("a cat", "a dog", "two red circles"),
     )  # fmt: skip
 
 

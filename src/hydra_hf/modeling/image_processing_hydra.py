@@ -58,7 +58,9 @@ def read_image(source: str | os.PathLike, max_input_pixels: int) -> Image.Image:
 
     Raises ValueError for what is no image, ConnectionError for a URL that cannot be fetched.
     """
-    name = str(source) if len(str(source)) <= 80 else f"{str(source)[:80]}..."
+    name = str(source)
+    if len(name) > 80 and not os.path.isfile(source):  # a base64 string
+        name = f"{name[:80]}..."
     try:
         image = Image.open(_image_file(source))
         check_image_size(image.height, image.width, max_input_pixels)

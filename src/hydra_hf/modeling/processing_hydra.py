@@ -25,6 +25,17 @@ WORD_JOINER = "\u2060"  # invisible, no line break: the reader sees the same tex
 IMAGE_KEYS = ("image", "url", "path", "base64")  # where transformers looks for the picture of an image part
 
 
+def check_unicode(name: str, text: str) -> None:
+    """Raises ValueError for text with half a character (a lone surrogate), which no tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"Got {name}={text!r:.100}, expected valid Unicode: character {error.start} is half of one, or a byte that is"
+            " not UTF-8."
+        ) from error
+
+
 @lru_cache
 def _token_starts(tokens: tuple[str, ...]) -> re.Pattern:
     """Matches the first character of each of `tokens` in a text, overlapping ones too."""
@@ -103,6 +114,8 @@ class HydraProcessor(ProcessorMixin):
         if isinstance(text, list) and not text:
             raise ValueError("Got an empty list of texts, expected at least one.")
         if text is not None:
+            for one in text:
+                check_unicode("text", one)
             self._check_placeholders(text, images)
         super().validate_inputs(images=images, text=text, **kwargs)
 
@@ -126,7 +139,8 @@ class HydraProcessor(ProcessorMixin):
         return [word for word in dict.fromkeys(re.findall(r"\w+", text.lower())) if word not in known]
 
     def escape_special_tokens(self, text: str) -> str:
-        """`text` with a word joiner inside everything that the tokenizer would read as a special token."""
+        """`text` with a word joiner inside everything that the tokenizer would read as a special token. ValueError if it is not Unicode."""
+        check_unicode("text", text)
         tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         tokens |= {*self.tokenizer.all_special_tokens, *self.all_special_multimodal_tokens}
         tokens |= {self.vision_start_token, self.vision_end_token}

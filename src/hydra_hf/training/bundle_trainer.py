@@ -8,6 +8,7 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
+from accelerate.utils import load_fsdp_optimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -267,13 +268,17 @@ class BundleTrainer(Trainer):
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        folder = Path(output_dir)
         if self.is_sharded:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            save_state(Path(output_dir), "optimizer", self.optimizer.optimizer.state_dict())
-            save_state(Path(output_dir), "scheduler", {"last_epoch": self.lr_scheduler.last_epoch})
-            if self.ema is not None:
-                save_state(Path(output_dir), "ema", self.ema.state_dict())
+        if not self.args.should_save:
+            return
+        (folder / "scheduler.pt").unlink(missing_ok=True)  # the library's, a pickle
+        save_state(folder, "scheduler", {"last_epoch": self.lr_scheduler.last_epoch})
+        if not self.is_sharded:
+            save_state(folder, "optimizer", self.optimizer.optimizer.state_dict())
+        if self.ema is not None:
+            save_state(folder, "ema", self.ema.state_dict())
 
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
         """Raises ValueError for weights, such as adapters, of another model or rank."""
@@ -286,10 +291,11 @@ class BundleTrainer(Trainer):
         if checkpoint is None:
             return
         self._load_data_state(Path(checkpoint))
-        if self.is_sharded:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        self.optimizer.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            load_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, checkpoint)
+        elif not self.is_sharded:  # DeepSpeed has loaded its own with the weights
+            self.optimizer.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
         self.lr_scheduler.last_epoch = load_state(Path(checkpoint), "scheduler")["last_epoch"]
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the log says
         if self.ema is not None:

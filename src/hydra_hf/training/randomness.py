@@ -17,11 +17,6 @@ from hydra_hf.modeling.grid import Grid, count_images
 SampleNoise = Callable[[list[Grid], torch.Generator], tuple[Tensor, Tensor]]  # grids -> sigma, packed noise
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """All randomness of one step."""
-    return hashed_generator(seed, step)
-
-
 def row_generator(seed: int, step: int, row: int) -> torch.Generator:
     """All randomness of one sample of a step, whichever process it is on."""
     return hashed_generator(seed, step, row)
