@@ -3,8 +3,10 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -394,6 +396,43 @@ def test_an_interrupt_is_one_line(model, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_sigterm_while_a_picture_is_written_leaves_nothing(model, tmp_path, monkeypatch):
+    save = Image.Image.save
+
+    def save_and_end(image, target, *options):
+        save(image, target, *options)
+        if isinstance(target, Path):
+            assert target.stat().st_size
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Image.Image, "save", save_and_end)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "a cat", "--out", str(tmp_path / "cat.png"), "--model", model, "--num_inference_steps", "1"])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**45), lambda: np.empty(2**50)], ids=["torch", "numpy"])
+@pytest.mark.parametrize(
+    "arguments, ways",
+    [
+        (["generate", "a cat", "--out", "cat.png"], "a lower --height and --width, --dtype bfloat16"),
+        (["train", "tiny.hydra"], "a lower --micro_batch_size, --gradient_checkpointing, a lower --max_length"),
+    ],
+)
+def test_too_little_memory_is_one_line_with_what_takes_less(capsys, monkeypatch, allocate, arguments, ways):
+    monkeypatch.setattr(f"hydra_hf.cli.{arguments[0]}.run", lambda options: allocate())
+    assert error_of(capsys, *arguments).endswith(f"out of memory, which may take less with: {ways}\n")
+
+
+def test_another_error_of_the_machine_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("hydra_hf.cli.generate.run", lambda options: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        main(["generate", "a cat", "--out", "cat.png"])
+
+
 # Where the result goes is looked at first
 
 
@@ -586,10 +625,10 @@ def test_options_of_train_are_fields_of_the_recipe_and_of_its_stages(tmp_path):
         name="test", config=toy_config(), stages=(HydraStage(name="stage1", num_steps=9, learning_rates={}, tasks={}),),
         tokenizer=None, processor=None,
     )  # fmt: skip
-    words = ["--save_every", "7", "--max_length", "64", "--num_workers", "2", "--num_steps", "3", "--micro_batch_size", "4",
+    words = ["--save_every", "7", "--max_length", "64", "--num_workers", "2", "--num_steps", "3", "--micro_batch_tokens", "640",
              "--held_out", "generate=images"]  # fmt: skip
     changed = _override(recipe, create_parser().parse_args(["train", "tiny.hydra", *words]))
-    assert (changed.save_every, changed.max_length, changed.num_workers, changed.micro_batch_size) == (7, 64, 2, 4)
+    assert (changed.save_every, changed.max_length, changed.num_workers, changed.micro_batch_tokens) == (7, 64, 2, 640)
     assert changed.stages[0].num_steps == 3
     assert changed.stages[0].held_out == Sources((Source(task="generate", path="images"),))
 

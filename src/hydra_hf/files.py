@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
@@ -73,15 +74,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` makes a temporary file of the same ending next to `path`, which then takes its name; a failed one is removed."""
+    """`write` makes a file of the same name in a temporary folder next to `path`, whose place it then takes.
+
+    Nothing else is touched, and whatever ends it, an interrupt too, leaves nothing behind.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    try:
+    with TemporaryDirectory(prefix=f".{path.name[:40]}.", dir=path.parent) as folder:
+        temporary = Path(folder, path.name)
         write(temporary)
         sync(temporary)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

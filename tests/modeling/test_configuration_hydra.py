@@ -12,6 +12,14 @@ from hydra_hf import HydraConfig
 
 BAD_FIELDS = {
     "text_config.rope_parameters.rope_type": ("twisted", "rope_type='twisted' must be one of .*'default'"),
+    "text_config.rope_parameters": (
+        {"rope_type": "yarn", "rope_theta": 1e6},
+        "text_config: Missing required keys in `rope_parameters` .*'yarn': {'factor'}",
+    ),
+    "text_config.rope_parameters.factor": (
+        "2",
+        "text_config: rope_parameters has factor='2', expected a number of at least 1",
+    ),
     "text_config.num_attention_heads": (0, "text_config: num_attention_heads=0 must be at least 1"),
     "text_config.num_key_value_heads": (3, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
     "text_config.hidden_act": ("sharp", "text_config: hidden_act='sharp' must be one of"),

@@ -296,6 +296,16 @@ def test_broken_files_are_refused_by_name(image_processor, tmp_path):
         image_processor(Image.open(tmp_path / "half.png"))
 
 
+def test_a_broken_file_deep_in_folders_is_named_to_its_end_and_a_text_is_cut(image_processor, tmp_path):
+    folder = tmp_path / ("deep" * 25)
+    folder.mkdir()
+    (folder / "text.png").write_bytes(b"hello")
+    with pytest.raises(ValueError, match="text.png' cannot be read"):
+        image_processor(str(folder / "text.png"))
+    with pytest.raises(ValueError, match=r"'(QUJD){20}\.\.\.' cannot be read"):
+        image_processor("QUJD" * 100)
+
+
 def test_sizes_off_the_patch_grid_are_refused(image_processor):
     with pytest.raises(ValueError, match="30x28.*patch_size=14"):
         type(image_processor)(size={"height": 30, "width": 28})

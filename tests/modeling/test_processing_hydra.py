@@ -282,6 +282,25 @@ def test_malformed_conversations_are_refused_by_name(processor, method, conversa
 
 
 @pytest.mark.parametrize(
+    "read",
+    [
+        lambda processor, broken: processor.apply_chat_template([user(text(broken))]),
+        lambda processor, broken: processor.apply_chat_template([{"role": "user", "content": broken}], tokenize=True),
+        lambda processor, broken: processor.encode_conversations([[user(text("a")), assistant(text(broken))]]),
+        lambda processor, broken: processor.build_image_prompt(broken),
+        lambda processor, broken: processor(text=broken),
+        lambda processor, broken: processor(text=["a cat", broken], padding=True),
+    ],
+    ids=["parts", "content", "conversations", "prompt", "text", "texts"],
+)
+def test_half_a_character_is_refused_by_place(processor, read):
+    with pytest.raises(
+        ValueError, match=r"Got text='a \\ud83d cat', expected valid Unicode: character 2 is half of one"
+    ):
+        read(processor, "a \ud83d cat")
+
+
+@pytest.mark.parametrize(
     ("message", "complaint"),
     [(user({"type": "audio", "audio": "a.wav"}), "type 'audio'"), ({"role": "tool", "content": "a"}, "role 'tool'")],
 )

@@ -284,6 +284,19 @@ def test_sizes_that_are_not_as_many_as_the_prompts_are_refused(qwen):
         qwen.generate(torch.tensor([[1]] * 3), generation_mode="image", height=[8, 8])
 
 
+def test_the_prompt_that_leaves_its_picture_no_room_is_named(qwen):
+    context = qwen.config.text_config.max_position_embeddings
+    side = PATCH * int(context**0.5)
+    num_image_tokens = 1 + (side // PATCH) ** 2
+    sizes = {"height": [PATCH, side], "width": [PATCH, side]}
+    rows = left_padded([[1, 2, 3], [1] * (context - num_image_tokens)])  # one token more with <|vision_start|>
+    with pytest.raises(
+        ValueError,
+        match=f"Prompt 1 has {context - num_image_tokens + 1} tokens and its image {num_image_tokens}, expected at most {context}",
+    ):
+        qwen.generate(**rows, generation_mode="image", **sizes)
+
+
 def test_a_picture_is_drawn_after_two_pictures_of_two_sizes(qwen):
     drawn = qwen.generate(
         torch.tensor([prompt(0, 1)]), **packed(0, 1), generation_mode="image", num_inference_steps=1, guidance_scale=1

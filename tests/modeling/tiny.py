@@ -126,3 +126,10 @@ def left_padded(rows: list[list[int]]) -> dict[str, Tensor]:
         "input_ids": torch.tensor([[0] * (length - len(row)) + row for row in rows]),
         "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
     }
+
+
+def in_one_row(rows: list[list[int]]) -> dict[str, Tensor]:
+    """The rows behind each other, without padding."""
+    lengths = torch.tensor(list(map(len, rows)))
+    ids = torch.tensor([token for row in rows for token in row])
+    return {"input_ids": ids[None], "document_ids": torch.arange(len(rows)).repeat_interleave(lengths)[None]}

@@ -22,27 +22,28 @@ STAGE = HydraStage(
     decay_share=0.0,
     mixed_precision="no",
 )
-RUNS = {  # name -> tasks, micro_batch_size
-    "even": ({"understand": 2, "generate": 4}, None),
-    "accumulated": ({"understand": 3, "generate": 4}, 2),
-    "lacking": ({"understand": 1, "generate": 2}, None),  # the second process has no question
+RUNS = {  # name -> tasks, what differs in the recipe
+    "even": ({"understand": 2, "generate": 4}, {}),
+    "accumulated": ({"understand": 3, "generate": 4}, {"micro_batch_size": 2}),
+    "lacking": ({"understand": 1, "generate": 2}, {}),  # the second process has no question
+    "packed": ({"understand": 3, "generate": 4}, {"max_length": 80, "micro_batch_tokens": 160}),
 }
 
 
-def recipe(folder: Path, tasks: dict[str, int], micro_batch_size: int | None = None, **stage_changes) -> HydraRecipe:
+def recipe(folder: Path, tasks: dict[str, int], **stage_changes) -> HydraRecipe:
     tokenizer = folder / "tokenizer"
     if not tokenizer.exists():
         toy_pipeline().model.model.vision_tower.save_pretrained(tokenizer)
     return HydraRecipe(
         name="test", config=toy_config(), stages=(replace(STAGE, tasks=tasks, **stage_changes),), log_every=1,
         save_every=100, sample_every=100, tokenizer=str(tokenizer), processor=toy_processor(),
-        micro_batch_size=micro_batch_size, sample_prompts=("a cat",),
+        sample_prompts=("a cat", "a dog", "two red circles"),
     )  # fmt: skip
 
 
 def run(folder: Path, name: str, output_dir: Path) -> None:
-    tasks, micro_batch_size = RUNS[name]
-    train_hydra(recipe(folder, tasks, micro_batch_size), output_dir, only="stage1")
+    tasks, changes = RUNS[name]
+    train_hydra(replace(recipe(folder, tasks), **changes), output_dir, only="stage1")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from PIL import Image
 from vision_tower_run import CONFIG, make_stage
 
 from hydra_hf.data.images import ReadAhead, check_range
+from hydra_hf.data.seeds import hashed_generator
 from hydra_hf.data.sources import Source, Sources
 from hydra_hf.toy.batches import ToyBatches, ToyHeldOut, choose_canvas, toy_images
 from hydra_hf.toy.world import CANVASES, ToyWorld
-from hydra_hf.training.processes import split_batch
-from hydra_hf.training.randomness import row_generator, step_generator
+from hydra_hf.training.processes import share_of, split_batch
+from hydra_hf.training.randomness import row_generator
 from hydra_hf.training.recipe import Recipe, TokenizerLossWeights
 from hydra_hf.training.vision_tower_trainer import create_batches
 
@@ -27,7 +28,7 @@ def test_a_row_draws_the_same_whenever_it_is_asked():
 
 @pytest.mark.parametrize("other", [(2, 2), (1, 3), (2, 1), (1 + 2**32, 2)])
 def test_another_step_or_seed_gives_another_stream(other):
-    streams = [torch.rand(4, generator=step_generator(*numbers)) for numbers in ((1, 2), other)]
+    streams = [torch.rand(4, generator=hashed_generator(*numbers)) for numbers in ((1, 2), other)]
     assert not torch.equal(*streams)
 
 
@@ -51,7 +52,7 @@ def test_a_batch_that_cannot_be_split_exactly_is_refused(arguments):
 
 
 def test_rows_of_a_toy_batch_are_those_of_the_whole_batch():
-    batches, whole = ToyBatches(ToyWorld(1), 5, seed=1), toy_images(ToyWorld(1), 5, step_generator(1, 7))
+    batches, whole = ToyBatches(ToyWorld(1), 5, seed=1), toy_images(ToyWorld(1), 5, hashed_generator(1, 7))
     assert torch.equal(batches(7, range(5)), whole)
     assert torch.equal(batches(7, range(2, 4)), whole[2:4])
 
@@ -120,7 +121,7 @@ def test_a_folder_of_images_is_training_data(tmp_path, monkeypatch):
 
 
 def test_a_step_has_one_canvas_half_of_the_time_the_first_and_large_ones_less_often():
-    generator = step_generator(0, 0)
+    generator = hashed_generator(0, 0)
     chosen = [choose_canvas(CANVASES, generator) for _ in range(3000)]
     assert set(chosen) == set(CANVASES)
     assert 0.47 < chosen.count((64, 64)) / len(chosen) < 0.53
@@ -133,3 +134,11 @@ def test_a_step_has_one_canvas_half_of_the_time_the_first_and_large_ones_less_of
     shapes = {tuple(batches(step, range(5)).shape) for step in range(40)}
     assert len(shapes) > 5
     assert all(shape[:2] == (5, 3) and shape[2:] in CANVASES for shape in shapes)
+
+
+@pytest.mark.parametrize("number, num_processes", [(1, 1), (1, 3), (5, 2), (6, 3), (7, 4), (16, 5)])
+def test_the_shares_of_processes_are_equal_and_make_up_the_whole(number, num_processes):
+    shares = [share_of(number, index, num_processes) for index in range(num_processes)]
+    assert {row for share in shares for row in share} == set(range(number))
+    assert len({len(share) for share in shares}) == 1
+    assert len(shares[0]) * num_processes < number + num_processes

@@ -129,6 +129,14 @@ def test_micro_steps_divide_the_activations():
     assert parts.flops == whole.flops
 
 
+def test_a_budget_of_tokens_makes_micro_steps_of_about_as_many():
+    whole = report_stage(RECIPE, STAGE)
+    num_tokens = sum(task.num_samples * task.length[1] for task in whole.tasks.values())
+    packed = report_stage(replace(RECIPE, max_length=100, micro_batch_tokens=round(num_tokens / 3.5)), STAGE)
+    assert packed.accumulation == 4
+    assert packed.memory["activations"] == pytest.approx(whole.memory["activations"] / 4, rel=0.3)
+
+
 def test_adapters_are_counted_and_their_base_is_frozen():
     pytest.importorskip("peft")
     full, adapted = (report_stage(RECIPE, replace(EVERYTHING, lora_rank=rank)) for rank in (0, 2))

@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_propagation, enable_propagation
 
 from hydra_hf.data.collate import collate
 from hydra_hf.data.sample import Sample
+from hydra_hf.data.seeds import hashed_generator
 from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 from hydra_hf.toy.batches import ToyBundles, ToyData
@@ -22,7 +23,7 @@ from hydra_hf.training.hydra_trainer import create_bundles, create_held_out, cre
 from hydra_hf.training.interruption import TrainingInterruptedError
 from hydra_hf.training.objective import HydraObjective
 from hydra_hf.training.processes import num_accumulation_steps
-from hydra_hf.training.randomness import grids_per_row, row_noise, step_generator
+from hydra_hf.training.randomness import grids_per_sample, row_noise
 from hydra_hf.training.recipe import HydraRecipe, HydraStage
 from toy_models import toy_config, toy_language, toy_pipeline, toy_processor
 
@@ -346,7 +347,7 @@ def test_a_task_that_the_toy_world_does_not_have_is_refused(recipe):
 
 def edit_batch(recipe, num_samples: int = 1) -> dict:
     """Samples with a given image, some text of the assistant, and a generated image."""
-    generator = step_generator(0, 0)
+    generator = hashed_generator(0, 0)
     images = toy_language().world.render(toy_language().world.sample_scenes(2 * num_samples, generator)).split(2)
     samples = [
         Sample(task="edit", messages=[
@@ -389,7 +390,7 @@ def test_noise_is_put_on_generated_images_only(make_trainer, recipe, tmp_path):
 
 
 def test_text_to_image_has_the_start_of_each_image_as_its_only_label(make_trainer, recipe, tmp_path):
-    batch = collate(toy_language().generate_samples(2, step_generator(0, 0)), recipe.processor)
+    batch = collate(toy_language().generate_samples(2, hashed_generator(0, 0)), recipe.processor)
     trainer, batch["num_samples"] = make_trainer(tmp_path), 2
     start = recipe.config.vision_start_token_id
     assert batch["labels"][batch["labels"] >= 0].tolist() == [start, start]
@@ -397,7 +398,7 @@ def test_text_to_image_has_the_start_of_each_image_as_its_only_label(make_traine
 
 
 def test_a_batch_without_labels_has_no_logits_of_the_prompt(make_trainer, recipe, tmp_path):
-    batch = collate(toy_language().generate_samples(2, step_generator(0, 0)), recipe.processor)
+    batch = collate(toy_language().generate_samples(2, hashed_generator(0, 0)), recipe.processor)
     batch["labels"].fill_(-100)
     trainer = make_trainer(tmp_path)
     prepared = trainer.objective.prepare(trainer.model, bundle_of(generate=batch), "generate")
@@ -410,7 +411,7 @@ def test_images_of_several_sizes_train_as_each_alone(make_trainer, recipe, tmp_p
     samples = [
         Sample(task="generate", messages=[
             {"role": "user", "content": [{"type": "text", "text": "a cat"}]},
-            {"role": "assistant", "content": [{"type": "image", "image": torch.rand(3, *size, generator=step_generator(0, index))}]},
+            {"role": "assistant", "content": [{"type": "image", "image": torch.rand(3, *size, generator=hashed_generator(0, index))}]},
         ])
         for index, size in enumerate(sizes)
     ]  # fmt: skip
@@ -425,7 +426,7 @@ def test_images_of_several_sizes_train_as_each_alone(make_trainer, recipe, tmp_p
 
 
 def test_understanding_has_neither_noise_nor_a_velocity(make_trainer, recipe, tmp_path):
-    batch = collate(toy_language().understand_samples(2, step_generator(0, 0), 3), recipe.processor)
+    batch = collate(toy_language().understand_samples(2, hashed_generator(0, 0), 3), recipe.processor)
     trainer, bundle = make_trainer(tmp_path), bundle_of(understand=batch)
     prepared = trainer.objective.prepare(trainer.model, bundle, "understand")
     assert prepared["sigma"].tolist() == [0, 0]
@@ -440,7 +441,7 @@ def test_understanding_has_neither_noise_nor_a_velocity(make_trainer, recipe, tm
 def test_a_language_loss_is_the_mean_over_the_tokens_of_its_task(make_trainer, recipe, tmp_path):
     trainer = make_trainer(tmp_path, replace(STAGE1, task_weights={"understand": 0.25}))
     short, long = (
-        collate(toy_language().understand_samples(count, step_generator(0, count), questions), recipe.processor)
+        collate(toy_language().understand_samples(count, hashed_generator(0, count), questions), recipe.processor)
         for count, questions in ((1, 1), (3, 4))
     )
     loss, outputs = loss_of(trainer, bundle_of(understand=short, generate=long))
@@ -484,7 +485,7 @@ def test_a_weight_of_a_task_that_is_not_trained_or_below_zero_is_refused(weights
 def test_a_blank_batch_runs_its_forward_and_counts_nothing(make_trainer, recipe, tmp_path):
     trainer, understand = (
         make_trainer(tmp_path),
-        collate(toy_language().understand_samples(2, step_generator(0, 0), 3), recipe.processor),
+        collate(toy_language().understand_samples(2, hashed_generator(0, 0), 3), recipe.processor),
     )
     with_blank = bundle_of(understand=understand, generate=edit_batch(recipe, 1))
     with_blank["generate"]["num_samples"] = 0
@@ -594,8 +595,8 @@ def test_every_image_of_a_row_has_its_noise():
 
 def test_images_of_a_row_are_found_by_their_runs(recipe):
     ids = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]])
-    assert grids_per_row(ids, ["a", "b", "c"]) == [["a", "b"], [], ["c"]]
-    assert grids_per_row(edit_batch(recipe, 3)["mm_token_type_ids"], [*"abcdef"]) == [
+    assert grids_per_sample({"mm_token_type_ids": ids}, ["a", "b", "c"]) == [["a", "b"], [], ["c"]]
+    assert grids_per_sample(edit_batch(recipe, 3), [*"abcdef"]) == [
         ["a", "b"],
         ["c", "d"],
         ["e", "f"],
@@ -658,7 +659,7 @@ def test_a_stage_without_data_is_refused(recipe):
 @pytest.mark.parametrize("drop_prompt", [0.0, 1.0])
 def test_a_trained_drawing_has_the_tokens_of_a_drawn_one(recipe, drop_prompt):
     processor, tokenizer = recipe.processor, recipe.processor.tokenizer
-    for sample in toy_language().generate_samples(8, step_generator(0, 0), drop_prompt=drop_prompt):
+    for sample in toy_language().generate_samples(8, hashed_generator(0, 0), drop_prompt=drop_prompt):
         batch = collate([sample], processor)
         text = sample.messages[0]["content"][0]["text"]
         assert (text == "") == bool(drop_prompt)
@@ -669,14 +670,14 @@ def test_a_trained_drawing_has_the_tokens_of_a_drawn_one(recipe, drop_prompt):
 
 
 def test_the_null_prompt_of_the_config_is_the_trained_empty_prompt(recipe):
-    sample = toy_language().generate_samples(1, step_generator(0, 0), drop_prompt=1.0)[0]
+    sample = toy_language().generate_samples(1, hashed_generator(0, 0), drop_prompt=1.0)[0]
     ids = collate([sample], recipe.processor)["input_ids"][0].tolist()
     assert ids[: ids.index(recipe.processor.image_token_id)] == recipe.config.null_prompt_ids
 
 
 def test_a_trained_question_has_the_tokens_of_an_asked_one(recipe):
     processor = recipe.processor
-    for sample in toy_language().understand_samples(6, step_generator(0, 0), 3):
+    for sample in toy_language().understand_samples(6, hashed_generator(0, 0), 3):
         batch = collate([sample], processor)
         asked = processor.apply_chat_template(
             sample.messages[:1], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

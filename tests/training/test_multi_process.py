@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import hydra_run
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 
@@ -61,6 +63,13 @@ def test_a_run_on_two_processes_is_the_run_on_one(folder, name):
     assert [record["step"] for record in log_of(many)] == [1, 2, 3]  # written once
     for record, expected in zip(log_of(many), log_of(one), strict=True):
         assert record == pytest.approx(expected, rel=1e-4, abs=2e-5)  # the log has five digits
+
+
+@pytest.mark.slow
+def test_the_images_that_processes_share_are_those_of_one(folder):
+    one, many = (Image.open(folder / f"even-{name}" / "stage1" / "samples-000003.png") for name in ("one", "many"))
+    assert len({one.crop((x, 0, x + 64, 64)).tobytes() for x in (2, 68, 134)}) == 3
+    assert np.abs(np.asarray(one, np.int16) - np.asarray(many, np.int16)).max() <= 1
 
 
 @pytest.mark.slow

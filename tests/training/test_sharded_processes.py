@@ -76,6 +76,16 @@ def test_what_a_sharded_run_gives_is_whole_fp32_and_the_same_once_resumed(folder
 
 
 @pytest.mark.slow
+def test_what_we_write_of_a_sharded_checkpoint_is_no_pickle(sharded):
+    """The shards themselves are in the format of torch or DeepSpeed."""
+    name, runs = sharded
+    paths = [path for path in runs.rglob("*") if path.suffix in (".pt", ".pkl", ".bin", ".pth")]
+    shards = {"fsdp": "", "deepspeed": "_states.pt"}[name]
+    assert [path.name for path in paths if not (shards and path.name.endswith(shards))] == []
+    assert len([*(runs / "hydra").rglob("scheduler.json")]) == 4  # after steps 2 and 3, of two runs
+
+
+@pytest.mark.slow
 def test_a_sharded_checkpoint_is_refused_by_one_process(folder, sharded, tmp_path):
     name, runs = sharded
     (tmp_path / "stage1").mkdir()

@@ -1,4 +1,5 @@
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ from safetensors.torch import load_file
 from vision_tower_run import BACKBONE, last_checkpoint, make_stage, make_trainer, write_judges
 
 from hydra_hf.modeling.compat import CHECKPOINTING
+from hydra_hf.training.interruption import TrainingInterruptedError
 from hydra_hf.training.recipe import TokenizerLossWeights
 
 
@@ -181,3 +183,11 @@ def test_a_layer_that_the_student_does_not_have_is_refused(judges, tmp_path):
 def test_a_loss_without_its_judge_is_refused(judges, weights, message):
     with pytest.raises(ValueError, match=message):
         make_stage(judges, loss_weights=weights, teacher=None)
+
+
+def test_the_bar_is_closed_before_an_interrupt_is_told(judges, tmp_path, capsys):
+    trainer = make_trainer(tmp_path, make_stage(judges, loss_weights=TokenizerLossWeights()))
+    trainer.stop.signum = signal.SIGTERM
+    with pytest.raises(TrainingInterruptedError, match="all stopped at step 1 by SIGTERM"):
+        trainer.train_steps()
+    assert capsys.readouterr().err.endswith("\n")

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from vision_tower_run import SIZES
 
+from hydra_hf.data.seeds import hashed_generator
 from hydra_hf.modeling import (
     HydraTokConfig,
     HydraTokForPreTraining,
@@ -19,7 +20,6 @@ from hydra_hf.modeling.grid import latents_to_tokens
 from hydra_hf.toy.batches import ToyBatches, ToyData, ToyHeldOut, toy_images
 from hydra_hf.toy.world import CANVAS, ToyWorld
 from hydra_hf.training.image_trainer import TokenizerTrainer, measure_latents
-from hydra_hf.training.randomness import step_generator
 from hydra_hf.training.recipe import Recipe, TokenizerLossWeights, TokenizerStage
 from hydra_hf.training.vision_tower_trainer import create_stage_model, train_tokenizer
 
@@ -275,18 +275,18 @@ def test_a_checkpoint_holds_no_pickle(finished):
 
 def test_a_finished_tokenizer_opens_in_transformers(finished, world):
     model = HydraTokModel.from_pretrained(finished[1]).eval()
-    pixel_values = toy_images(world, 2, step_generator(0, 0))
+    pixel_values = toy_images(world, 2, hashed_generator(0, 0))
     assert model.decode(model.encode(pixel_values).latent).sample.shape == pixel_values.shape
 
 
 def test_a_training_batch_holds_pictures_depth_and_segmentations(world):
-    images = toy_images(world, 5, step_generator(0, 0))
+    images = toy_images(world, 5, hashed_generator(0, 0))
     assert images.shape == (5, 3, *CANVAS)
     assert images.abs().max() <= 1
     assert set(images[0].unique().tolist()) <= {-1.0, 0.0, 1.0}  # depth: background, far, near
     assert set(images[1].unique().tolist()) == {-1.0, 1.0}  # boundaries
     assert len(images[2:].unique()) > 10
-    assert torch.equal(images, toy_images(world, 5, step_generator(0, 0)))
+    assert torch.equal(images, toy_images(world, 5, hashed_generator(0, 0)))
 
 
 def test_noise_of_a_step_is_the_same_whenever_it_is_drawn(make_trainer, tmp_path):
@@ -319,12 +319,12 @@ def untrained(world) -> tuple[HydraTokModel, list[torch.Tensor]]:
     model = HydraTokForPreTraining(
         HydraTokConfig.from_dict({**CONFIG.to_dict(), "decoder_config": VIT_DECODER.to_dict()})
     )
-    return model.model.eval(), [toy_images(world, 5, step_generator(0, step)) for step in range(3)]
+    return model.model.eval(), [toy_images(world, 5, hashed_generator(0, step)) for step in range(3)]
 
 
 def sample_latents(model: HydraTokModel, batches: list[torch.Tensor], num_draws: int) -> torch.Tensor:
     """(number of tokens, C)."""
-    generator = step_generator(0, 0)
+    generator = hashed_generator(0, 0)
     with torch.no_grad():
         dists = [model.encode(batch).latent_dist for batch in batches]
     draws = [latents_to_tokens(dist.sample(generator)) for dist in dists for _ in range(num_draws)]

@@ -1,6 +1,7 @@
 """What the files here share: a suite or a reason why not, and the table of tests that do not apply."""
 
 import unittest
+import warnings
 from importlib import import_module
 from types import ModuleType
 
@@ -13,7 +14,9 @@ COMMAND = "python tests/upstream/fetch.py"
 def suite(module: str) -> ModuleType:
     """A module of the fetched sources; without it, the file that asks skips and names the command that fetches."""
     try:
-        return import_module(module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # suites import what their own library deprecates
+            return import_module(module)
     except ModuleNotFoundError as error:
         if not error.name.startswith(module.split(".")[0]) and error.name != "parameterized":
             raise

@@ -2,7 +2,11 @@
 
 import argparse
 import io
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
@@ -11,6 +15,14 @@ from . import ask, convert, evaluate, generate, prepare, reconstruct, train
 
 
 VERBS = (generate, ask, reconstruct, prepare, train, evaluate, convert)
+LESS_MEMORY = {
+    "micro_batch_size": "a lower --micro_batch_size",
+    "gradient_checkpointing": "--gradient_checkpointing",
+    "max_length": "a lower --max_length",
+    "height": "a lower --height and --width",
+    "image": "a smaller picture",
+    "dtype": "--dtype bfloat16",
+}  # what helps, by the option that a verb has
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,20 +33,48 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. A wrong argument, file or config is one line on stderr and exit code 2, an interrupt 130."""
+    """Runs one command. A wrong argument, file or config, or too little memory, is one line on stderr and exit code 2, an interrupt 130."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name or an answer that the terminal cannot show
     options = create_parser().parse_args(arguments)
     try:
-        options.run(options)
+        with sigterm_as_exit():
+            options.run(options)
     except KeyboardInterrupt:
         print(f"hydra {options.command}: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, StrictDataclassError) as error:
         print(f"hydra {options.command}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        ways = ", ".join(way for name, way in LESS_MEMORY.items() if hasattr(options, name))
+        print(f"hydra {options.command}: out of memory, which may take less with: {ways}", file=sys.stderr)
+        return 2
     return 0
+
+
+@contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """SIGTERM ends the command by SystemExit, so that what is being written is removed."""
+    if threading.current_thread() is not threading.main_thread():  # others may not
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Of an accelerator, or of the CPU, for which torch has no class."""
+    import torch
+
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(text in str(error) for text in ("DefaultCPUAllocator", "out of memory"))
 
 
 def create_parser() -> argparse.ArgumentParser:

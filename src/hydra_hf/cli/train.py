@@ -13,7 +13,7 @@ from typing import TextIO
 from .common import add_device, check_out_folder, choose_device
 
 
-HYDRA_OPTIONS = ("num_workers", "max_length")
+HYDRA_OPTIONS = ("num_workers", "max_length", "micro_batch_tokens")
 STAGE_OPTIONS = {
     "teacher_weights": "safetensors of a timm teacher",
     "perceptual_backbone": "lpips:vgg, lpips:alex, lpips:squeeze or timm:NAME",
@@ -45,6 +45,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--held_out", action="append", metavar="TASK=PATH", help="what is measured and not trained on"
     )
     command.add_argument("--micro_batch_size", type=int, help="samples in memory at once; the rest is accumulated")
+    command.add_argument(
+        "--micro_batch_tokens",
+        type=int,
+        help="of HYDRA: tokens in memory at once, of samples packed without padding, instead of --micro_batch_size",
+    )
     command.add_argument("--gradient_checkpointing", action="store_true", default=None, help="less memory, more time")
     for name, summary in STAGE_OPTIONS.items():
         command.add_argument(f"--{name}", help=summary)
@@ -164,7 +169,7 @@ def _override(recipe, options: argparse.Namespace):
         for name in ("data", "held_out")
         if getattr(options, name)
     }
-    names = ("micro_batch_size", "gradient_checkpointing", "save_every", "num_workers", "max_length")
+    names = ("micro_batch_size", "gradient_checkpointing", "save_every", *HYDRA_OPTIONS)
     fields = {name: getattr(options, name) for name in names}
     stage_fields = sources | {name: getattr(options, name) for name in ("num_steps", "lora_rank", *STAGE_OPTIONS)}
     recipe = replace(recipe, **{name: value for name, value in fields.items() if value is not None})

@@ -8,7 +8,7 @@ from hydra_hf.modeling import HydraProcessor
 from .collate import collate
 from .readers import TaskReader
 from .sample import Sample
-from .tasks import TASKS
+from .tasks import TASKS, images_of
 
 
 class Bundles(Dataset):
@@ -87,7 +87,11 @@ class Bundles(Dataset):
 
     def _blank_sample(self, task: str) -> Sample:
         smallest = torch.zeros(3, self.processor.patch_size, self.processor.patch_size)
-        return Sample(task=task, messages=TASKS[task].blank_messages(smallest))
+        messages = TASKS[task].blank_messages(smallest)
+        if (channels := self.readers[task].latent_channels) is not None:
+            for part in images_of(messages):
+                part |= {"image": (1, 1, 1), "latent_mean": torch.zeros(1, channels)}
+        return Sample(task=task, messages=messages)
 
     def _follow_streams(self, index: int) -> None:
         """Keeps the positions of the streams at the start of a step. ValueError for an item out of order."""

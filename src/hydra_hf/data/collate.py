@@ -6,28 +6,39 @@ from torch.nn.utils.rnn import pad_sequence
 
 from hydra_hf.modeling import HydraProcessor
 from hydra_hf.modeling.grid import pack_images
+from hydra_hf.modeling.image_processing_hydra import as_pixel_values
 
 from .sample import Sample
+from .tasks import images_of
 
 
 def collate(samples: list[Sample], processor: HydraProcessor) -> dict[str, Tensor]:
     """One padded batch: `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (B, L); the images, of any sizes, packed
-    in the order of their placeholders: `pixel_values` (total_patches, 3 p p), `image_grid_thw` (num_images, 3);
-    `is_generated` (num_images,), true in assistants' turns.
+    in the order of their placeholders: `pixel_values` (total_patches, 3 p p), for `as_pixel_values`, or of latents `latent_means` (total_tokens, C),
+    and `image_grid_thw` (num_images, 3); `is_generated` (num_images,), true in assistants' turns.
     """
     batch = encode_samples(samples, processor)
     assistant_masks = batch.pop("assistant_masks").bool()
     images, is_generated = [], []
-    for sample in samples:
-        for message in sample.messages:
-            parts = [part["image"] for part in message["content"] if part["type"] == "image"]
-            images += parts
-            is_generated += [message["role"] == "assistant"] * len(parts)
+    for message in (message for sample in samples for message in sample.messages):
+        parts = images_of([message])
+        images += parts
+        is_generated += [message["role"] == "assistant"] * len(parts)
     batch["labels"] = text_labels(batch, assistant_masks)
     if images:
-        batch["pixel_values"], _ = pack_images(images, processor.patch_size)
+        if "latent_mean" in images[0]:
+            batch["latent_means"] = torch.cat([part["latent_mean"] for part in images])
+        else:
+            batch["pixel_values"], _ = pack_pixels([part["image"] for part in images], processor.patch_size)
         batch["is_generated"] = torch.tensor(is_generated)
     return batch
+
+
+def pack_pixels(images: list[Tensor], patch_size: int) -> tuple[Tensor, Tensor]:
+    """`pack_images` in uint8 where all are levels; in floats of [-1, 1] otherwise."""
+    if any(image.is_floating_point() for image in images):
+        images = [as_pixel_values(image) for image in images]
+    return pack_images(images, patch_size)
 
 
 def encode_samples(samples: list[Sample], processor: HydraProcessor) -> dict[str, Tensor]:

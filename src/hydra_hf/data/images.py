@@ -65,6 +65,10 @@ class ImageBatches:
         with_images = tuple(source for source in sources if TASKS[source.task].num_images)
         if not with_images:
             raise ValueError(f"Got {len(sources)} sources and none of a task with images, expected at least one.")
+        if encoded := [source.path for source in with_images if source.latents]:
+            raise ValueError(
+                f"Got latents for {encoded}, but a vision tower is trained on pixels: leave latents=... out."
+            )
         if streams := [source.path for source in with_images if source.is_stream]:
             raise ValueError(f"Got the streams {streams}, expected sources that images can be taken from by number.")
         size = {"height": image_size, "width": image_size}
@@ -83,6 +87,6 @@ class ImageBatches:
         return torch.stack(list(self.threads.map(self._image, [step * self.batch_size + row for row in rows])))
 
     def _image(self, number: int) -> Tensor:
-        image = self.mix.read(number, lambda reader, record: reader.image(record))
+        image = self.mix.read(number, lambda reader, record, place: reader.image(record))
         is_mirrored = random.Random(repr((self.seed, "mirror", number))).random() < 0.5
         return image.flip(-1) if is_mirrored else image

@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
 
+from .latents import StoredLatents
 from .order import key_of
 from .records import Columns, RecordReader, find_columns, one_record
 from .sample import Sample
@@ -54,6 +55,9 @@ class SourceMix:
         self.num_skipped: dict[str, int] = defaultdict(int)  # "path: reason" -> records
         self.counts = _counts_in_block(sources)
         self.tables, self.readers = [], []
+        if len({source.latents is None for source in sources}) > 1:
+            raise ValueError(f"Of {[source.path for source in sources]} some have latents and some have not, expected one"
+                             " kind for a task.")  # fmt: skip
         for index, source in enumerate(sources):
             table = open_table(source, (seed, index), process_index, num_processes)
             columns = _columns_of(source, table)
@@ -65,15 +69,16 @@ class SourceMix:
             logger.info("%s: %s.", source.path, columns)
             self.num_skipped.update(table.lost)
             self.tables.append(table)
-            self.readers.append(RecordReader(columns, _image_root(source), image_processor))
+            latents = None if source.latents is None else StoredLatents(source, image_processor)
+            self.readers.append(RecordReader(columns, _image_root(source), image_processor, latents))
 
     def place_of(self, number: int) -> tuple[int, int]:
         """The source of a number, and which of the source's own numbers it is."""
         block, place = divmod(number, BLOCK)
         return _places_in_block(self.seed, block, tuple(self.counts))[place]
 
-    def read(self, number: int, convert: Callable[[RecordReader, dict], Any]) -> Any:
-        """What `convert` makes of the number's record, or of the next candidate that it can read.
+    def read(self, number: int, convert: Callable[[RecordReader, dict, int], Any]) -> Any:
+        """What `convert` makes of the number's record and its place in the source, or of the next candidate that it can read.
 
         None if this process's share of a stream is empty. ValueError if nothing in 1000 tries can be read.
         """
@@ -84,7 +89,7 @@ class SourceMix:
                 with one_record():
                     with READING:
                         record = table.record(place)
-                    return convert(self.readers[index], record)
+                    return convert(self.readers[index], record, place)
             except UnreadableRecordError as error:
                 self._skip(self.sources[index], place, error)
         if place is None:
@@ -152,15 +157,21 @@ class TaskReader(SourceMix):
             raise ValueError(f"Got sources of the tasks {sorted(tasks)}, expected one task.")
         self.task, self.drop_prompt = tasks.pop(), drop_prompt
         self.processor, self.max_length = processor, max_length
-        super().__init__(sources, processor.image_processor, seed, _fits, process_index, num_processes)
+        super().__init__(sources, processor.image_processor, seed, fits, process_index, num_processes)
 
     def __getitem__(self, number: int) -> Sample | None:
         """None if this process's share of a stream is empty."""
-        return self.read(number, lambda reader, record: self._sample(reader, record, number))
+        return self.read(number, lambda reader, record, place: self._sample(reader, record, place, number))
 
-    def _sample(self, reader: RecordReader, record: dict, number: int) -> Sample:
+    @property
+    def latent_channels(self) -> int | None:
+        """Of latents in the place of pixels."""
+        latents = self.readers[0].latents
+        return None if latents is None else latents.latent_channels
+
+    def _sample(self, reader: RecordReader, record: dict, place: int, number: int) -> Sample:
         rng = random.Random(key_of(self.seed, "sample", number))
-        sample = reader.sample(record, self.task, rng)
+        sample = reader.sample(record, self.task, rng, place)
         messages = sample.messages
         if TASKS[self.task].drops_prompt and rng.random() < self.drop_prompt:
             messages = [{"role": "user", "content": [{"type": "text", "text": ""}]}, *messages[1:]]
@@ -194,7 +205,8 @@ def create_readers(
     return readers
 
 
-def _fits(source: Source, columns: Columns) -> bool:
+def fits(source: Source, columns: Columns) -> bool:
+    """Whether the records of a source can be samples of its task."""
     return TASKS[source.task].fits(columns)
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
-from transformers.feature_extraction_utils import BatchFeature
 
 from hydra_hf.modeling import HydraImageProcessor
-from hydra_hf.modeling.grid import unpack_images
+from hydra_hf.modeling.image_processing_hydra import as_pixel_values, normalize_levels
 
+from .latents import StoredLatents
 from .sample import Sample
 from .tasks import TASKS, UnreadableRecordError, images_of
 
@@ -103,17 +104,30 @@ class RecordReader:
 
     Args:
         image_root: the folder of image paths.
+        latents: of the images, by the number of their record; they are then not decoded.
     """
 
-    def __init__(self, columns: Columns, image_root: Path, image_processor: HydraImageProcessor):
+    def __init__(
+        self,
+        columns: Columns,
+        image_root: Path,
+        image_processor: HydraImageProcessor,
+        latents: StoredLatents | None = None,
+    ):
         self.columns, self.image_root, self.image_processor = columns, image_root, image_processor
+        self.latents = latents
+        image_processor.check_plain()
 
-    def sample(self, record: dict, task: str, rng: random.Random | None = None) -> Sample:
-        """`rng` chooses among several captions; without it, it is the first."""
+    def sample(self, record: dict, task: str, rng: random.Random | None = None, number: int | None = None) -> Sample:
+        """`rng` chooses among several captions; without it, it is the first. `number` is what latents are found by."""
         with one_record():
             messages = TASKS[task].read(self, self._with_one_caption(record, rng))
             parts = [part for message in messages for part in message["content"]]
             _check_texts([part["text"] for part in parts if part["type"] == "text"])
+            if self.latents is not None:
+                for part, (grid, mean) in zip(images_of(messages), self.latents[number], strict=True):
+                    part |= {"image": grid, "latent_mean": mean}
+                return Sample(task=task, messages=messages)
             for message in messages:
                 pixels_of = self.generated_image if message["role"] == "assistant" else self.given_image
                 for part in images_of([message]):
@@ -126,7 +140,7 @@ class RecordReader:
             images = self._images(record)
             if not images:
                 raise UnreadableRecordError("no image")
-            return self.generated_image(images[0])
+            return as_pixel_values(self.generated_image(images[0]))
 
     # Captions
 
@@ -202,18 +216,17 @@ class RecordReader:
         return images[0]
 
     def given_image(self, value: bytes | str | dict) -> Tensor:
-        """Bytes, a path or `{"bytes", "path"}` to (3, H, W) in [-1, 1], seen whole."""
-        return self._pixels(value, self.image_processor)
+        """Bytes, a path or `{"bytes", "path"}` to (3, H, W), seen whole: levels, or of floats pixels, see `Sample`."""
+        return self._pixels(value, self.image_processor.given_levels)
 
     def generated_image(self, value: bytes | str | dict) -> Tensor:
-        """Bytes, a path or `{"bytes", "path"}` to (3, H, W) in [-1, 1], the middle part in the nearest aspect."""
-        return self._pixels(value, self.image_processor.preprocess_generated)
+        """As `given_image`, the middle part in the nearest aspect."""
+        return self._pixels(value, self.image_processor.generated_levels)
 
-    def _pixels(self, value: bytes | str | dict, process: Callable[..., BatchFeature]) -> Tensor:
+    def _pixels(self, value: bytes | str | dict, levels_of: Callable[[Image.Image], Tensor]) -> Tensor:
         try:
-            processed = process(Image.open(self._open(value)), return_tensors="pt")
-            patch_size = self.image_processor.patch_size
-            return unpack_images(processed["pixel_values"], processed["image_grid_thw"], patch_size)[0]
+            levels = levels_of(Image.open(self._open(value)))
+            return levels if levels.dtype == torch.uint8 else normalize_levels(levels)
         except UnreadableRecordError:
             raise
         except Exception as error:  # the decoders of damaged files raise nearly everything

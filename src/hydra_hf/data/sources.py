@@ -20,6 +20,7 @@ class Source:
         weight: share of the task's samples, relative to the task's other sources.
         split: of a data set on the Hub; of all others a slice, such as "train[:1000]".
         image_root: folder of image paths in JSON and parquet; that of the first file when None.
+        latents: folder of what `hydra prepare latents` made of the images, which are then not decoded nor encoded again.
         streaming: Parquet is read where it is, without a copy in the cache, files and row groups are shuffled as such and
             inside; a data set on the Hub is read from front to back in shuffled blocks. For what is too large for a copy.
     """
@@ -29,6 +30,7 @@ class Source:
     weight: float = 1.0
     split: str = "train"
     image_root: str | None = None
+    latents: str | None = None
     streaming: bool = False
 
     def __post_init__(self):
@@ -40,6 +42,9 @@ class Source:
             raise ValueError(f"The source of task {self.task!r} has an empty path.")
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise ValueError(f"{self.path}: weight={self.weight} must be a number above 0.")
+
+        if self.latents is not None and self.is_stream:
+            raise ValueError(f"{self.path}: latents={self.latents} are kept by number, which a stream does not have.")
 
     @property
     def is_stream(self) -> bool:

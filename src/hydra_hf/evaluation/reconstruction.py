@@ -1,6 +1,6 @@
 """How much of a picture survives the tokenizer."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -23,9 +23,14 @@ def reconstruct(model: HydraTokModel, pixel_values: Tensor, seed: int = 0, batch
 
 
 def score_reconstructions(
-    pairs: Iterable[tuple[Tensor, Tensor]], features: PooledFeatures | None = None
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    features: PooledFeatures | None = None,
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> dict[str, float]:
-    """Mean `psnr` in dB and `ssim` of batches of pictures and their copies; with `features`, `frechet/NAME` between the two."""
+    """Mean `psnr` in dB and `ssim` of batches of pictures and their copies; with `features`, `frechet/NAME` between the two.
+
+    `gather` gives the rows of all processes, each of which has batches of its own.
+    """
     scores, pooled = {"psnr": [], "ssim": []}, ([], [])
     for originals, copies in pairs:
         scores["psnr"].append(psnr(originals, copies))
@@ -33,10 +38,10 @@ def score_reconstructions(
         if features is not None:
             for kept, pictures in zip(pooled, (originals, copies)):
                 kept.append(features(pictures))
-    means = {name: torch.cat(values).mean().item() for name, values in scores.items()}
+    means = {name: gather(torch.cat(values)).mean().item() for name, values in scores.items()}
     if features is None:
         return means
-    return {**means, f"frechet/{features.name}": frechet_distance(torch.cat(pooled[0]), torch.cat(pooled[1]))}
+    return {**means, f"frechet/{features.name}": frechet_distance(*(gather(torch.cat(kept)) for kept in pooled))}
 
 
 def photo_crops(size: int) -> Tensor:

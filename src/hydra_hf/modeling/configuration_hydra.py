@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import field
+from numbers import Real
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -55,6 +56,9 @@ def _check_language_model(config: PreTrainedConfig) -> None:
     ):  # one for each kind of layer
         if "rope_type" in parameters:
             _check_choice("text_config: rope_type", parameters["rope_type"], {"default", *ROPE_INIT_FUNCTIONS})
+        factor = parameters.get("factor", 1.0)
+        if not isinstance(factor, Real) or not 1 <= factor < math.inf:
+            raise ValueError(f"text_config: rope_parameters has {factor=}, expected a number of at least 1.")
 
 
 def _check_dtype(name: str, dtype: object) -> None:
@@ -311,7 +315,10 @@ class HydraConfig(HydraPreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except KeyError as error:  # how transformers says that rope_parameters lack one
+            raise ValueError(f"text_config: {error.args[0]}") from error
         self.tie_word_embeddings = (
             self.text_config.tie_word_embeddings
         )  # only the top-level flag ties the language head

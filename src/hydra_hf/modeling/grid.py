@@ -94,7 +94,11 @@ def tokens_to_latents(tokens: Tensor, grid: Grid) -> Tensor:
 def pack_images(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, Tensor]:
     """`pixel_values` (total_patches, 3 p p) and `image_grid_thw` (num_images, 3) of images (3, H, W) of any sizes."""
     grids = [image_grid(*image.shape[-2:], patch_size) for image in images]
-    return torch.cat([patchify(image[None], patch_size)[0] for image in images]), torch.tensor(grids)
+    packed = images[0].new_empty(sum(map(num_tokens, grids)), images[0].shape[0] * patch_size**2)
+    for patches, image, (_, h, w) in zip(split_images(packed, grids), images, grids):  # each written once
+        places = patches.view(h, w, -1, patch_size, patch_size)
+        places.copy_(image.unflatten(2, (w, -1)).unflatten(1, (h, -1)).permute(1, 3, 0, 2, 4))
+    return packed, torch.tensor(grids)
 
 
 def unpack_images(pixel_values: Tensor, image_grid_thw: Tensor, patch_size: int) -> list[Tensor]:
@@ -288,6 +292,15 @@ def run_lengths(is_image: Tensor) -> list[int]:
     """How many positions each run of image tokens of a batch (B, L) has, row by row."""
     steps = nn.functional.pad(is_image, (1, 1), value=False).int().flatten().diff()
     return ((steps == -1).nonzero() - (steps == 1).nonzero()).flatten().tolist()
+
+
+def count_images(mm_token_type_ids: Tensor, document_ids: Tensor | None = None) -> list[int]:
+    """How many images each sample of a batch (B, L) has: a sample is a row, or one of the documents of a single row."""
+    is_image = mm_token_type_ids == 1
+    starts = is_image & ~nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
+    if document_ids is None:
+        return starts.sum(dim=1).tolist()
+    return torch.bincount(document_ids[starts], minlength=int(document_ids.max()) + 1).tolist()
 
 
 def place_images(inputs_embeds: Tensor, image_mask: Tensor, image_embeds: Sequence[Tensor]) -> Tensor:

@@ -261,6 +261,10 @@ class ImageGenerationMixin:
             guidance_scale: 1 or less is no guidance, as in diffusers.
             generator: one, or one for each image; it draws the latents, then the decoder's noise. None is torch's global
                 generator, as in `generate`.
+
+        Raises:
+            ValueError: if a prompt and its image do not fit the context, sizes are off the patch grid, or there is another
+                number of them than prompts.
         """
         config, device = self.config, input_ids.device
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -271,6 +275,7 @@ class ImageGenerationMixin:
         if guidance_scale > 1 and pixel_values is not None:
             raise ValueError("Guidance for prompts with images is not supported yet; use guidance_scale=1.")
         grids = self._get_latent_grids(height, width, len(input_ids))
+        self._check_context(attention_mask, grids)
         prefix = self.prefill(input_ids, attention_mask, pixel_values, image_grid_thw)
         branches = [GuidanceBranch(prefix)]
         if guidance_scale > 1:
@@ -300,6 +305,16 @@ class ImageGenerationMixin:
         if any(len(size) != num_images for size in sizes):
             raise ValueError(f"Got {height=} and {width=} for {num_images} prompts, expected one, or one for each.")
         return [self.get_latent_grid(*size) for size in zip(*sizes)]
+
+    def _check_context(self, attention_mask: Tensor, grids: list[Grid]) -> None:
+        context = self.config.text_config.max_position_embeddings
+        for index, (length, grid) in enumerate(zip(attention_mask.sum(-1).tolist(), grids)):
+            num_image_tokens = self.config.num_time_tokens + num_tokens(grid)
+            if length + num_image_tokens > context:
+                raise ValueError(
+                    f"Prompt {index} has {length} tokens and its image {num_image_tokens}, expected at most {context} together:"
+                    " the context of the language model."
+                )
 
     def _prefill_null_prompts(self, input_ids: Tensor) -> ImagePrefix:
         null = input_ids.new_tensor(self.config.null_prompt_ids).expand(len(input_ids), -1)

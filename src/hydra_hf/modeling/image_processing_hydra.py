@@ -29,6 +29,17 @@ from .grid import aspect_buckets, pack_images
 logger = logging.get_logger(__name__)
 
 WHITE = 255
+ORIENTATION = 0x0112  # tag of EXIF
+
+
+def as_pixel_values(image: Tensor) -> Tensor:
+    """Pixels in [-1, 1] of RGB levels 0 to 255, which are uint8; floats are pixels already. On the device that they are on."""
+    return image if image.is_floating_point() else normalize_levels(image)
+
+
+def normalize_levels(levels: Tensor) -> Tensor:
+    """RGB levels 0 to 255 of any shape and type to [-1, 1] in fp32."""
+    return levels.to(torch.float32, copy=True).sub_(WHITE / 2).div_(WHITE / 2)
 
 
 class HydraImageProcessorKwargs(ImagesKwargs, total=False):
@@ -47,11 +58,13 @@ def read_image(source: str | os.PathLike, max_input_pixels: int) -> Image.Image:
 
     Raises ValueError for what is no image, ConnectionError for a URL that cannot be fetched.
     """
-    name = str(source) if len(str(source)) <= 80 else f"{str(source)[:80]}..."
+    name = str(source)
+    if len(name) > 80 and not os.path.isfile(source):  # a base64 string
+        name = f"{name[:80]}..."
     try:
         image = Image.open(_image_file(source))
         check_image_size(image.height, image.width, max_input_pixels)
-        return ImageOps.exif_transpose(image)
+        return upright(image)
     except ConnectionError:
         raise
     except (OSError, SyntaxError, Image.DecompressionBombError, binascii.Error) as error:  # SyntaxError: a broken PNG
@@ -107,13 +120,21 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """The largest middle part whose sides are as `height` to `width`."""
     scale = min(image.height / height, image.width / width)
     crop_height, crop_width = max(1, round(height * scale)), max(1, round(width * scale))
+    if (crop_height, crop_width) == (image.height, image.width):
+        return image
     top, left = (image.height - crop_height) // 2, (image.width - crop_width) // 2
     return image.crop((left, top, left + crop_width, top + crop_height))
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The image, turned if its file says that it lies on its side; `ImageOps.exif_transpose` would copy all others."""
+    image.load()  # a PNG may say so at its end
+    return image if image.getexif().get(ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
+
+
 def pil_to_levels(image: Image.Image) -> Tensor:
     """The RGB levels 0 to 255 of a PIL image of any mode, transparency over white: (3, H, W)."""
-    image = ImageOps.exif_transpose(image)  # a photograph may say that it lies on its side
+    image = upright(image)
     if image.mode == "I" or image.mode.startswith("I;16"):  # what 16-bit PNGs open as; convert("RGB") clips at 255
         array = np.asarray(image).astype(np.int64)
         if array.min() < 0 or array.max() > 65535:
@@ -124,7 +145,8 @@ def pil_to_levels(image: Image.Image) -> Tensor:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def array_to_levels(image: Tensor, float_range: tuple[float, float] = (-1, 1)) -> Tensor:
@@ -303,10 +325,38 @@ class HydraImageProcessor(TorchvisionBackend):
 
     def preprocess_generated(self, image: Image.Image, **kwargs) -> BatchFeature:
         """What calling gives, for an image that the model is to learn to generate: its middle, in its `generated_size`."""
+        image, height, width = self._crop_generated(image)
+        return self(image, size={"height": height, "width": width}, **kwargs)
+
+    def _crop_generated(self, image: Image.Image) -> tuple[Image.Image, int, int]:
         check_image_size(image.height, image.width, self.max_input_pixels)
-        image = ImageOps.exif_transpose(image)
+        image = upright(image)
         height, width = self.generated_size(image.height, image.width)
-        return self(center_crop(image, height, width), size={"height": height, "width": width}, **kwargs)
+        return center_crop(image, height, width), height, width
+
+    # Levels: what training keeps in memory, a quarter of the pixels
+
+    def check_plain(self) -> None:
+        """ValueError for settings under which calling does other things than to resize, and to normalise to [-1, 1]."""
+        plain, own = HydraImageProcessor().to_dict(), self.to_dict()
+        for name in set(plain) - {"size", "patch_size", "max_input_pixels", "resample"}:
+            if own[name] != plain[name]:
+                raise ValueError(
+                    f"The image processor has {name}={own[name]!r}, expected {plain[name]!r} for training."
+                )
+
+    def given_levels(self, image: Image.Image) -> Tensor:
+        """The RGB levels 0 to 255, (3, H, W), that calling a plain processor normalises; floats where a level has a fraction."""
+        levels = self._levels(image, True, None, self.max_input_pixels)
+        return self._resized_levels(levels, *self.output_size(*levels.shape[-2:]))
+
+    def generated_levels(self, image: Image.Image) -> Tensor:
+        """As `given_levels`, of `preprocess_generated`."""
+        image, height, width = self._crop_generated(image)
+        return self._resized_levels(self._levels(image, True, None, self.max_input_pixels), height, width)
+
+    def _resized_levels(self, levels: Tensor, height: int, width: int) -> Tensor:
+        return self.resize(levels, SizeDict(height=height, width=width), resample=self.resample)
 
     def process_image(
         self,
@@ -317,12 +367,19 @@ class HydraImageProcessor(TorchvisionBackend):
         device: torch.device | str | None = None,
         **kwargs,
     ) -> Tensor:
-        return self._levels(image, do_convert_rgb, input_data_format, max_input_pixels).contiguous().to(device)
+        return self._levels(image, do_convert_rgb, input_data_format, max_input_pixels).to(device)
 
     def resize(self, image: Tensor, size: SizeDict, **kwargs) -> Tensor:
         if image.shape[-2:] == (size.height, size.width):
             return image
-        return super().resize(image, size, **kwargs).clamp(0, WHITE)  # bicubic overshoots in float
+        resized = super().resize(image, size, **kwargs)
+        return resized.clamp(0, WHITE) if resized.is_floating_point() else resized  # bicubic overshoots
+
+    def rescale_and_normalize(self, images, do_rescale, rescale_factor, do_normalize, image_mean, image_std) -> Tensor:
+        is_plain = do_rescale and do_normalize and rescale_factor == 1 / WHITE and {*image_mean, *image_std} == {0.5}
+        if is_plain:  # as training does on its device, to the bit
+            return normalize_levels(images)
+        return super().rescale_and_normalize(images, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
 
     def _preprocess(
         self, images: list[Tensor], size: SizeDict, patch_size: int, return_tensors: str | TensorType | None, **kwargs

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -25,7 +24,6 @@ from .grid import (
     check_packed,
     check_token_types,
     drop_leading,
-    get_image_block_ids,
     image_grids,
     is_one_grid,
     latents_to_tokens,
@@ -39,6 +37,7 @@ from .grid import (
 )
 from .image_generation import ImageGenerationMixin
 from .layers import TimestepEmbedding, first_set, init_layer
+from .masks import check_documents, create_masks, create_packed_masks, document_positions, full_mask
 from .modeling_hydra_tok import HydraTokModel
 from .outputs import HydraModelOutput, HydraOutput
 from .pretrained import HydraPreTrainedMixin
@@ -169,6 +168,7 @@ class HydraModel(HydraPreTrainedModel):
         latents: Tensor | None = None,
         sigma: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
@@ -185,6 +185,8 @@ class HydraModel(HydraPreTrainedModel):
             latents, sigma: instead of pixels, latents already at noise levels (num_images,): (num_images, C, h, w), or
                 packed (total_tokens, C).
             mm_token_type_ids: (B, L), 1 where images stand; found from `input_ids` when missing.
+            document_ids: (B, L), which of several samples packed into a row a token belongs to, numbered from 0. None sees
+                another, and positions start again with each; instead of `attention_mask`.
             past_key_values: the older name of `cache`.
 
         Raises:
@@ -206,9 +208,16 @@ class HydraModel(HydraPreTrainedModel):
             image_embeds = self._embed_latents(latents, image_grid_thw, sigma)
         if image_embeds is not None:
             inputs_embeds = place_images(inputs_embeds, image_mask, image_embeds)
-        if not isinstance(attention_mask, dict):
-            mm_token_type_ids = image_mask.int() if mm_token_type_ids is None else mm_token_type_ids
-            attention_mask = self._create_masks(inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids)
+        mm_token_type_ids = image_mask.int() if mm_token_type_ids is None else mm_token_type_ids
+        if document_ids is not None:
+            check_documents(document_ids, inputs_embeds, attention_mask, cache)
+            position_ids = document_positions(document_ids) if position_ids is None else position_ids
+            attention_mask = create_packed_masks(self.config, inputs_embeds, document_ids, mm_token_type_ids)
+        elif not isinstance(attention_mask, dict):
+            attention_mask = full_mask(inputs_embeds, cache) if attention_mask is None else attention_mask
+            attention_mask = create_masks(
+                self.config, inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids
+            )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -250,17 +259,6 @@ class HydraModel(HydraPreTrainedModel):
             raise ValueError(f"latents of {len(grids)} images need sigma of shape ({len(grids)},), got {shape}.")
         return split_images(self.get_image_embeds(tokens, sigma, grids), grids, self.config.num_time_tokens)
 
-    def _create_masks(self, inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids):
-        if attention_mask is None:
-            # Without a mask, transformers reads jumps in the positions as packed sequences and cuts attention there.
-            past_length = 0 if cache is None else cache.get_seq_length()
-            attention_mask = inputs_embeds.new_ones(
-                (len(inputs_embeds), past_length + inputs_embeds.shape[1]), dtype=torch.long
-            )
-        return HydraForConditionalGeneration.create_masks_for_generate(
-            self.config, inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids
-        )
-
 
 class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, GenerationMixin):
     """HYDRA with its two heads: answers with `generate`, draws with `generate(generation_mode="image")`."""
@@ -296,6 +294,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         sigma: Tensor | None = None,
         is_generated: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         labels: Tensor | None = None,
         velocity_target: Tensor | None = None,
@@ -323,6 +322,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
             latents=latents,
             sigma=sigma,
             mm_token_type_ids=mm_token_type_ids,
+            document_ids=document_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
             **kwargs,
@@ -437,14 +437,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
     ):  # fmt: skip
         """transformers' masks with image blocks; `mm_token_type_ids` are of the current chunk only."""
         cache = one_cache(cache, past_key_values)
-        block_ids = None
-        if mm_token_type_ids is not None and (torch.compiler.is_compiling() or (mm_token_type_ids == 1).any()):
-            past_length = 0 if cache is None else int(cache.get_seq_length())
-            block_ids = get_image_block_ids(mm_token_type_ids[:, -inputs_embeds.shape[1] :], past_length)
-        return create_masks_for_generate(
-            config.get_text_config(), inputs_embeds, attention_mask, cache, position_ids,
-            block_sequence_ids=block_ids,
-        )  # fmt: skip
+        return create_masks(config, inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids)
 
 
 __all__ = ["HydraForConditionalGeneration", "HydraModel", "HydraPreTrainedModel"]

@@ -240,9 +240,13 @@ class HydraTokModel(HydraTokPreTrainedModel):
 
     def encode_rows(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """The mode of normalised latents as tokens (B, N, C), of pixels in [-1, 1] as patches (B, N, 3 p p): see `grid.py`."""
+        return self.bottleneck.normalize(self.encode_means(patches, grids))
+
+    def encode_means(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """As `encode_rows`, before the latents are normalised: the posterior's mean."""
         parts = zip(patches.split([num_tokens(grid) for grid in grids], dim=1), grids)
         images = [self.normalize_pixels(unpatchify(part, self.config.patch_size, grid)) for part, grid in parts]
-        return self.bottleneck.normalize(self.bottleneck(self.gen_vit(images)).mean)
+        return self.bottleneck(self.gen_vit(images)).mean
 
     @apply_forward_hook
     def decode(

@@ -25,6 +25,17 @@ WORD_JOINER = "\u2060"  # invisible, no line break: the reader sees the same tex
 IMAGE_KEYS = ("image", "url", "path", "base64")  # where transformers looks for the picture of an image part
 
 
+def check_unicode(name: str, text: str) -> None:
+    """Raises ValueError for text with half a character (a lone surrogate), which no tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"Got {name}={text!r:.100}, expected valid Unicode: character {error.start} is half of one, or a byte that is"
+            " not UTF-8."
+        ) from error
+
+
 @lru_cache
 def _token_starts(tokens: tuple[str, ...]) -> re.Pattern:
     """Matches the first character of each of `tokens` in a text, overlapping ones too."""
@@ -103,6 +114,8 @@ class HydraProcessor(ProcessorMixin):
         if isinstance(text, list) and not text:
             raise ValueError("Got an empty list of texts, expected at least one.")
         if text is not None:
+            for one in text:
+                check_unicode("text", one)
             self._check_placeholders(text, images)
         super().validate_inputs(images=images, text=text, **kwargs)
 
@@ -126,7 +139,8 @@ class HydraProcessor(ProcessorMixin):
         return [word for word in dict.fromkeys(re.findall(r"\w+", text.lower())) if word not in known]
 
     def escape_special_tokens(self, text: str) -> str:
-        """`text` with a word joiner inside everything that the tokenizer would read as a special token."""
+        """`text` with a word joiner inside everything that the tokenizer would read as a special token. ValueError if it is not Unicode."""
+        check_unicode("text", text)
         tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         tokens |= {*self.tokenizer.all_special_tokens, *self.all_special_multimodal_tokens}
         tokens |= {self.vision_start_token, self.vision_end_token}
@@ -221,7 +235,7 @@ class HydraProcessor(ProcessorMixin):
     def encode_conversations(
         self,
         conversations: list[list[dict]],
-        images: list[Tensor] | None = None,
+        images: list[Tensor | Grid] | None = None,
         max_length: int | None = None,
         padding_side: str = "left",
     ) -> dict[str, Tensor]:
@@ -231,7 +245,7 @@ class HydraProcessor(ProcessorMixin):
         `image_grid_thw` (num_images, 3).
 
         Args:
-            images: (3, H, W) each, in the order of the image parts; when None, they stand in the parts.
+            images: (3, H, W) each, or only the grid of one, in the order of the image parts; None for those in the parts.
             max_length: longer conversations lose their end, unless it is a piece of an image.
         """
         if padding_side not in ("left", "right"):
@@ -259,7 +273,7 @@ class HydraProcessor(ProcessorMixin):
         ]
         batch = {
             "input_ids": _padded([ids for ids, _ in rows], self.tokenizer.pad_token_id, padding_side),
-            "attention_mask": _padded([[1] * len(ids) for ids, _ in rows], 0, padding_side),
+            "attention_mask": _padded([torch.ones_like(ids) for ids, _ in rows], 0, padding_side),
             "assistant_masks": _padded([mask for _, mask in rows], 0, padding_side),
         }
         batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_token_id).long()
@@ -272,7 +286,9 @@ class HydraProcessor(ProcessorMixin):
             raise ValueError(f"Got the chat templates {[*self.chat_template]}, expected one named 'default'.")
         return self.chat_template["default"]
 
-    def _grid_of(self, image: Tensor) -> Grid:
+    def _grid_of(self, image: Tensor | Grid) -> Grid:
+        if isinstance(image, tuple):
+            return image
         if not isinstance(image, Tensor) or image.ndim != 3:
             raise ValueError(f"Got {getattr(image, 'shape', image)} for an image, expected a tensor (3, H, W).")
         return image_grid(*image.shape[-2:], self.patch_size)
@@ -284,15 +300,16 @@ class HydraProcessor(ProcessorMixin):
         generated_spans: list[tuple[int, int]],
         lengths_of_images: Iterator[int],
         max_length: int | None,
-    ) -> tuple[list[int], list[int]]:
-        """Token ids and assistant mask of one conversation, every image at its length."""
-        row, mask = [], []
-        for token_id, (start, end) in zip(ids, offsets):
-            length = next(lengths_of_images) if token_id == self.image_token_id else 1
-            is_generated = any(start < span_end and end > span_start for span_start, span_end in generated_spans)
-            row += [token_id] * length
-            mask += [int(is_generated)] * length
-        if max_length is not None and self.image_token_id in row[max_length:]:
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and assistant mask (L,) of one conversation, every image at its length."""
+        starts, ends = torch.tensor(offsets, dtype=torch.long).reshape(-1, 2).T
+        is_generated = torch.zeros(len(ids), dtype=torch.bool)
+        for span_start, span_end in generated_spans:
+            is_generated |= (starts < span_end) & (ends > span_start)
+        lengths = [next(lengths_of_images) if token_id == self.image_token_id else 1 for token_id in ids]
+        lengths = torch.tensor(lengths)
+        row, mask = torch.tensor(ids).repeat_interleave(lengths), is_generated.long().repeat_interleave(lengths)
+        if max_length is not None and (row[max_length:] == self.image_token_id).any():
             raise ValueError(f"Got {len(row)} tokens and {max_length=}, which would cut an image.")
         return row[:max_length], mask[:max_length]
 
@@ -341,7 +358,5 @@ def _image_parts(conversations: list[list[dict]]) -> Iterator[dict]:
                 yield from (part for part in message["content"] if part["type"] == "image")
 
 
-def _padded(rows: list[list[int]], value: int, padding_side: str) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=padding_side
-    )
+def _padded(rows: list[Tensor], value: int, padding_side: str) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=padding_side)

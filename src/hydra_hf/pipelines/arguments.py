@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..modeling.configuration_hydra import HydraConfig
 from ..modeling.modeling_hydra import HydraForConditionalGeneration
-from ..modeling.processing_hydra import HydraProcessor
+from ..modeling.processing_hydra import HydraProcessor, check_unicode
 
 
 def check_integer(name: str, value, maximum: int | None = None) -> int:
@@ -50,12 +50,7 @@ def check_texts(name: str, value) -> list[str]:
         raise ValueError(f"Got {name}={value!r:.100}, expected a string or a list of at least one string.")
     texts = [value] if isinstance(value, str) else list(value)
     for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:  # a surrogate
-            raise ValueError(
-                f"Got {name}={text!r:.100}, expected valid Unicode: character {error.start} is half of one, or a byte that is not UTF-8."
-            ) from error
+        check_unicode(name, text)
     return texts
 
 

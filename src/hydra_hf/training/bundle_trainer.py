@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
 
 import torch
+from accelerate.utils import load_fsdp_optimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from hydra_hf.data.packing import count_micro_batches, split_bundle
 from hydra_hf.files import saving, write_text
 from hydra_hf.modeling.compat import CHECKPOINTING
 
@@ -66,6 +69,7 @@ class BundleTrainer(Trainer):
         held_out: tuple[dict, ...] = (),
     ):
         self.objective, self.stage, self.held_out = objective, stage, held_out
+        self.micro_batch_tokens = recipe.micro_batch_tokens
         self.losses = LossHistory([f"{task}/{name}" for task, name in product(stage.tasks, objective.losses)])
         self.stop = StopRequest()
         objective.select_parameters(model)
@@ -172,6 +176,32 @@ class BundleTrainer(Trainer):
         counts = {task: self.objective.count_targets(self.unwrapped_model, bundle[task]) for task in self.stage.tasks}
         return {f"{task}/{name}": count for task in counts for name, count in counts[task].items()}
 
+    def micro_batches(self, bundle: dict) -> list[dict]:
+        """What a bundle is computed as: itself, or parts of at most `micro_batch_tokens`, as many on every process."""
+        if self.micro_batch_tokens is None:
+            return [bundle]
+        number = count_micro_batches(bundle, self.stage.tasks, self.micro_batch_tokens)
+        numbers = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))
+        parts = split_bundle(bundle, self.stage.tasks, int(numbers.max()))
+        return [{**part, "num_targets": self.count_targets(part)} for part in parts]
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
+        """Forward and backward of every part; the processes exchange gradients in the last one."""
+        *others, last = self.micro_batches(inputs)
+        loss = 0.0
+        for part in others:
+            with self.accumulating(model):
+                loss = loss + super().training_step(model, part, num_items_in_batch)
+        return loss + super().training_step(model, last, num_items_in_batch)
+
+    @contextmanager
+    def accumulating(self, model: nn.Module) -> Iterator[None]:
+        """Gradients are added up and not exchanged, as `Trainer` does it between micro steps of a count."""
+        self.accelerator.gradient_state._set_sync_gradients(False)  # read by DeepSpeed, whose backward makes the step
+        with self.accelerator.no_sync(model):
+            yield
+        self.accelerator.gradient_state._set_sync_gradients(True)
+
     def sum_over_processes(self, values: dict[str, Tensor | float]) -> dict[str, Tensor]:
         device = self.accelerator.device
         total = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()])
@@ -199,9 +229,11 @@ class BundleTrainer(Trainer):
         """The losses of the held-out bundles, with the same noise each time, under the average of the weights if there is one."""
         model = (self.model_wrapped if self.ema is None else self.ema.module).eval()
         sums, counts = dict.fromkeys(self.losses.names, 0.0), dict.fromkeys(self.losses.names, 0)
-        for bundle in self.held_out:
-            inputs = self._prepare_inputs({**bundle, "step": HELD_OUT_STEP})
-            num_targets = self.count_targets(inputs)
+        bundles = [
+            {**bundle, "step": HELD_OUT_STEP, "num_targets": self.count_targets(bundle)} for bundle in self.held_out
+        ]
+        for part in (part for bundle in bundles for part in self.micro_batches(bundle)):
+            inputs, num_targets = self._prepare_inputs(part), part["num_targets"]
             counts = {key: count + num_targets[key] for key, count in counts.items()}
             for task in self.stage.tasks:
                 with autocast(self.accelerator, self.stage):
@@ -236,13 +268,17 @@ class BundleTrainer(Trainer):
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        folder = Path(output_dir)
         if self.is_sharded:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            save_state(Path(output_dir), "optimizer", self.optimizer.optimizer.state_dict())
-            save_state(Path(output_dir), "scheduler", {"last_epoch": self.lr_scheduler.last_epoch})
-            if self.ema is not None:
-                save_state(Path(output_dir), "ema", self.ema.state_dict())
+        if not self.args.should_save:
+            return
+        (folder / "scheduler.pt").unlink(missing_ok=True)  # the library's, a pickle
+        save_state(folder, "scheduler", {"last_epoch": self.lr_scheduler.last_epoch})
+        if not self.is_sharded:
+            save_state(folder, "optimizer", self.optimizer.optimizer.state_dict())
+        if self.ema is not None:
+            save_state(folder, "ema", self.ema.state_dict())
 
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
         """Raises ValueError for weights, such as adapters, of another model or rank."""
@@ -255,10 +291,11 @@ class BundleTrainer(Trainer):
         if checkpoint is None:
             return
         self._load_data_state(Path(checkpoint))
-        if self.is_sharded:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        self.optimizer.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            load_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, checkpoint)
+        elif not self.is_sharded:  # DeepSpeed has loaded its own with the weights
+            self.optimizer.optimizer.load_state_dict(load_state(Path(checkpoint), "optimizer"))
         self.lr_scheduler.last_epoch = load_state(Path(checkpoint), "scheduler")["last_epoch"]
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what the log says
         if self.ema is not None:

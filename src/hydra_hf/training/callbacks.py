@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from hydra_hf.files import write_image_grid
+from hydra_hf.files import write_image_grid, write_text
 from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
-from .randomness import step_generator
+from .processes import gather_shares, share_of
+from .randomness import row_generator
 from .recipe import HydraRecipe
 
 
@@ -75,20 +76,24 @@ class EveryStep(TrainerCallback):
 
 
 class SampleGrids(TrainerCallback):
-    """Images of prompts, generated with the averaged weights, as a PNG, on the main process; not from sharded weights."""
+    """Images of prompts, generated with the averaged weights, as a PNG; every process draws its share. Not from sharded weights."""
 
     def __init__(self, trainer: Trainer, recipe: HydraRecipe, prompts: list[str], output_dir: Path):
         self.trainer, self.recipe, self.prompts = trainer, recipe, prompts
         self.output_dir, self.every, self.seed = output_dir, recipe.sample_every, recipe.seed
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not is_due(state, args, self.every) or not state.is_world_process_zero or self.trainer.is_sharded:
+        if not is_due(state, args, self.every) or self.trainer.is_sharded:
             return
+        rows = share_of(len(self.prompts), args.process_index, args.world_size)
         pipeline = create_pipeline(self.trainer.averaged_model.eval(), self.recipe)
         pipeline.set_progress_bar_config(disable=True)
-        images = pipeline(self.prompts, generator=step_generator(self.seed, 1), output_type="pt").images
-        write_image_grid(self.output_dir / f"samples-{state.global_step:06d}.png", images * 2 - 1, num_columns=8)
-        (self.output_dir / "samples.txt").write_text("\n".join(self.prompts) + "\n")
+        generators = [row_generator(self.seed, 1, row) for row in rows]
+        images = pipeline(self.prompts[rows.start : rows.stop], generator=generators, output_type="pt").images
+        images = gather_shares(self.trainer.accelerator, images, len(self.prompts))
+        if state.is_world_process_zero:
+            write_image_grid(self.output_dir / f"samples-{state.global_step:06d}.png", images * 2 - 1, num_columns=8)
+            write_text(self.output_dir / "samples.txt", "\n".join(self.prompts) + "\n")
 
 
 def is_due(state: TrainerState, args: TrainingArguments, every: int) -> bool:

@@ -6,8 +6,9 @@ precision, with gradient checkpointing and with what is frozen: no weights are n
 - Operations: torch's FlopCounterMode, for HYDRA on one sample of a task's mean length, times the samples.
 - Memory of one process under DDP: weights in fp32, AdamW's two moments (Muon's one), the average if there is one, frozen
   judges, DDP's buckets (as large as the gradients), and the most that a step of the longest samples has alive at once:
-  gradients and activations. FSDP divides all but activations and judges by the number of processes, and has no buckets. The
-  allocator's losses come on top. A teacher counts as another encoder; its own forward and reading are not counted.
+  gradients and activations; under `micro_batch_tokens` as many samples of the mean length as it holds. FSDP divides all but
+  activations and judges by the number of processes, and has no buckets. The allocator's losses come on top. A teacher counts
+  as another encoder; its own forward and reading are not counted.
 """
 
 import math
@@ -117,9 +118,9 @@ def dry_run(recipe: Recipe, only: str | None = None) -> list[StageReport]:
 
 def report_stage(recipe: HydraRecipe, stage: HydraStage) -> StageReport:
     """Of HYDRA."""
-    processes = partial_state()
-    accumulation = num_accumulation_steps(stage.tasks, processes.num_processes, recipe.micro_batch_size)
-    tasks = look_at_tasks(recipe, stage)
+    processes, tasks = partial_state(), look_at_tasks(recipe, stage)
+    accumulation = count_micro_steps(recipe, stage, tasks, processes.num_processes)
+    which_length = 2 if recipe.micro_batch_tokens is None else 1  # packed, a long sample leaves room for fewer others
     model = meta_model(recipe, stage)
     parameters = count_parameters(model, MODULES)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -132,7 +133,7 @@ def report_stage(recipe: HydraRecipe, stage: HydraStage) -> StageReport:
             losses = []
             for task in tasks.values():
                 num_samples = -(-task.num_samples // (processes.num_processes * accumulation))
-                losses.append(hydra_loss(model, stage, task, num_samples, task.length[2]))
+                losses.append(hydra_loss(model, stage, task, num_samples, task.length[which_length]))
             backward(sum(losses))
 
         model.zero_grad()  # a step makes them anew
@@ -142,6 +143,14 @@ def report_stage(recipe: HydraRecipe, stage: HydraStage) -> StageReport:
         num_processes=processes.num_processes, flops=sum(task.flops for task in tasks.values()), tasks=tasks,
         parameters=parameters, memory=memory,
     )  # fmt: skip
+
+
+def count_micro_steps(recipe: HydraRecipe, stage: HydraStage, tasks: dict[str, TaskReport], num_processes: int) -> int:
+    """Of one step; under a budget of tokens, as many as samples of the mean length need."""
+    if recipe.micro_batch_tokens is None:
+        return num_accumulation_steps(stage.tasks, num_processes, recipe.micro_batch_size)
+    num_tokens = sum(math.ceil(task.num_samples / num_processes) * task.length[1] for task in tasks.values())
+    return math.ceil(num_tokens / recipe.micro_batch_tokens)
 
 
 def report_tower_stage(recipe: Recipe, stage: TokenizerStage) -> StageReport:

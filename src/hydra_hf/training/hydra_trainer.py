@@ -15,6 +15,7 @@ from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
 from .bundle_trainer import BundleTrainer
 from .callbacks import SampleGrids, create_pipeline
+from .latents import check_latents
 from .lora import has_adapters, merge_adapters, save_adapters
 from .objective import HydraObjective
 from .processes import num_accumulation_steps, partial_state
@@ -54,10 +55,12 @@ def train_stage(recipe: HydraRecipe, index: int, model: HydraForConditionalGener
     """Trains `model` to the end of a stage, from the last checkpoint in `folder` if there is one."""
     stage, seed = recipe.stages[index], recipe.seed + 1000 * index
     accumulation = num_accumulation_steps(stage.tasks, partial_state().num_processes, recipe.micro_batch_size)
-    bundles = create_bundles(recipe, stage, seed, accumulation)
+    bundles, held_out = create_bundles(recipe, stage, seed, accumulation), create_held_out(recipe, stage)
+    for data in (recipe.data_of(stage), stage.held_out):
+        check_latents(model, stage, data)
     trainer = BundleTrainer(
         model, HydraObjective(stage, seed), stage, bundles, folder,
-        recipe=recipe, seed=seed, accumulation=accumulation, held_out=create_held_out(recipe, stage),
+        recipe=recipe, seed=seed, accumulation=accumulation, held_out=held_out,
     )  # fmt: skip
     if prompts := list(recipe.sample_prompts or recipe.data_of(stage).sample_prompts(recipe.seed)):
         trainer.add_callback(SampleGrids(trainer, recipe, prompts, folder))

@@ -32,7 +32,7 @@ from .discriminator import PatchDiscriminator, adaptive_weight, adversarial_loss
 from .interruption import StopRequest, TrainingInterruptedError
 from .losses import distill_loss, reached_parameters, tokenizer_losses, weighted_sum
 from .optimizers import MuonAdamW, create_average, create_optimizer, shardable
-from .processes import partial_state, split_batch
+from .processes import gather_shares, partial_state, share_of, split_batch
 from .randomness import row_generator
 from .recipe import TokenizerStage, freeze_unnamed
 from .sharding import (
@@ -142,7 +142,7 @@ class TokenizerTrainer:
             # Small, so every process has all of it, and its gradients are averaged by hand under any launcher.
             self.discriminator_optimizer = torch.optim.AdamW(self.discriminator.parameters(), betas=(0.5, 0.9))
         self.pooled_features = None
-        if stage.frechet_backbone is not None and self.accelerator.is_main_process:
+        if stage.frechet_backbone is not None:
             self.pooled_features = PooledFeatures(stage.frechet_backbone, stage.frechet_weights).to(device)
 
     def train(self) -> HydraTokModel:
@@ -163,29 +163,29 @@ class TokenizerTrainer:
     def train_steps(self) -> None:
         """To the end of the stage, or of the step in which the run is asked to stop."""
         history: dict[str, list[Tensor]] = defaultdict(list)  # since the last log
-        progress = tqdm(
+        with tqdm(
             total=self.stage.num_steps, initial=self.step, desc=self.stage.name, mininterval=5,
             disable=not self.accelerator.is_main_process,
-        )  # fmt: skip
-        while self.step < self.stage.num_steps:
-            for name, value in self.train_step().items():
-                history[name].append(value)
-            self.step += 1
-            progress.update()
-            is_last, record = self.step == self.stage.num_steps, {}
-            signum = self.stop.agreed(self.accelerator)
-            if self.step % self.log_every == 0:
-                record = self.average(history)
-                progress.set_postfix({name: f"{value:.4f}" for name, value in record.items()})
-                history.clear()
-            if self.step % self.sample_every == 0 or is_last:
-                record |= self.measure()
-            if record:
-                self.write_log(record)
-            if self.step % self.save_every == 0 or is_last or signum:
-                self.save_checkpoint()
-            if signum:
-                raise TrainingInterruptedError(self.stage.name, self.step, signum)
+        ) as progress:  # fmt: skip  # closed before an error is told
+            while self.step < self.stage.num_steps:
+                for name, value in self.train_step().items():
+                    history[name].append(value)
+                self.step += 1
+                progress.update()
+                is_last, record = self.step == self.stage.num_steps, {}
+                signum = self.stop.agreed(self.accelerator)
+                if self.step % self.log_every == 0:
+                    record = self.average(history)
+                    progress.set_postfix({name: f"{value:.4f}" for name, value in record.items()})
+                    history.clear()
+                if self.step % self.sample_every == 0 or is_last:
+                    record |= self.measure()
+                if record:
+                    self.write_log(record)
+                if self.step % self.save_every == 0 or is_last or signum:
+                    self.save_checkpoint()
+                if signum:
+                    raise TrainingInterruptedError(self.stage.name, self.step, signum)
 
     def train_step(self) -> dict[str, Tensor]:
         """One optimizer step; this process's mean of each loss by name, and their weighted sum as `loss`."""
@@ -298,17 +298,22 @@ class TokenizerTrainer:
                 file.write(json.dumps({"step": self.step, **record}) + "\n")
 
     def measure(self) -> dict[str, float]:
-        """Scores of the held-out images, and a grid of them over their copies; the main process's work."""
-        model, scores = self.averaged_model().eval(), {}
+        """Scores of the held-out images, and a grid of them over their copies; every process reconstructs its share."""
+        model, number = self.averaged_model().eval(), self.stage.num_held_out
+        num_shown = min(16, number)
+        rows, shown = self.share(number), self.share(num_shown)
+        parts = (range(start, min(start + self.micro, rows.stop)) for start in rows[:: self.micro])
+        scores = score_reconstructions(
+            (self.reconstruct(model, part) for part in parts), self.pooled_features,
+            lambda values: gather_shares(self.accelerator, values, number),
+        )  # fmt: skip
+        grid = [gather_shares(self.accelerator, part, num_shown) for part in self.reconstruct(model, shown)]
         if self.accelerator.is_main_process:
-            number = self.stage.num_held_out
-            starts = range(0, number, self.micro)
-            parts = (range(start, min(start + self.micro, number)) for start in starts)
-            scores = score_reconstructions((self.reconstruct(model, rows) for rows in parts), self.pooled_features)
-            grid = torch.cat(self.reconstruct(model, range(min(16, number))))
-            write_image_grid(self.output_dir / f"samples-{self.step:06d}.png", grid, num_columns=8)
-        self.accelerator.wait_for_everyone()
+            write_image_grid(self.output_dir / f"samples-{self.step:06d}.png", torch.cat(grid), num_columns=8)
         return scores
+
+    def share(self, number: int) -> range:
+        return share_of(number, self.accelerator.process_index, self.accelerator.num_processes)
 
     @torch.no_grad()
     def reconstruct(self, model: HydraTokModel, rows: range) -> tuple[Tensor, Tensor]:
@@ -369,7 +374,10 @@ class TokenizerTrainer:
             finish_checkpoint(folder)
 
         if self.is_sharded:
-            self.accelerator.save_state(str(self.output_dir / f"shards-{self.step}"))
+            shards = self.output_dir / f"shards-{self.step}"
+            self.accelerator.save_state(str(shards))
+            # A pickle; the randomness of a step comes from the seed and its number.
+            (shards / f"random_states_{self.accelerator.process_index}.pkl").unlink()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             checkpoint = self.output_dir / f"checkpoint-{self.step}"

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.modeling.flow import add_noise, sample_sigma, shift_sigma, velocity_target
 from hydra_hf.modeling.grid import Grid, image_grids, noise_tokens, num_tokens, per_token
+from hydra_hf.modeling.image_processing_hydra import as_pixel_values
 
 from .lora import add_adapters
-from .randomness import grids_per_row, row_noise
+from .randomness import grids_per_sample, row_noise
 from .recipe import HydraStage, freeze_unnamed
 
 
@@ -34,6 +35,14 @@ class Objective(Protocol):
         """The means over the batch's targets, of the losses that it has."""
 
 
+@torch.no_grad()
+def clean_latents(model: HydraForConditionalGeneration, batch: dict) -> Tensor:
+    """Takes the images out of a batch, pixels or kept means: their normalised latents, packed (total_tokens, C)."""
+    if "latent_means" in batch:
+        return model.model.vision_tower.bottleneck.normalize(batch.pop("latent_means")).float()
+    return model.encode_images(as_pixel_values(batch.pop("pixel_values")), batch["image_grid_thw"]).float()
+
+
 class HydraObjective:
     """L_NTP on the assistant's text, L_FM on generated images. HYDRA, section 2.2. The noise comes from here, the model adds none."""
 
@@ -53,22 +62,21 @@ class HydraObjective:
         if not batch["num_samples"]:
             return dict.fromkeys(self.losses, 0)
         num_generated = 0
-        if "pixel_values" in batch:
+        if "image_grid_thw" in batch:
             num_generated = int(batch["image_grid_thw"].prod(dim=1)[batch["is_generated"]].sum())
         return {"language": int((batch["labels"][:, 1:] != -100).sum()), "flow": num_generated}
 
     def prepare(self, model: HydraForConditionalGeneration, bundle: dict, task: str) -> dict:
-        """Pixels to latents, noise on what is to be generated."""
+        """Images to latents, noise on what is to be generated."""
         batch = dict(bundle[task])
         batch.pop("num_samples")
         if not (batch["labels"][:, 1:] != -100).any():
             batch.pop("labels")
             batch["logits_to_keep"] = 1  # none is scored
-        if "pixel_values" not in batch:
+        if "image_grid_thw" not in batch:
             return batch
         grids = image_grids(batch["image_grid_thw"])
-        with torch.no_grad():
-            latents = model.encode_images(batch.pop("pixel_values"), batch["image_grid_thw"]).float()  # packed
+        latents = clean_latents(model, batch)
         is_generated = batch.pop("is_generated")
         if not is_generated.any():
             return batch | {"latents": latents, "sigma": latents.new_zeros(len(grids))}
@@ -92,7 +100,7 @@ class HydraObjective:
             sigma = torch.stack([shift_sigma(each, shift) for each, shift in zip(sigma, shifts)])
             return sigma, noise_tokens(grids, latents.shape[1], generator)
 
-        own_grids = grids_per_row(bundle[task]["mm_token_type_ids"], grids)
+        own_grids = grids_per_sample(bundle[task], grids)
         step, rows = int(bundle["step"]), bundle["rows"][task]
         sigma, noise = row_noise(step, task, rows, own_grids, sample, seed=self.seed)
         return sigma.to(latents.device), noise.to(latents.device)

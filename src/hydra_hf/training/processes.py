@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from torch import Tensor
 
 
 def partial_state() -> PartialState:
@@ -25,6 +26,24 @@ def on_main_process(function: Callable[[], None]) -> None:
         broadcast_object_list(failure)
     if failure[0] is not None:
         raise failure[0]
+
+
+def share_of(number: int, process_index: int, num_processes: int) -> range:
+    """The rows of `number` that a process works on: as many on each, so that the last ones overlap if they do not divide."""
+    size = -(-number // num_processes)
+    start = min(process_index * size, number - size)
+    return range(start, start + size)
+
+
+def gather_shares(accelerator: Accelerator, values: Tensor, number: int) -> Tensor:
+    """All `number` rows, on every process, of which each has computed its `share_of`."""
+    num_processes = accelerator.num_processes
+    parts = accelerator.gather(values.contiguous()).unflatten(0, (num_processes, -1))
+    whole = values.new_empty(number, *values.shape[1:])
+    for index, part in enumerate(parts):
+        rows = share_of(number, index, num_processes)
+        whole[rows.start : rows.stop] = part
+    return whole
 
 
 def split_batch(batch_size: int, num_processes: int, micro_batch_size: int | None) -> tuple[int, int]:

@@ -7,19 +7,14 @@ from collections.abc import Callable
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hydra_hf.data.seeds import hashed_generator
 from hydra_hf.data.tasks import TASKS, task_number
-from hydra_hf.modeling.grid import Grid
+from hydra_hf.modeling.grid import Grid, count_images
 
 
 SampleNoise = Callable[[list[Grid], torch.Generator], tuple[Tensor, Tensor]]  # grids -> sigma, packed noise
-
-
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """All randomness of one step."""
-    return hashed_generator(seed, step)
 
 
 def row_generator(seed: int, step: int, row: int) -> torch.Generator:
@@ -27,18 +22,19 @@ def row_generator(seed: int, step: int, row: int) -> torch.Generator:
     return hashed_generator(seed, step, row)
 
 
-def grids_per_row(mm_token_type_ids: Tensor, grids: list[Grid]) -> list[list[Grid]]:
-    """The images of each row (B, L), each a run of image tokens, out of those of the batch."""
-    is_image = mm_token_type_ids == 1
-    starts = is_image & ~nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
+def grids_per_sample(batch: dict[str, Tensor], grids: list[Grid]) -> list[list[Grid]]:
+    """The images of each sample, each a run of image tokens, out of those of a batch, padded or packed."""
     rest = iter(grids)
-    return [list(islice(rest, count)) for count in starts.sum(dim=1).tolist()]
+    return [list(islice(rest, count)) for count in count_images(batch["mm_token_type_ids"], batch.get("document_ids"))]
 
 
 def row_noise(
     step: int, task: str, rows: list[int], grids: list[list[Grid]], sample: SampleNoise, *, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Noise levels and packed noise of a batch's images, `grids` of each row: every row has a generator of its own."""
+    """Noise levels and packed noise of a batch's images, `grids` of each sample: every one has a generator of its own.
+
+    `rows` are the numbers of the samples among the task's samples of the step.
+    """
     assert len(rows) == len(grids), (rows, grids)
     sampled = [
         sample(own_grids, row_generator(seed, step, row * len(TASKS) + task_number(task)))

@@ -242,6 +242,9 @@ class HydraRecipe(Recipe):
     num_workers: processes that read ahead, for each process that trains; as the data suggest when None.
     max_length: tokens of a sample, images included; longer ones are skipped and counted. None is all that the language
         model has positions for.
+    micro_batch_tokens: tokens that one process has in memory at once, images included: samples are packed into rows without
+        padding, a row of each task in a micro step, and a step has as many of these as its samples need. None pads, and
+        `micro_batch_size` counts.
     num_inference_steps, guidance_scale: defaults of the saved pipeline.
     """
 
@@ -250,6 +253,7 @@ class HydraRecipe(Recipe):
     sample_prompts: tuple[str, ...] = ()
     num_workers: int | None = None
     max_length: int | None = None
+    micro_batch_tokens: int | None = None
     num_inference_steps: int = 50
     guidance_scale: float = 4.5
 
@@ -259,6 +263,21 @@ class HydraRecipe(Recipe):
         if self.max_length is not None and not 1 <= self.max_length <= limit:
             raise ValueError(
                 f"{self.name}: max_length={self.max_length} must be 1 to {limit}, the positions of its model."
+            )
+        if self.micro_batch_tokens is not None:
+            self._check_budget(self.max_length or limit)
+
+    def _check_budget(self, max_length: int) -> None:
+        if self.micro_batch_size is not None:
+            raise ValueError(
+                f"{self.name}: got micro_batch_size={self.micro_batch_size} and micro_batch_tokens={self.micro_batch_tokens},"
+                " expected one of them."
+            )
+        num_tasks = max(len(stage.tasks) for stage in self.stages)
+        if self.micro_batch_tokens < num_tasks * max_length:
+            raise ValueError(
+                f"{self.name}: micro_batch_tokens={self.micro_batch_tokens} must hold a sample of every task, up to"
+                f" {num_tasks} x max_length={max_length}; lower max_length, and longer samples are skipped and counted."
             )
 
     def num_workers_of(self, stage: HydraStage) -> int:

@@ -29,7 +29,7 @@ PACKAGES = ("torch", "transformers", "diffusers", "accelerate")
 MODELS = ("init", "tokenizer", "teacher", "teacher_weights", "perceptual_weights")  # folders, files or Hub ids
 NOT_DECIDING = {
     "stages", "data", "log_every", "save_every", "sample_every", "sample_prompts", "num_workers", "micro_batch_size",
-    "gradient_checkpointing", "attn_implementation", "num_inference_steps", "guidance_scale", "held_out", "num_held_out",
+    "micro_batch_tokens", "gradient_checkpointing", "attn_implementation", "num_inference_steps", "guidance_scale", "held_out", "num_held_out",
     "frechet_backbone", "frechet_weights",
 }  # fmt: skip
 WRITTEN_BY_MODELS = ("architectures", "dtype", "transformers_version", "_name_or_path")  # into their configs
