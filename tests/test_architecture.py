@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "pipelines": {"pipelines", "modeling"},
     "evaluation": {"evaluation", "pipelines", "data", "modeling"},
     "training": {"training", "evaluation", "pipelines", "data", "modeling"},
+    "training/adapters": {"training", "data", "modeling"},
     "training/recipes": {"toy", "training", "data", "modeling"},
     "toy": {"toy", "evaluation", "pipelines", "data", "modeling"},
     "conversion": {"conversion", "pipelines", "modeling"},

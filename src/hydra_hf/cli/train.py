@@ -25,6 +25,7 @@ NEEDED = {
     "tokenizer": "the `final` folder that a recipe of hydra_tok leaves, or a Hub id",
     "init": "the folder that `hydra convert` writes, or a Hub id",
     "teacher": "the ViT to distill from, a folder, Hub id or timm:NAME",
+    "model": "a folder or Hub id of the model that is trained on",
 }  # options that a recipe may need
 
 
@@ -35,6 +36,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--tokenizer", help="of HYDRA: the trained vision tower (HYDRA-TOK)")
     command.add_argument("--init", help="folder or Hub id to start from, such as `hydra convert` writes")
+    command.add_argument("--model", help="of UniMRG: another unified model than HYDRA, a folder or Hub id")
     command.add_argument(
         "--teacher", help="frozen ViT of the distillation: folder, Hub id or timm:NAME; --init by default"
     )
@@ -71,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
     from importlib import import_module
     from inspect import signature
 
-    from hydra_hf.training.recipe import HydraRecipe, Recipe
+    from hydra_hf.training.recipe import HydraRecipe, Recipe, UnifiedRecipe
 
     module_name, _, function_name = options.recipe.partition(".")
     try:
@@ -79,13 +81,15 @@ def run(options: argparse.Namespace) -> None:
         made = signature(make)
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"There is no recipe {options.recipe!r}; see hydra_hf.training.recipes.") from error
-    if made.return_annotation not in (Recipe, HydraRecipe):
+    if made.return_annotation not in (Recipe, HydraRecipe, UnifiedRecipe):
         raise ValueError(f"{options.recipe!r} is not a function that gives a recipe; see hydra_hf.training.recipes.")
     check_out_folder(options.out or Path("runs"))
     _use_device(options.device)
     recipe = make(**_given(options, made.parameters))
     output_dir = options.out or Path("runs") / recipe.name
-    if isinstance(recipe, HydraRecipe):
+    if isinstance(recipe, UnifiedRecipe):
+        from hydra_hf.training.adapters import train_unified as train
+    elif isinstance(recipe, HydraRecipe):
         from hydra_hf.training.hydra_trainer import train_hydra as train
     elif given := [name for name in HYDRA_OPTIONS if getattr(options, name) is not None]:
         raise ValueError(f"The recipe {options.recipe} takes no --{given[0]}.")
@@ -125,11 +129,12 @@ def _given(options: argparse.Namespace, parameters: Mapping[str, Parameter]) -> 
     """The arguments of a recipe's function. Raises ValueError for an unknown option or a missing one."""
     from hydra_hf.hub import check_model_name
 
-    values = {name: getattr(options, name) for name in ("tokenizer", "init", "teacher", "decoder", "mixture")}
+    names = ("tokenizer", "init", "model", "teacher", "decoder", "mixture")
+    values = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in values.items() if value is not None}
     if unknown := sorted(set(given) - set(parameters)):
         raise ValueError(f"The recipe {options.recipe} takes no --{unknown[0]}.")
-    for name in {"tokenizer", "init"} & set(given):
+    for name in {"tokenizer", "init", "model"} & set(given):
         check_model_name(given[name])
     if "tokenizer" in parameters and "tokenizer" not in given:
         _check_trained(options.recipe, parameters["tokenizer"].default)

@@ -58,6 +58,9 @@ class HydraProcessor(ProcessorMixin):
     """
 
     return_mm_token_type_ids = True
+    image_token = "<|image_pad|>"
+    vision_start_token = "<|vision_start|>"
+    vision_end_token = "<|vision_end|>"
     valid_processor_kwargs = TypedProcessingKwargs
 
     def __init__(
@@ -71,9 +74,6 @@ class HydraProcessor(ProcessorMixin):
     ):
         if image_processor.patch_size != patch_size:
             raise ValueError(f"{patch_size=} is not the image processor's {image_processor.patch_size}.")
-        self.image_token = "<|image_pad|>"
-        self.vision_start_token = "<|vision_start|>"
-        self.vision_end_token = "<|vision_end|>"
         added_tokens = tokenizer.get_added_vocab()
         expected_tokens = (self.image_token, self.vision_start_token, self.vision_end_token)
         if missing_tokens := [token for token in expected_tokens if token not in added_tokens]:
@@ -99,15 +99,20 @@ class HydraProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs) -> str:
         grid = [int(side) for side in image_inputs["image_grid_thw"][image_idx]]
-        return self.image_token * (self.num_time_tokens + num_tokens(grid))
+        return self.image_token * self.image_length(grid)
+
+    def image_length(self, grid: Grid) -> int:
+        """How many positions an image takes."""
+        return self.num_time_tokens + num_tokens(grid)
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
         sizes = [self.image_processor.output_size(*image_size, **kwargs) for image_size in image_sizes]
-        num_patches = [num_tokens(image_grid(*size, self.patch_size)) for size in sizes]
+        grids = [image_grid(*size, self.patch_size) for size in sizes]
         return MultiModalData(
-            num_image_tokens=[self.num_time_tokens + number for number in num_patches], num_image_patches=num_patches
+            num_image_tokens=[self.image_length(grid) for grid in grids],
+            num_image_patches=[num_tokens(grid) for grid in grids],
         )
 
     def validate_inputs(self, images=None, text=None, **kwargs) -> None:
@@ -266,7 +271,7 @@ class HydraProcessor(ProcessorMixin):
             raise ValueError(f"Got {len(images)} images for {num_placeholders} image parts.")
         encodings = self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, padding=False)
         grids = [self._grid_of(image) for image in images]
-        lengths_of_images = iter([self.num_time_tokens + num_tokens(grid) for grid in grids])
+        lengths_of_images = iter([self.image_length(grid) for grid in grids])
         rows = [
             self._expanded_row(ids, offsets, spans, lengths_of_images, max_length)
             for ids, offsets, spans in zip(encodings["input_ids"], encodings["offset_mapping"], generated_spans)

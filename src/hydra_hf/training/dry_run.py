@@ -33,7 +33,7 @@ from .lora import add_adapters
 from .losses import distill_loss, reached_parameters, tokenizer_losses, training_inputs, weighted_sum
 from .optimizers import create_optimizer
 from .processes import num_accumulation_steps, partial_state, split_batch
-from .recipe import HydraRecipe, HydraStage, Recipe, Stage, TokenizerStage, freeze_unnamed
+from .recipe import HydraRecipe, HydraStage, Recipe, Stage, TokenizerStage, UnifiedRecipe, freeze_unnamed
 from .teachers import blank_perceptual
 from .vision_tower_trainer import create_stage_model
 
@@ -108,7 +108,11 @@ class StageReport:
 
 
 def dry_run(recipe: Recipe, only: str | None = None) -> list[StageReport]:
-    """A report of every stage, or of `only` one. ValueError for a stage that the recipe does not have."""
+    """A report of every stage, or of `only` one. ValueError for a stage that the recipe does not have, or a model that is not HYDRA."""
+    if isinstance(recipe, UnifiedRecipe):
+        raise ValueError(
+            f"{recipe.name} has no dry run: only HYDRA and its vision tower can be counted without weights."
+        )
     report = report_stage if isinstance(recipe, HydraRecipe) else report_tower_stage
     reports = [report(recipe, stage) for stage in recipe.stages if only in (None, stage.name)]
     if not reports:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from hydra_hf.files import write_folder
 from hydra_hf.modeling import HydraForConditionalGeneration, HydraTokConfig, HydraTokModel
@@ -17,7 +18,8 @@ from .bundle_trainer import BundleTrainer
 from .callbacks import SampleGrids, create_pipeline
 from .latents import check_latents
 from .lora import has_adapters, merge_adapters, save_adapters
-from .objective import HydraObjective
+from .objective import HydraObjective, ModelKind
+from .painted_grids import PaintedGrids, paint_hydra
 from .processes import num_accumulation_steps, partial_state
 from .recipe import HydraRecipe, HydraStage
 from .stages import check_stage, run_stages
@@ -26,32 +28,72 @@ from .stages import check_stage, run_stages
 logger = logging.getLogger(__name__)
 
 
+class HydraKind:
+    """What a run does with HYDRA besides its steps; see `objective.ModelKind`."""
+
+    def create_objective(self, stage: HydraStage, seed: int) -> HydraObjective:
+        return HydraObjective(stage, seed)
+
+    def create_model(self, recipe: HydraRecipe) -> HydraForConditionalGeneration:
+        return create_model(recipe)
+
+    def open_model(self, folder: Path, recipe: HydraRecipe) -> HydraForConditionalGeneration:
+        return open_model(folder, recipe)
+
+    def empty_model(self, recipe: HydraRecipe) -> HydraForConditionalGeneration:
+        return HydraForConditionalGeneration._from_config(recipe.config)
+
+    def save(self, model: HydraForConditionalGeneration, recipe: HydraRecipe, folder: Path) -> None:
+        create_pipeline(model, recipe).save_pretrained(folder)
+
+    def save_compact(self, model: HydraForConditionalGeneration, recipe: HydraRecipe, folder: Path) -> None:
+        save_compact(create_pipeline(model, recipe), folder)
+
+    def add_samples(self, trainer: BundleTrainer, recipe: HydraRecipe, stage: HydraStage, folder: Path) -> None:
+        if prompts := list(recipe.sample_prompts or recipe.data_of(stage).sample_prompts(recipe.seed)):
+            trainer.add_callback(SampleGrids(trainer, recipe, prompts, folder))
+        if trainer.held_out:
+            trainer.add_callback(PaintedGrids(trainer, recipe, paint_hydra, folder))
+
+
 def train_hydra(
     recipe: HydraRecipe, output_dir: Path, *, only: str | None = None, on_stage: Callable[[str], None] = logger.info
 ) -> Path:
-    """Runs every stage that is not done yet, or `only` one; the folder of the finished pipeline.
-
-    A stage starts from the last one before it that is done, the first from what `create_model` gives.
-    Raises ValueError for a stage that the recipe does not have, or a recipe that cannot be trained.
-    """
+    """`train_model` for HYDRA. Raises ValueError for a recipe that has no processor either."""
     check_stage(recipe, only)
     if recipe.processor is None:
         raise ValueError(
             f"{recipe.name} needs init, the folder that `hydra convert` made, for its weights and tokenizer."
         )
+    return train_model(HydraKind(), recipe, output_dir, only=only, on_stage=on_stage)
+
+
+def train_model(
+    kind: ModelKind,
+    recipe: HydraRecipe,
+    output_dir: Path,
+    *,
+    only: str | None = None,
+    on_stage: Callable[[str], None] = logger.info,
+) -> Path:
+    """Runs every stage that is not done yet, or `only` one; the folder of the finished model.
+
+    A stage starts from the last one before it that is done, the first from what `kind.create_model` gives.
+    Raises ValueError for a stage that the recipe does not have, or a recipe that cannot be trained.
+    """
 
     def train(index: int, previous: Path | None, folder: Path) -> None:
-        model = create_model(recipe) if previous is None else open_model(previous, recipe)
-        train_stage(recipe, index, model, folder)
+        model = kind.create_model(recipe) if previous is None else kind.open_model(previous, recipe)
+        train_stage(kind, recipe, index, model, folder)
 
     def finish(last: Path, final: Path) -> None:
-        pipeline = create_pipeline(open_model(last, recipe), recipe)
-        write_folder(final, lambda folder: save_compact(pipeline, folder))
+        model = kind.open_model(last, recipe)
+        write_folder(final, lambda folder: kind.save_compact(model, recipe, folder))
 
     return run_stages(recipe, output_dir, train, finish=finish, only=only, on_stage=on_stage)
 
 
-def train_stage(recipe: HydraRecipe, index: int, model: HydraForConditionalGeneration, folder: Path) -> None:
+def train_stage(kind: ModelKind, recipe: HydraRecipe, index: int, model: PreTrainedModel, folder: Path) -> None:
     """Trains `model` to the end of a stage, from the last checkpoint in `folder` if there is one."""
     stage, seed = recipe.stages[index], recipe.seed + 1000 * index
     accumulation = num_accumulation_steps(stage.tasks, partial_state().num_processes, recipe.micro_batch_size)
@@ -59,29 +101,28 @@ def train_stage(recipe: HydraRecipe, index: int, model: HydraForConditionalGener
     for data in (recipe.data_of(stage), stage.held_out):
         check_latents(model, stage, data)
     trainer = BundleTrainer(
-        model, HydraObjective(stage, seed), stage, bundles, folder,
+        model, kind.create_objective(stage, seed), stage, bundles, folder,
         recipe=recipe, seed=seed, accumulation=accumulation, held_out=held_out,
     )  # fmt: skip
-    if prompts := list(recipe.sample_prompts or recipe.data_of(stage).sample_prompts(recipe.seed)):
-        trainer.add_callback(SampleGrids(trainer, recipe, prompts, folder))
+    kind.add_samples(trainer, recipe, stage, folder)
     trainer.train_stage()
-    save_finished(trainer, recipe, folder)
+    save_finished(kind, trainer, recipe, folder)
 
 
-def save_finished(trainer: BundleTrainer, recipe: HydraRecipe, folder: Path) -> None:
-    """`final`: the pipeline with merged adapters, and in it the adapters themselves."""
+def save_finished(kind: ModelKind, trainer: BundleTrainer, recipe: HydraRecipe, folder: Path) -> None:
+    """`final`: the model with merged adapters, and in it the adapters themselves."""
     accelerator, model = trainer.accelerator, trainer.averaged_model
     weights = accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_sharded else None  # all give their part
     if accelerator.is_main_process:
         if trainer.is_sharded:
-            model = HydraForConditionalGeneration._from_config(recipe.config)
+            model = kind.empty_model(recipe)
             model.load_state_dict(weights)
 
         def write(final: Path) -> None:
             if has_adapters(model):
                 save_adapters(model, final / "adapter")
                 merge_adapters(model)
-            create_pipeline(model.eval(), recipe).save_pretrained(final)
+            kind.save(model.eval(), recipe, final)
 
         write_folder(folder / "final", write)
     accelerator.wait_for_everyone()
@@ -96,7 +137,7 @@ def create_bundles(recipe: HydraRecipe, stage: HydraStage, seed: int, accumulati
         raise ValueError(f"num_workers={recipe.num_workers}: a stream is read in order, by one process; use 0.")
     processes = partial_state()
     return data.bundles(
-        stage, recipe.processor, seed, max_length=recipe.max_length or recipe.config.text_config.max_position_embeddings,
+        stage, recipe.processor, seed, max_length=recipe.max_length or recipe.config.get_text_config().max_position_embeddings,
         process_index=processes.process_index, num_processes=processes.num_processes, accumulation=accumulation,
     )  # fmt: skip
 

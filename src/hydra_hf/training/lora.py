@@ -6,15 +6,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hydra_hf.modeling import HydraForConditionalGeneration
-
 from .recipe import HydraStage, largest_modules
 
 
 LORA = ".lora_"  # in the name of every parameter of an adapter and of no other
 
 
-def add_adapters(model: HydraForConditionalGeneration, stage: HydraStage, seed: int) -> None:
+def add_adapters(model: nn.Module, stage: HydraStage, seed: int) -> None:
     """Adapters of rank `stage.lora_rank` on the linear layers of what the stage trains; all else of it is frozen.
 
     Scale and dropout are our choice: alpha = rank, none. Raises ValueError if the stage trains none of `lora_targets`.
@@ -50,7 +48,7 @@ def has_adapters(model: nn.Module) -> bool:
     return any(LORA in name for name, _ in model.named_parameters())
 
 
-def save_adapters(model: HydraForConditionalGeneration, folder: Path) -> None:
+def save_adapters(model: nn.Module, folder: Path) -> None:
     """The adapters, and the modules that were trained in full, in the format of peft."""
     from peft.tuners.lora import LoraLayer
 
@@ -72,7 +70,7 @@ def trained_modules(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def merge_adapters(model: HydraForConditionalGeneration) -> HydraForConditionalGeneration:
+def merge_adapters(model: nn.Module) -> nn.Module:
     """The same function in plain linear layers, in place."""
     from peft.tuners.lora import LoraLayer
 

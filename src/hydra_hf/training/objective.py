@@ -1,10 +1,12 @@
 """What a model is trained for. `BundleTrainer` runs an objective; an objective is all that another model has to bring."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
 
 from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.modeling.flow import add_noise, sample_sigma, shift_sigma, velocity_target
@@ -13,7 +15,7 @@ from hydra_hf.modeling.image_processing_hydra import as_pixel_values
 
 from .lora import add_adapters
 from .randomness import grids_per_sample, row_noise
-from .recipe import HydraStage, freeze_unnamed
+from .recipe import HydraRecipe, HydraStage, freeze_unnamed
 
 
 class Objective(Protocol):
@@ -33,6 +35,31 @@ class Objective(Protocol):
 
     def losses_of(self, outputs) -> dict[str, Tensor]:
         """The means over the batch's targets, of the losses that it has."""
+
+
+class ModelKind(Protocol):
+    """What a run does with a kind of model besides its steps."""
+
+    def create_objective(self, stage: HydraStage, seed: int) -> Objective:
+        """What a stage is trained for."""
+
+    def create_model(self, recipe: HydraRecipe) -> PreTrainedModel:
+        """What the first stage starts from."""
+
+    def open_model(self, folder: Path, recipe: HydraRecipe) -> PreTrainedModel:
+        """What `save` left, for training: in fp32 whatever it is stored in."""
+
+    def empty_model(self, recipe: HydraRecipe) -> PreTrainedModel:
+        """A model of the recipe's sizes, for weights that were sharded."""
+
+    def save(self, model: PreTrainedModel, recipe: HydraRecipe, folder: Path) -> None:
+        """All that its users need."""
+
+    def save_compact(self, model: PreTrainedModel, recipe: HydraRecipe, folder: Path) -> None:
+        """The same once more, once all stages are done."""
+
+    def add_samples(self, trainer: Trainer, recipe: HydraRecipe, stage: HydraStage, folder: Path) -> None:
+        """Has the trainer draw pictures into `folder` while it trains, if there is something to draw."""
 
 
 @torch.no_grad()

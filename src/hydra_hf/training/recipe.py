@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hydra_hf.data.images import Batches
 from hydra_hf.data.sources import Source, Sources
@@ -62,6 +63,14 @@ class HydraLossWeights:
 
     language: float = 1.0
     flow: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnifiedLossWeights:
+    """Of another unified model (`training.adapters`): text, and generated images under the model's own loss. UniMRG, section 3."""
+
+    language: float = 1.0
+    image: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +175,7 @@ class HydraStage(Stage):
     """
 
     tasks: dict[str, int]
-    loss_weights: HydraLossWeights = field(default_factory=HydraLossWeights)
+    loss_weights: HydraLossWeights | UnifiedLossWeights = field(default_factory=HydraLossWeights)
     task_weights: dict[str, float] = field(default_factory=dict)
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ("model.language_model", "model.vision_tower.sem_vit")
@@ -259,7 +268,7 @@ class HydraRecipe(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
-        limit = self.config.text_config.max_position_embeddings
+        limit = self.config.get_text_config().max_position_embeddings
         if self.max_length is not None and not 1 <= self.max_length <= limit:
             raise ValueError(
                 f"{self.name}: max_length={self.max_length} must be 1 to {limit}, the positions of its model."
@@ -283,6 +292,19 @@ class HydraRecipe(Recipe):
     def num_workers_of(self, stage: HydraStage) -> int:
         """Processes that read ahead in a stage, for each process that trains."""
         return self.data_of(stage).num_workers if self.num_workers is None else self.num_workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnifiedRecipe(HydraRecipe):
+    """Another unified model, trained as HYDRA is; it starts from `init`.
+
+    Args:
+        model_class: has `from_pretrained` and what `training.adapters.UnifiedModel` asks for.
+    """
+
+    config: PreTrainedConfig
+    model_class: type[PreTrainedModel]
+    tokenizer: str | None = None
 
 
 def freeze_unnamed(module: nn.Module, stage: Stage) -> None:

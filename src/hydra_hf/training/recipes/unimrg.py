@@ -5,10 +5,12 @@ hydra train unimrg.hydra_1_5b --init hydra-1.5b --data understand=llava.json,ima
     --data segment=llava.json,image_root=images,targets=targets/segment
 
 The baselines and the ablation differ from it in their mixture alone: `--mixture sft`, `reca`, `depth` or `segment`.
+
+Another model than HYDRA: `hydra train unimrg.janus --model ID --data ...`, with the same sources.
 """
 
 from hydra_hf.modeling import HydraConfig, HydraProcessor
-from hydra_hf.training.recipe import HydraRecipe, HydraStage
+from hydra_hf.training.recipe import HydraRecipe, HydraStage, UnifiedLossWeights, UnifiedRecipe
 
 
 MIXTURES = {  # the same number of samples of each task in every step: given
@@ -73,4 +75,39 @@ def _recipe(name: str, preset, init: str | None, mixture: str) -> HydraRecipe:
         processor=None if init is None else HydraProcessor.from_pretrained(init, subfolder="processor"),
         gradient_checkpointing=True,  # given
         max_length=min(4096, config.text_config.max_position_embeddings),  # our choice
+    )
+
+
+def janus(model: str, mixture: str = "unimrg") -> UnifiedRecipe:
+    """Janus as transformers has it, a folder or Hub id. The paper has no run of it: values are those of HYDRA's recipe."""
+    from transformers import JanusConfig, JanusProcessor
+
+    from hydra_hf.training.adapters import unified_rates
+    from hydra_hf.training.adapters.janus import JanusChatProcessor, JanusForUniMRG
+
+    config = JanusConfig.from_pretrained(model)
+    stage = HydraStage(
+        name=mixture,
+        num_steps=1000,
+        tasks=tasks_of(mixture, 128),
+        learning_rates=unified_rates(JanusForUniMRG, 1e-5),
+        loss_weights=UnifiedLossWeights(),
+        weight_decay=0.02,
+        warmup_steps=10,
+        decay_share=0.99,
+        ema_decay=0.0,
+        drop_prompt=0.0,
+        lora_targets=JanusForUniMRG.adapted_modules,
+    )
+    processor, vision = JanusProcessor.from_pretrained(model), config.vision_config
+    return UnifiedRecipe(
+        name="unimrg.janus",
+        config=config,
+        stages=(stage,),
+        init=model,
+        processor=JanusChatProcessor.from_janus(processor, vision.image_size, vision.patch_size),
+        model_class=JanusForUniMRG,
+        gradient_checkpointing=True,
+        max_length=min(4096, config.text_config.max_position_embeddings),
+        guidance_scale=5.0,  # transformers' default for Janus
     )

@@ -1,0 +1,96 @@
+"""What a model paints of held-out images while it is trained."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from hydra_hf.data.tasks import TASKS
+from hydra_hf.evaluation.maps import white_share
+from hydra_hf.files import write_image_grid
+from hydra_hf.modeling import HydraForConditionalGeneration
+from hydra_hf.modeling.grid import pack_images, unpack_images
+from hydra_hf.modeling.image_processing_hydra import as_pixel_values
+
+from .callbacks import is_due
+from .randomness import row_generator
+from .recipe import HydraRecipe
+
+
+NUM_IMAGES = 8  # of each task
+Paint = Callable[
+    [nn.Module, dict, str, torch.Generator], list[list[Tensor]]
+]  # rows of pictures: given, expected, painted
+
+
+class PaintedGrids(TrainerCallback):
+    """A PNG for each task that makes an image of an image: what is given, expected and painted, a column for each sample.
+
+    `white_share` of the painted boundaries goes to the log: 0 is the known collapse to black. On the main process, not from
+    sharded weights.
+    """
+
+    def __init__(self, trainer: Trainer, recipe: HydraRecipe, paint: Paint, output_dir: Path):
+        self.trainer, self.recipe, self.paint, self.output_dir = trainer, recipe, paint, output_dir
+
+    def on_step_end(self, args, state, control, **kwargs):
+        due = is_due(state, args, self.recipe.sample_every)
+        if not due or not state.is_world_process_zero or self.trainer.is_sharded:
+            return
+        bundle = self.trainer._prepare_inputs(self.trainer.held_out[0])
+        for task in self.trainer.stage.tasks:
+            if not (TASKS[task].generates and "image" in TASKS[task].user and "pixel_values" in bundle[task]):
+                continue
+            with torch.no_grad():
+                generator = row_generator(self.recipe.seed, 1, 0)
+                rows = self.paint(self.trainer.averaged_model.eval(), bundle, task, generator)
+            path = self.output_dir / f"{task}-{state.global_step:06d}.png"
+            write_image_grid(path, torch.stack(on_one_canvas([image for row in rows for image in row])), len(rows[0]))
+            if task == "segment":
+                shares = [white_share(image[None].float()).item() for image in rows[-1]]
+                self.trainer.log({"held_out/segment/white_share": round(sum(shares) / len(shares), 5)})
+
+
+def on_one_canvas(images: list[Tensor]) -> list[Tensor]:
+    """Images (3, H, W) of several sizes, black to the right and below, all as large as the largest."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    return [
+        nn.functional.pad(image.float().cpu(), (0, width - image.shape[2], 0, height - image.shape[1]), value=-1.0)
+        for image in images
+    ]
+
+
+def paint_hydra(
+    model: HydraForConditionalGeneration, bundle: dict, task: str, generator: torch.Generator
+) -> list[list[Tensor]]:
+    """The rows of the grid from samples that end with an image to be generated, of which the one in front of it is shown."""
+    batch, patch_size = bundle[task], model.config.vision_config.patch_size
+    images = unpack_images(as_pixel_values(batch["pixel_values"]), batch["image_grid_thw"], patch_size)
+    is_generated = batch["is_generated"].tolist()
+    targets = [image for image, generated in zip(images, is_generated) if generated][:NUM_IMAGES]
+    given = [image for image, generated in zip(images, is_generated) if not generated]
+    input_ids, attention_mask = prompts_of(batch, len(targets), model.config.text_config.pad_token_id or 0)
+    given = given[: len(given) * len(targets) // sum(is_generated)]
+    pixel_values, _ = pack_images(given, patch_size)
+    grid_thw = batch["image_grid_thw"][~batch["is_generated"]][: len(given)]
+    painted = model.generate_images(
+        input_ids, attention_mask, pixel_values, grid_thw, height=[image.shape[1] for image in targets],
+        width=[image.shape[2] for image in targets], num_inference_steps=24, guidance_scale=1.0, generator=generator,
+    )  # fmt: skip
+    shown = given[len(given) // len(targets) - 1 :: len(given) // len(targets)]
+    return [shown, targets, list(painted)]
+
+
+def prompts_of(batch: dict[str, Tensor], number: int, pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """What is in front of the last image of the first samples, padded on the left: ids and attention mask (number, P)."""
+    is_image = batch["mm_token_type_ids"] == 1
+    starts = is_image & ~nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
+    rows = []
+    for ids, mask, start in list(zip(batch["input_ids"], batch["attention_mask"], starts))[:number]:
+        end = int(start.nonzero()[-1])
+        rows.append(ids[:end][mask[:end].bool()])
+    input_ids = nn.utils.rnn.pad_sequence(rows, True, pad_token_id, padding_side="left")
+    attention_mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, padding_side="left")
+    return input_ids, attention_mask
