@@ -1,11 +1,12 @@
 """The contract of other unified models: what a bundle becomes, the example of it, and the command line."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from unified_run import LOSSES, assert_frozen_and_trained, losses_of, rows_of
+from unified_run import LOSSES, TASKS, FixedData, assert_frozen_and_trained, losses_of, rows_of
 
 from hydra_hf.cli import main as hydra
 from hydra_hf.training.adapters import UnifiedObjective, length_of_prompts, train_unified
@@ -24,7 +25,9 @@ def example():
 
 @pytest.fixture(scope="module")
 def recipe(example, tmp_path_factory):
-    return example.create_recipe(tmp_path_factory.mktemp("init"), num_steps=20)
+    recipe = example.create_recipe(tmp_path_factory.mktemp("init"), num_steps=30)
+    data = {"data": FixedData(), "held_out": FixedData(is_held_out=True), "num_held_out": 2, "tasks": TASKS}
+    return replace(recipe, stages=(replace(recipe.stages[0], **data),))
 
 
 def test_the_example_is_trained_by_the_contract_alone(example, recipe, tmp_path):
@@ -32,7 +35,7 @@ def test_the_example_is_trained_by_the_contract_alone(example, recipe, tmp_path)
     before, after = (example.PatchPainter.from_pretrained(folder) for folder in (recipe.init, final))
     first, last = losses_of(before, recipe), losses_of(after, recipe)
     for name in LOSSES:
-        assert last[name] < 0.97 * first[name], (name, first[name], last[name])
+        assert last[name] < 0.9 * first[name], (name, first[name], last[name])
     assert_frozen_and_trained(before, after)
     (measured,) = rows_of(tmp_path / "unimrg", key="held_out/depth/image")
     assert {f"held_out/{name}" for name in LOSSES} <= set(measured)
@@ -43,9 +46,9 @@ def test_a_bundle_is_counted_by_answers_and_by_images(recipe):
     bundle = stage.data.bundles(stage, recipe.processor, 0, max_length=256)[0]
     objective = UnifiedObjective(stage, seed=0)
     counts = {task: objective.count_targets(None, bundle[task]) for task in stage.tasks}
-    assert counts["depth"] == {"language": 0, "image": 8}
+    assert counts["depth"] == {"language": 0, "image": 2}
     assert counts["understand"]["image"] == 0
-    assert counts["understand"]["language"] == int((bundle["understand"]["labels"][:, 1:] != -100).sum()) > 8
+    assert counts["understand"]["language"] == int((bundle["understand"]["labels"][:, 1:] != -100).sum()) > 2
     assert objective.count_targets(None, {**bundle["depth"], "num_samples": 0}) == {"language": 0, "image": 0}
 
 
