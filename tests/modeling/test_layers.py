@@ -18,6 +18,7 @@ from hydra_hf.modeling.layers import (
     ZeroLinear,
     apply_rotary,
     init_layer,
+    scale_gradient,
 )
 
 
@@ -157,3 +158,11 @@ def test_a_vit_layer_without_layer_scale_is_the_one_with_scale_1():
     plain.load_state_dict({key: value for key, value in scaled.state_dict().items() if not key.startswith("scale_")})
     states = gaussian(2, 6, 32)
     assert torch.equal(plain(states), scaled(states))
+
+
+def test_only_the_gradient_is_scaled():
+    x = torch.randn(4, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    scaled = scale_gradient(x, 0.1)
+    assert torch.equal(scaled, x)
+    scaled.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full((4,), 0.1))

@@ -359,6 +359,25 @@ def edit_batch(recipe, num_samples: int = 1) -> dict:
     return collate(samples, recipe.processor)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.1])
+def test_the_gradient_through_given_images_is_scaled(recipe, scale):
+    def gradient(scale: float, task: str) -> torch.Tensor:
+        model = toy_pipeline().model
+        model.requires_grad_(True).zero_grad()
+        objective = HydraObjective(replace(recipe.stages[0], condition_grad_scale=scale), seed=0)
+        batch = edit_batch(recipe)
+        if task == "understand":
+            batch = {**batch, "is_generated": torch.zeros(2, dtype=torch.bool)}
+        outputs = model(**objective.prepare(model, bundle_of(**{task: batch}), task))
+        sum(objective.losses_of(outputs).values()).backward()
+        return model.model.vision_tower.sem_vit.layers[0].mlp.fc1.weight.grad
+
+    torch.testing.assert_close(gradient(scale, "understand"), scale * gradient(1.0, "understand"))
+    assert not torch.allclose(
+        gradient(scale, "edit"), scale * gradient(1.0, "edit")
+    )  # through what is generated, in full
+
+
 def bundle_of(step: int = 0, **batches: dict) -> dict:
     """What the trainer takes: all rows of these batches, in one process."""
     for batch in batches.values():

@@ -185,3 +185,8 @@ def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def first_set(mask: Tensor, number: int) -> Tensor:
     """Where the first `number` True of `mask` (L,) are, in order: (number,). Indexing by the mask has no shape to compile."""
     return mask.int().argsort(descending=True, stable=True)[:number]
+
+
+def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
+    """`x` itself, whose gradient is multiplied by `scale`."""
+    return x.detach() + scale * (x - x.detach())

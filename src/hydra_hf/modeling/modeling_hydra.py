@@ -36,7 +36,7 @@ from .grid import (
     tokens_to_latents,
 )
 from .image_generation import ImageGenerationMixin
-from .layers import TimestepEmbedding, first_set, init_layer
+from .layers import TimestepEmbedding, first_set, init_layer, scale_gradient
 from .masks import check_documents, create_masks, create_packed_masks, document_positions, full_mask
 from .modeling_hydra_tok import HydraTokModel
 from .outputs import HydraModelOutput, HydraOutput
@@ -170,6 +170,7 @@ class HydraModel(HydraPreTrainedModel):
         mm_token_type_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        condition_grad_scale: float = 1.0,
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -187,6 +188,7 @@ class HydraModel(HydraPreTrainedModel):
             mm_token_type_ids: (B, L), 1 where images stand; found from `input_ids` when missing.
             document_ids: (B, L), which of several samples packed into a row a token belongs to, numbered from 0. None sees
                 another, and positions start again with each; instead of `attention_mask`.
+            condition_grad_scale: what the gradient into Sem-ViT is multiplied by where it comes through images at sigma 0.
             past_key_values: the older name of `cache`.
 
         Raises:
@@ -205,7 +207,7 @@ class HydraModel(HydraPreTrainedModel):
         if image_outputs is not None:
             image_embeds = tuple(image_outputs.pooler_output)  # ([1 +] N, D_llm) of each image
         elif latents is not None:
-            image_embeds = self._embed_latents(latents, image_grid_thw, sigma)
+            image_embeds = self._embed_latents(latents, image_grid_thw, sigma, condition_grad_scale)
         if image_embeds is not None:
             inputs_embeds = place_images(inputs_embeds, image_mask, image_embeds)
         mm_token_type_ids = image_mask.int() if mm_token_type_ids is None else mm_token_type_ids
@@ -252,12 +254,15 @@ class HydraModel(HydraPreTrainedModel):
         recorded = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
         return self.get_image_features(pixel_values, image_grid_thw, **{**recorded, "return_dict": True})
 
-    def _embed_latents(self, latents: Tensor, image_grid_thw: Tensor | None, sigma: Tensor | None) -> Sequence[Tensor]:
+    def _embed_latents(self, latents, image_grid_thw, sigma, condition_grad_scale: float) -> Sequence[Tensor]:
         tokens, grids = pack_latents(latents, image_grid_thw)
         if sigma is None or sigma.shape != (len(grids),):
             shape = None if sigma is None else tuple(sigma.shape)
             raise ValueError(f"latents of {len(grids)} images need sigma of shape ({len(grids)},), got {shape}.")
-        return split_images(self.get_image_embeds(tokens, sigma, grids), grids, self.config.num_time_tokens)
+        images = split_images(self.get_image_embeds(tokens, sigma, grids), grids, self.config.num_time_tokens)
+        if condition_grad_scale != 1:
+            images = map(scale_gradient, images, torch.where(sigma == 0, condition_grad_scale, 1.0))
+        return tuple(images)
 
 
 class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, GenerationMixin):
@@ -296,6 +301,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         mm_token_type_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        condition_grad_scale: float = 1.0,
         labels: Tensor | None = None,
         velocity_target: Tensor | None = None,
         use_cache: bool | None = None,
@@ -324,6 +330,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
             mm_token_type_ids=mm_token_type_ids,
             document_ids=document_ids,
             mm_encoder_outputs=mm_encoder_outputs,
+            condition_grad_scale=condition_grad_scale,
             use_cache=use_cache,
             **kwargs,
         )

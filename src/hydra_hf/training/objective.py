@@ -102,6 +102,8 @@ class HydraObjective:
             batch["logits_to_keep"] = 1  # none is scored
         if "image_grid_thw" not in batch:
             return batch
+        if self.stage.condition_grad_scale != 1:
+            batch["condition_grad_scale"] = self.stage.condition_grad_scale
         grids = image_grids(batch["image_grid_thw"])
         latents = clean_latents(model, batch)
         is_generated = batch.pop("is_generated")

@@ -171,6 +171,8 @@ class HydraStage(Stage):
     lora_rank: rank of adapters on the linear layers of `lora_targets`, as far as `learning_rates` names them; their own
         weights are frozen then, and other modules trained in full. 0 is training in full.
     lora_targets: the modules that get adapters, by prefixes of their names.
+    condition_grad_scale: what the gradient into Sem-ViT through given images is multiplied by; UniMRG's code has 0.1 for
+        a model whose encoder is shared, HYDRA 1.
     drop_prompt: share of prompts replaced by the empty one, for guidance.
     """
 
@@ -179,6 +181,7 @@ class HydraStage(Stage):
     task_weights: dict[str, float] = field(default_factory=dict)
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ("model.language_model", "model.vision_tower.sem_vit")
+    condition_grad_scale: float = 1.0
     drop_prompt: float = 0.1
 
     def __post_init__(self):

@@ -5,10 +5,10 @@ hydra train tiny.hydra
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from transformers import Qwen2Config
 
-from hydra_hf import TINY
 from hydra_hf.modeling import (
     HydraConfig,
     HydraImageProcessor,
@@ -28,6 +28,7 @@ from hydra_hf.training.recipe import HydraRecipe, HydraStage, Recipe, TokenizerL
 from .unimrg import tasks_of, trained_modules
 
 
+EMBEDDED = str(Path(__file__).parents[2] / "assets" / "hydra-tiny")
 ATTENTION = "eager"  # torch 2.15's fused attention takes 5 to 20 times as long backwards in bf16 on a CPU
 
 
@@ -201,7 +202,7 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     )
 
 
-def unimrg(init: str = TINY, mixture: str = "unimrg") -> HydraRecipe:
+def unimrg(init: str = EMBEDDED, mixture: str = "unimrg") -> HydraRecipe:
     """UniMRG, or another mixture of `recipes.unimrg`, on a trained toy model."""
     config = HydraConfig.from_pretrained(init, subfolder="model")
     stage = HydraStage(
