@@ -1,4 +1,8 @@
-"""Pictures made of pictures: an image and a prompt in, an image out. UniMRG, section 3.1."""
+"""Pictures made of pictures: a prompt and an image in, an image out. UniMRG, section 3.1.
+
+The prompt comes first (our choice): a patch of the image and the same patch of what is painted are then always as far apart, and
+the image is read with its task in mind.
+"""
 
 import torch
 from PIL import Image
@@ -26,7 +30,7 @@ def paint(
     if len(images) != len(check_texts("prompts", prompts)):
         raise ValueError(f"Got {len(images)} images and {len(prompts)} prompts, expected as many.")
     chats = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+        [{"role": "user", "content": [{"type": "text", "text": prompt}, {"type": "image", "image": image}]}]
         for image, prompt in zip(images, prompts)
     ]
     inputs = processor.apply_chat_template(

@@ -358,14 +358,14 @@ class ToyLanguage:
         split: str = "train",
         canvas: tuple[int, int] = CANVAS,
     ) -> list[Sample]:
-        """A picture and one of `PROMPTS` from the user, the map that `task` of `PAINTED` asks for from the assistant."""
+        """One of `PROMPTS` and a picture from the user, the map that `task` of `PAINTED` asks for from the assistant."""
         scenes = self.world.sample_scenes(
             num_samples, generator, split=split, max_objects=max_objects, scattered=0.5, canvas=canvas
         )
         rng = _random_from(generator)
         targets = getattr(self.world, PAINTED[task])(scenes)
         return [
-            _chat(task, [("user", image), ("user", rng.choice(PROMPTS[task])), ("assistant", target)])
+            _chat(task, [("user", rng.choice(PROMPTS[task])), ("user", image), ("assistant", target)])
             for image, target in zip(self.world.render(scenes), targets)
         ]
 

@@ -17,7 +17,7 @@ from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 from .bundle_trainer import BundleTrainer
 from .callbacks import SampleGrids, create_pipeline
 from .latents import check_latents
-from .lora import has_adapters, merge_adapters, save_adapters
+from .lora import describe_modules, has_adapters, merge_adapters, save_adapters
 from .objective import HydraObjective, ModelKind
 from .painted_grids import PaintedGrids, paint_hydra
 from .processes import num_accumulation_steps, partial_state
@@ -84,7 +84,7 @@ def train_model(
 
     def train(index: int, previous: Path | None, folder: Path) -> None:
         model = kind.create_model(recipe) if previous is None else kind.open_model(previous, recipe)
-        train_stage(kind, recipe, index, model, folder)
+        train_stage(kind, recipe, index, model, folder, on_stage)
 
     def finish(last: Path, final: Path) -> None:
         model = kind.open_model(last, recipe)
@@ -93,7 +93,14 @@ def train_model(
     return run_stages(recipe, output_dir, train, finish=finish, only=only, on_stage=on_stage)
 
 
-def train_stage(kind: ModelKind, recipe: HydraRecipe, index: int, model: PreTrainedModel, folder: Path) -> None:
+def train_stage(
+    kind: ModelKind,
+    recipe: HydraRecipe,
+    index: int,
+    model: PreTrainedModel,
+    folder: Path,
+    on_stage: Callable[[str], None] = logger.info,
+) -> None:
     """Trains `model` to the end of a stage, from the last checkpoint in `folder` if there is one."""
     stage, seed = recipe.stages[index], recipe.seed + 1000 * index
     accumulation = num_accumulation_steps(stage.tasks, partial_state().num_processes, recipe.micro_batch_size)
@@ -104,6 +111,8 @@ def train_stage(kind: ModelKind, recipe: HydraRecipe, index: int, model: PreTrai
         model, kind.create_objective(stage, seed), stage, bundles, folder,
         recipe=recipe, seed=seed, accumulation=accumulation, held_out=held_out,
     )  # fmt: skip
+    if partial_state().is_main_process:
+        on_stage(describe_modules(model))
     kind.add_samples(trainer, recipe, stage, folder)
     trainer.train_stage()
     save_finished(kind, trainer, recipe, folder)

@@ -51,7 +51,7 @@ def tokenizer() -> Recipe:
         name="foundation",
         data=ToyData(canvases=CANVASES),
         held_out=ToyData(is_held_out=True),
-        num_steps=3000,
+        num_steps=6000,
         batch_size=32,
         learning_rates={"model.gen_vit": 1e-3, "model.bottleneck": 1e-3, "model.pixel_decoder": 1e-3},
         muon_scale=3.0,
@@ -207,9 +207,9 @@ def unimrg(init: str = EMBEDDED, mixture: str = "unimrg") -> HydraRecipe:
     config = HydraConfig.from_pretrained(init, subfolder="model")
     stage = HydraStage(
         name=mixture,
-        num_steps=300,
+        num_steps=600,
         tasks=tasks_of(mixture, 12),
-        learning_rates=trained_modules(config, 3e-4),
+        learning_rates=trained_modules(config, 6e-4),
         muon_scale=3.0,
         decay_share=0.5,
         data=ToyData(questions_per_image=6),
