@@ -18,8 +18,8 @@ from hydra_hf.training.recipe import HydraStage
 
 
 BAR = 1.5
-NUM_SAMPLES = 8  # of each task
-LENGTHS = (40, 400)
+NUM_SAMPLES = 4  # of each task
+LENGTHS = (20, 200)
 TASKS = ("text", "understand", "generate")
 
 
@@ -125,7 +125,7 @@ def on_device(bundle: dict, device: str) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    arguments = parser(__doc__, layers=1, runs=5).parse_args(arguments)
+    arguments = parser(__doc__, layers=1).parse_args(arguments)
     torch.set_num_threads(arguments.threads)
     config = tiny_config() if arguments.tiny else hydra_config("0.5B", arguments.layers)
     model = random_model(config, DTYPES[arguments.dtype], arguments.device).train()

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hydra_hf.modeling.image_processing_hydra import as_pixel_values
+
 
 @pytest.fixture
 def cache(tmp_path_factory, monkeypatch) -> Path:
@@ -80,5 +82,5 @@ def files(tmp_path) -> Files:
 
 @pytest.fixture
 def number_in():
-    """A function that reads the number of a picture (3, H, W) in [-1, 1] off its level."""
-    return lambda image: round(float(np.asarray((image.mean() + 1) / 2 * 255)) / 10)
+    """A function that reads the number of a picture (3, H, W), levels or pixels in [-1, 1], off its level."""
+    return lambda image: round(float(np.asarray((as_pixel_values(image).mean() + 1) / 2 * 255)) / 10)

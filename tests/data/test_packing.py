@@ -131,3 +131,10 @@ def test_a_blank_batch_stays_blank():
     bundle = bundle_of({"text": [4]})
     bundle["text"]["num_samples"] = 0
     assert [part["text"]["num_samples"] for part in split_bundle(bundle, ["text"], 2)] == [0, 0]
+
+
+def test_kept_latents_are_packed_as_pixels_are(batch):
+    pixels = batch["pixel_values"]
+    kept = {name: value for name, value in batch.items() if name != "pixel_values"} | {"latent_means": pixels}
+    members = [2, 0]
+    assert torch.equal(pack(kept, members)["latent_means"], pack(batch, members)["pixel_values"])

@@ -11,6 +11,7 @@ from PIL import Image
 from hydra_hf.data.collate import collate
 from hydra_hf.data.records import MAX_CHARACTERS, RecordReader, UnreadableRecordError, find_columns
 from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
+from hydra_hf.modeling.image_processing_hydra import as_pixel_values
 
 
 @pytest.fixture
@@ -50,10 +51,28 @@ def test_a_caption_is_what_an_image_is_described_by(read, files):
     ]
 
 
-def test_pixels_are_in_minus_one_to_one(read, files):
+def test_pixels_are_levels_until_they_are_on_the_device(read, files):
     sample = read({"image": files.png(5), "caption": "grey"}, "generate")
     image = sample.messages[1]["content"][0]["image"]
-    torch.testing.assert_close(image, torch.full((3, 32, 32), 50 / 127.5 - 1))
+    assert torch.equal(image, torch.full((3, 32, 32), 50, dtype=torch.uint8))
+    torch.testing.assert_close(as_pixel_values(image), torch.full((3, 32, 32), 50 / 127.5 - 1))
+
+
+def test_a_picture_of_fractions_of_levels_keeps_them_next_to_one_of_levels(tiny_processor, files):
+    Image.fromarray(np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)).save(files.folder / "a.tif")
+    (files.folder / "b.png").write_bytes(files.png(5))
+    record = llava("<image> <image>", "a cat", image=["a.tif", "b.png"])
+    reader = RecordReader(find_columns(set(record), ()), files.folder, tiny_processor.image_processor)
+    batch = collate([reader.sample(record, "understand")], tiny_processor)
+    pictures = [Image.open(files.folder / name) for name in ("a.tif", "b.png")]
+    asked = tiny_processor.image_processor(pictures, return_tensors="pt")
+    assert torch.equal(as_pixel_values(batch["pixel_values"]), asked["pixel_values"])
+    assert len(asked["pixel_values"].unique()) > 300
+
+
+def test_a_processor_that_does_not_give_minus_one_to_one_is_refused():
+    with pytest.raises(ValueError, match=r"has image_mean=.*0.4.*, expected .*0.5.* for training"):
+        RecordReader(find_columns(set(), ()), Path(), HydraImageProcessor(image_mean=[0.4] * 3))
 
 
 def test_a_conversation_keeps_its_turns_and_the_places_of_its_images(read, files):
@@ -61,7 +80,7 @@ def test_a_conversation_keeps_its_turns_and_the_places_of_its_images(read, files
     sample = read(record)
     assert drawn(sample) == ["user: # what?", "assistant: a cat", "user: and # here?", "assistant: a dog"]
     first, second = sample.messages[0]["content"][0]["image"], sample.messages[2]["content"][1]["image"]
-    assert first.mean() < second.mean()
+    assert first.max() < second.min()
 
 
 def test_messages_in_the_form_of_openai_are_read(read, files):
@@ -101,8 +120,8 @@ def test_a_photograph_that_lies_on_its_side_is_turned_before_it_is_cut(read):
     exif[0x0112] = 6
     picture.save(buffer, "PNG", exif=exif)
     image = read({"image": buffer.getvalue(), "caption": "half"}, "generate").messages[1]["content"][0]["image"]
-    assert image[:, :, :12].max() < -0.9
-    assert image[:, :, 20:].min() > 0.9
+    assert image[:, :, :12].max() < 13
+    assert image[:, :, 20:].min() > 242
 
 
 def wide_picture() -> Image.Image:
@@ -153,8 +172,9 @@ def test_what_training_encodes_of_a_file_is_what_the_processor_gives_bit_for_bit
     asked = processor.apply_chat_template(
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    for name in ("pixel_values", "image_grid_thw"):
-        assert torch.equal(trained[name], asked[name]), name
+    assert trained["pixel_values"].dtype == torch.uint8
+    assert torch.equal(as_pixel_values(trained["pixel_values"]), asked["pixel_values"])
+    assert torch.equal(trained["image_grid_thw"], asked["image_grid_thw"])
     length = asked["input_ids"].shape[1]
     assert torch.equal(trained["input_ids"][:, :length], asked["input_ids"])
 

@@ -78,22 +78,23 @@ def pack(batch: dict[str, Tensor], members: Sequence[int]) -> dict[str, Tensor]:
     lengths = own[list(members)].sum(dim=1)
     packed["document_ids"] = torch.arange(len(members)).repeat_interleave(lengths)[None]
     packed["labels"][0, lengths.cumsum(dim=0) - lengths] = -100
-    if "pixel_values" in batch:
+    if "image_grid_thw" in batch:
         packed |= images_of_samples(batch, members)
     return packed
 
 
 def images_of_samples(batch: dict[str, Tensor], members: Sequence[int]) -> dict[str, Tensor]:
-    """`pixel_values`, `image_grid_thw` and `is_generated` of some samples; {} if they have no image."""
+    """The images of some samples, pixels or kept latents, `image_grid_thw` and `is_generated`; {} if they have none."""
     counts = count_images(batch["mm_token_type_ids"])
     grids = image_grids(batch["image_grid_thw"])
     images = torch.arange(len(grids)).split(counts)
     chosen = torch.cat([images[member] for member in members]).tolist()
     if not chosen:
         return {}
-    patches = split_images(batch["pixel_values"], grids)
+    name = "pixel_values" if "pixel_values" in batch else "latent_means"
+    patches = split_images(batch[name], grids)
     return {
-        "pixel_values": torch.cat([patches[image] for image in chosen]),
+        name: torch.cat([patches[image] for image in chosen]),
         "image_grid_thw": batch["image_grid_thw"][chosen],
         "is_generated": batch["is_generated"][chosen],
     }

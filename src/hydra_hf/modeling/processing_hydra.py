@@ -131,7 +131,8 @@ class HydraProcessor(ProcessorMixin):
             raise ValueError(f"Got {num_placeholders} {self.image_token} tokens, but no images were passed.")
         if images is not None and (num_images := len(make_flat_list_of_images(images))) != num_placeholders:
             raise ValueError(
-                f"Got {num_placeholders} {self.image_token} tokens and {num_images} images, expected as many."
+                f"Got {num_placeholders} {self.image_token} tokens and {num_images} images: the number of {self.image_token}"
+                " tokens in the prompts should be the same as the number of images."
             )
 
     # Chats
