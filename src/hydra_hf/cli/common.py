@@ -57,6 +57,16 @@ def choose_device(name: str):
     return device
 
 
+def use_device(name: str) -> None:
+    """Passes the device on to accelerate. Raises ValueError if this machine does not have it."""
+    import os
+
+    device = choose_device(name)
+    if name != "auto":
+        os.environ["ACCELERATE_USE_CPU"] = str(device.type == "cpu").lower()
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+
+
 def load_pipeline(options: argparse.Namespace):
     """The pipeline `options.model` on its device, without bars. Raises ValueError that says what is wrong with it."""
     import diffusers

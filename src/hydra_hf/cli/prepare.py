@@ -1,11 +1,13 @@
-"""Prepare data beforehand: `index` finds what is where in the files of data sets, `latents` encodes their images.
+"""Prepare data beforehand: `index` finds what is where in the files of data sets, `latents` encodes their images, `unimrg`
+makes what is painted of them.
 
 example: hydra prepare latents --init hydra-1.5b --data "generate=shards/{000..123}.tar,latents=latents/shards"
 """
 
 import argparse
+from pathlib import Path
 
-from .common import add_device, choose_device
+from .common import add_device, check_out_folder, choose_device, use_device
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -34,22 +36,27 @@ def add_options(command: argparse.ArgumentParser) -> None:
     latents.add_argument("--num_workers", type=int, help="processes that read ahead")
     add_device(latents)
     latents.set_defaults(prepare=_latents)
+    _add_unimrg(steps.add_parser("unimrg", help="depth maps and boundaries of segments of images, to learn to paint"))
 
 
 def run(options: argparse.Namespace) -> None:
-    from hydra_hf.data.sources import parse_source
-
-    for line in options.prepare(options, [parse_source(source) for source in options.data]):
+    for line in options.prepare(options):
         print(line, flush=True)
 
 
-def _index(options: argparse.Namespace, sources: list):
+def _sources(options: argparse.Namespace) -> list:
+    from hydra_hf.data.sources import parse_source
+
+    return [parse_source(source) for source in options.data]
+
+
+def _index(options: argparse.Namespace):
     from hydra_hf.data.prepare import index_sources
 
-    return index_sources(sources, num_processes=options.num_processes)
+    return index_sources(_sources(options), num_processes=options.num_processes)
 
 
-def _latents(options: argparse.Namespace, sources: list):
+def _latents(options: argparse.Namespace):
     import torch
 
     from hydra_hf.hub import check_model_name
@@ -57,6 +64,7 @@ def _latents(options: argparse.Namespace, sources: list):
     from hydra_hf.training.latents import prepare_latents
     from hydra_hf.training.processes import partial_state
 
+    sources = _sources(options)
     for name in filter(None, (options.init, options.tokenizer)):
         check_model_name(name)
     device = choose_device(options.device) if options.device != "auto" else partial_state().device
@@ -66,3 +74,66 @@ def _latents(options: argparse.Namespace, sources: list):
         sources, HydraProcessor.from_pretrained(options.init, subfolder="processor"), tower.eval().to(device),
         mixed_precision=options.mixed_precision, batch_size=options.batch_size, num_workers=options.num_workers,
     )  # fmt: skip
+
+
+def _add_unimrg(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--images", type=Path, required=True, help="folder of images, or LLaVA's JSON or JSONL")
+    command.add_argument(
+        "--image_root", type=Path, help="of JSON: the folder of image paths; that of the file by default"
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, help="folder of the targets; started again, it is completed"
+    )
+    command.add_argument(
+        "--depth_model",
+        default="depth-anything/Depth-Anything-V2-Large-hf",
+        help="folder or Hub id of a Depth-Anything or DPT model; the default's licence is CC-BY-NC-4.0",
+    )
+    command.add_argument("--segment_model", default="facebook/sam-vit-huge", help="folder or Hub id of a SAM")
+    command.add_argument("--only", choices=("depth", "segment"), help="make this alone")
+    command.add_argument(
+        "--size",
+        default="448",
+        help="boundaries are drawn for this training size: 448 is as many pixels as 448x448 in the nearest of a few aspects,"
+        " 448x448 is that size",
+    )
+    command.add_argument("--patch_size", type=int, default=14, help="of the model that is trained")
+    command.add_argument(
+        "--points_per_side", type=int, default=32, help="SAM is asked for the masks at a grid of points"
+    )
+    add_device(command)
+    command.set_defaults(prepare=_unimrg)
+
+
+def _unimrg(options: argparse.Namespace) -> list[str]:
+    from datetime import timedelta
+
+    from hydra_hf.data.prepare_targets import prepare_targets
+    from hydra_hf.training.processes import partial_state
+
+    if not options.images.exists():
+        raise ValueError(f"--images {options.images} is not there, expected a folder of images, or JSON.")
+    check_out_folder(options.out)
+    use_device(options.device)
+    state = partial_state(timeout=timedelta(days=30))  # the first process may wait that long for the last one
+    report = prepare_targets(
+        options.images, options.out, _painters(options, state.device), state, image_root=options.image_root
+    )
+    return [report] if state.is_main_process else []
+
+
+def _painters(options: argparse.Namespace, device) -> list:
+    """Raises ValueError for a size, a grid or a model that cannot be used."""
+    from transformers.utils import logging
+
+    from hydra_hf.data.targets import DepthPainter, SegmentPainter, image_policy
+
+    image_processor = image_policy(options.size, options.patch_size)
+    if options.points_per_side < 1:
+        raise ValueError(f"--points_per_side {options.points_per_side} must be at least 1.")
+    logging.disable_progress_bar()
+    painters = {
+        "depth": lambda: DepthPainter(options.depth_model, device),
+        "segment": lambda: SegmentPainter(options.segment_model, device, image_processor, options.points_per_side),
+    }
+    return [paint() for name, paint in painters.items() if options.only in (None, name)]

@@ -10,7 +10,7 @@ from inspect import Parameter
 from pathlib import Path
 from typing import TextIO
 
-from .common import add_device, check_out_folder, choose_device
+from .common import add_device, check_out_folder, use_device
 
 
 HYDRA_OPTIONS = ("num_workers", "max_length", "micro_batch_tokens")
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     if made.return_annotation not in (Recipe, HydraRecipe, UnifiedRecipe):
         raise ValueError(f"{options.recipe!r} is not a function that gives a recipe; see hydra_hf.training.recipes.")
     check_out_folder(options.out or Path("runs"))
-    _use_device(options.device)
+    use_device(options.device)
     recipe = make(**_given(options, made.parameters))
     output_dir = options.out or Path("runs") / recipe.name
     if isinstance(recipe, UnifiedRecipe):
@@ -151,16 +151,6 @@ def _check_trained(recipe: str, default: str | Parameter.empty) -> None:
             f"The recipe {recipe} starts from a trained tokenizer, and there is no folder {default}: run"
             f" `hydra train {Path(default).parts[1]}` first, or name a folder or Hub id with --tokenizer."
         )
-
-
-def _use_device(name: str) -> None:
-    """Passes the device on to accelerate. Raises ValueError if this machine does not have it."""
-    import os
-
-    device = choose_device(name)
-    if name != "auto":
-        os.environ["ACCELERATE_USE_CPU"] = str(device.type == "cpu").lower()
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
 
 
 def _override(recipe, options: argparse.Namespace):

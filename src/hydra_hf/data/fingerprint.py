@@ -4,6 +4,7 @@ import hashlib
 import os
 from dataclasses import asdict
 
+from .prompts import read_prompts
 from .sources import Source
 from .tables import load_hub, open_source
 
@@ -12,10 +13,13 @@ def fingerprint(source: Source) -> dict:
     """Settings, number of records, and a digest of each file by its name.
 
     A digest covers all of a JSON file, the footer of a Parquet file, names, sizes, times and beginnings of the members
-    of a tar, and the names in a folder of images; where the files are and when they were written counts nothing.
+    of a tar, and the names in a folder of images; where the files are and when they were written counts nothing. Of prompts
+    the text counts, of targets nothing.
     Raises ValueError for a source that cannot be opened.
     """
     settings = asdict(source)
+    if source.prompts is not None:
+        settings["prompts"] = hashlib.blake2b(repr(read_prompts(source.prompts)).encode(), digest_size=16).hexdigest()
     if source.is_stream:
         info = load_hub(source).info
         described = repr((info.config_name, str(info.version), info.features, info.splits))
@@ -33,8 +37,8 @@ def difference(saved: list[dict], current: list[dict]) -> str:
         return f"{len(current)} sources instead of {len(saved)}"
     for old, new in zip(saved, current):
         where = f"{new['task']}={new['path']}"
-        for name in ("task", "weight", "split", "streaming"):
-            if old[name] != new[name]:
+        for name in ("task", "weight", "split", "streaming", "condition_image_size", "prompts"):
+            if name in old and old[name] != new[name]:  # notes of an earlier version lack some
                 return f"{where} has {name}={new[name]!r} instead of {old[name]!r}"
         if (missing := sorted(old["files"].keys() - new["files"].keys())) and len(old["files"]) > 1:
             return f"{where} lacks the file {missing[0]}"

@@ -60,8 +60,12 @@ def choose_prompt(task: str, prompts: tuple[str, ...], *key: int) -> str:
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """Prompts of a text file, one a line. Raises ValueError for a file without any."""
-    prompts = tuple(line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
+    """Prompts of a text file, one a line. Raises ValueError for a file without any, or that cannot be read."""
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The prompts in {path} cannot be read: {error}.") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise ValueError(f"The file {path} has no prompts, expected one a line.")
     return prompts

@@ -3,7 +3,7 @@
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -15,6 +15,8 @@ from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
 
 from .latents import StoredLatents
 from .order import key_of
+from .painting import PROMPT_COLUMN, known_failures, path_below, target_columns, without_target
+from .prompts import PROMPTS, choose_prompt, read_prompts
 from .records import Columns, RecordReader, find_columns, one_record
 from .sample import Sample
 from .sources import HUB, Source
@@ -69,8 +71,7 @@ class SourceMix:
             logger.info("%s: %s.", source.path, columns)
             self.num_skipped.update(table.lost)
             self.tables.append(table)
-            latents = None if source.latents is None else StoredLatents(source, image_processor)
-            self.readers.append(RecordReader(columns, _image_root(source), image_processor, latents))
+            self.readers.append(_record_reader(source, columns, image_processor))
 
     def place_of(self, number: int) -> tuple[int, int]:
         """The source of a number, and which of the source's own numbers it is."""
@@ -158,6 +159,8 @@ class TaskReader(SourceMix):
         self.task, self.drop_prompt = tasks.pop(), drop_prompt
         self.processor, self.max_length = processor, max_length
         super().__init__(sources, processor.image_processor, seed, fits, process_index, num_processes)
+        for source, table, reader in zip(sources, self.tables, self.readers):
+            check_painting(source, table, reader)
 
     def __getitem__(self, number: int) -> Sample | None:
         """None if this process's share of a stream is empty."""
@@ -171,6 +174,9 @@ class TaskReader(SourceMix):
 
     def _sample(self, reader: RecordReader, record: dict, place: int, number: int) -> Sample:
         rng = random.Random(key_of(self.seed, "sample", number))
+        if reader.prompts:
+            prompt = choose_prompt(self.task, reader.prompts, self.seed, number)  # numbers count on through epochs
+            record = record | {PROMPT_COLUMN: prompt}
         sample = reader.sample(record, self.task, rng, place)
         messages = sample.messages
         if TASKS[self.task].drops_prompt and rng.random() < self.drop_prompt:
@@ -203,6 +209,63 @@ def create_readers(
             drop_prompt=drop_prompt, process_index=process_index, num_processes=num_processes,
         )  # fmt: skip
     return readers
+
+
+def check_painting(source: Source, table: Table | Stream, reader: RecordReader) -> None:
+    """Raises ValueError if images of a source have no target, and names the first ones, before any is asked for.
+
+    Of records that hold their targets, it is the column that has to be there. Images that `hydra prepare unimrg` names as
+    failed may lack theirs: they are skipped and counted.
+    """
+    size, patch_size = source.condition_image_size, reader.image_processor.patch_size
+    if size is not None and size < patch_size:
+        raise ValueError(f"{source.path}: condition_image_size={size} must be at least {patch_size=}.")
+    name = TASKS[source.task].target
+    if name and source.targets is None and not {*target_columns(name)} & {*reader.columns.names}:
+        raise ValueError(
+            f"{source.path} has the columns {reader.columns.names}, expected one of {target_columns(name)} with what is"
+            f" painted, or targets=FOLDER, such as `hydra prepare unimrg` makes."
+        )
+    if source.targets is None:
+        return
+    if not reader.targets.is_dir():
+        raise ValueError(f"{source.path}: there is no folder targets={source.targets}.")
+    failed = known_failures(reader.targets)
+    paths = (path for path in _image_paths(source, table, reader) if path not in failed)
+    if missing := without_target(paths, reader.targets):
+        raise ValueError(
+            f"{source.path}: {len(missing)} images have no target in {source.targets}, such as {', '.join(missing[:3])}:"
+            f" let `hydra prepare unimrg` make them, or leave the images out."
+        )
+
+
+def _image_paths(source: Source, table: Table, reader: RecordReader) -> Iterator[str]:
+    """Of all records that have one image, relative to the folder of images. ValueError for an image that is not below it."""
+    for index in range(len(table.rows)):
+        try:
+            with one_record():
+                images = reader.images(table.record(index))
+        except UnreadableRecordError:
+            continue  # it will be skipped, and counted
+        if len(images) == 1:
+            path = path_below(images[0], reader.image_root)
+            if path is None:
+                raise ValueError(
+                    f"{source.path}: record {index} has no path of an image below {reader.image_root}, by which its target"
+                    f" could be found in {source.targets}. Records that hold their images hold their targets, too."
+                )
+            yield path
+
+
+def _record_reader(source: Source, columns: Columns, image_processor: HydraImageProcessor) -> RecordReader:
+    prompts = () if TASKS[source.task].paint is None else PROMPTS[source.task]
+    if source.prompts is not None:
+        prompts = read_prompts(source.prompts)
+    latents = None if source.latents is None else StoredLatents(source, image_processor)
+    return RecordReader(
+        columns, _image_root(source), image_processor, latents, prompts=prompts, condition_image_size=source.condition_image_size,
+        targets=None if source.targets is None else Path(source.targets).expanduser(),
+    )  # fmt: skip
 
 
 def fits(source: Source, columns: Columns) -> bool:

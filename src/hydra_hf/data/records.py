@@ -10,15 +10,24 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from hydra_hf.modeling import HydraImageProcessor
-from hydra_hf.modeling.image_processing_hydra import as_pixel_values, normalize_levels
+from hydra_hf.modeling.image_processing_hydra import as_pixel_values, center_crop, check_image_size, normalize_levels
 
 from .latents import StoredLatents
+from .painting import (
+    PROMPT_COLUMN,
+    condition_size,
+    path_below,
+    resized_pixels,
+    shows_the_same,
+    target_columns,
+    target_paths,
+)
 from .sample import Sample
-from .tasks import TASKS, UnreadableRecordError, images_of
+from .tasks import TASKS, Task, UnreadableRecordError, images_of
 
 
 IMAGE_COLUMNS = (
@@ -105,6 +114,7 @@ class RecordReader:
     Args:
         image_root: the folder of image paths.
         latents: of the images, by the number of their record; they are then not decoded.
+        targets, prompts, condition_image_size: of painted images, as a `Source` has them; prompts are the texts.
     """
 
     def __init__(
@@ -113,31 +123,43 @@ class RecordReader:
         image_root: Path,
         image_processor: HydraImageProcessor,
         latents: StoredLatents | None = None,
+        *,
+        targets: Path | None = None,
+        prompts: tuple[str, ...] = (),
+        condition_image_size: int | None = None,
     ):
         self.columns, self.image_root, self.image_processor = columns, image_root, image_processor
         self.latents = latents
+        self.targets, self.prompts, self.condition_image_size = targets, prompts, condition_image_size
         image_processor.check_plain()
 
     def sample(self, record: dict, task: str, rng: random.Random | None = None, number: int | None = None) -> Sample:
         """`rng` chooses among several captions; without it, it is the first. `number` is what latents are found by."""
         with one_record():
-            messages = TASKS[task].read(self, self._with_one_caption(record, rng))
+            row = TASKS[task]
+            messages = row.read(self, self._with_one_caption(record, rng))
             parts = [part for message in messages for part in message["content"]]
             _check_texts([part["text"] for part in parts if part["type"] == "text"])
             if self.latents is not None:
                 for part, (grid, mean) in zip(images_of(messages), self.latents[number], strict=True):
                     part |= {"image": grid, "latent_mean": mean}
-                return Sample(task=task, messages=messages)
-            for message in messages:
-                pixels_of = self.generated_image if message["role"] == "assistant" else self.given_image
-                for part in images_of([message]):
-                    part["image"] = pixels_of(part["image"])
+            elif row.paint is not None:
+                self._paint(messages, record, row)
+            else:
+                self._load(messages)
             return Sample(task=task, messages=messages)
+
+    def _load(self, messages: list[dict]) -> None:
+        """Images, undecoded, to pixels."""
+        for message in messages:
+            pixels_of = self.generated_image if message["role"] == "assistant" else self.given_image
+            for part in images_of([message]):
+                part["image"] = pixels_of(part["image"])
 
     def image(self, record: dict) -> Tensor:
         """The record's first image (3, H, W) in [-1, 1], its middle part in the size for images to be generated."""
         with one_record():
-            images = self._images(record)
+            images = self.images(record)
             if not images:
                 raise UnreadableRecordError("no image")
             return as_pixel_values(self.generated_image(images[0]))
@@ -192,16 +214,64 @@ class RecordReader:
         if len(places) > MAX_IMAGES:
             raise UnreadableRecordError(f"more than {MAX_IMAGES} images")
         open_places = [part for _, part in places if part["image"] is None]
-        images = self._images(record)
+        images = self.images(record)
         if len(open_places) != len(images):
             raise UnreadableRecordError("not as many images as placeholders")
         for part, image in zip(open_places, images):
             part["image"] = image
         return messages
 
+    # Painted images
+
+    def painting(self, record: dict) -> list[dict]:
+        """The image and the prompt in the record, or the first one, as the user's turn, the place of what is painted as the assistant's."""
+        image = {"type": "image", "image": self._one_image(record)}
+        painted = {"role": "assistant", "content": [{"type": "image", "image": None}]}
+        prompt = record[PROMPT_COLUMN] if PROMPT_COLUMN in record else self.prompts[0]
+        return [{"role": "user", "content": [image, _text(prompt)]}, painted]
+
+    def _paint(self, messages: list[dict], record: dict, task: Task) -> None:
+        """Pixels of the given image, undecoded, and of its target: the same part of both."""
+        given, painted = images_of(messages)
+        image = target = self._decode(given["image"], "an image")
+        if task.target:
+            target = self._decode(self._target(record, task.target), "a target")
+            if not shows_the_same(image, target):
+                raise UnreadableRecordError("a target of another aspect than its image")
+        height, width = self.image_processor.generated_size(image.height, image.width)
+        size = condition_size(height, width, self.image_processor.patch_size, self.condition_image_size)
+        given["image"] = resized_pixels(center_crop(image, height, width), *size, self.image_processor)
+        painted["image"] = task.paint(target, height, width, self.image_processor)
+
+    def _target(self, record: dict, name: str) -> bytes | str | dict:
+        """The target of the record's image, undecoded."""
+        if self.targets is None:
+            values = [record[column] for column in target_columns(name) if record.get(column)]
+            if not values:
+                raise UnreadableRecordError("no target")
+            return values[0]
+        path = path_below(self._one_image(record), self.image_root)
+        files = [self.targets / target for target in target_paths(path or "")]
+        found = [str(file.absolute()) for file in files if path and file.is_file()]
+        if not found:
+            raise UnreadableRecordError("a target that is not there")
+        return found[0]
+
+    def _decode(self, value: bytes | str | dict, what: str) -> Image.Image:
+        """Bytes, a path or `{"bytes", "path"}` to an upright picture."""
+        try:
+            image = Image.open(self._open(value))
+            check_image_size(image.height, image.width, self.image_processor.max_input_pixels)
+            image.load()
+            return ImageOps.exif_transpose(image)
+        except UnreadableRecordError:
+            raise
+        except Exception as error:  # the decoders of damaged files raise nearly everything
+            raise UnreadableRecordError(f"{what} that cannot be decoded") from error
+
     # Images
 
-    def _images(self, record: dict) -> list:
+    def images(self, record: dict) -> list:
         """What the record has in its first filled image column, undecoded."""
         values = [record[name] for name in self.columns.images if record.get(name) not in (None, "", b"", [])]
         if not values:
@@ -210,7 +280,7 @@ class RecordReader:
         return value if isinstance(value, list) else [value]
 
     def _one_image(self, record: dict):
-        images = self._images(record)
+        images = self.images(record)
         if len(images) != 1:
             raise UnreadableRecordError("no image" if not images else "more than one image")
         return images[0]

@@ -23,6 +23,11 @@ class Source:
         latents: folder of what `hydra prepare latents` made of the images, which are then not decoded nor encoded again.
         streaming: Parquet is read where it is, without a copy in the cache, files and row groups are shuffled as such and
             inside; a data set on the Hub is read from front to back in shuffled blocks. For what is too large for a copy.
+        targets: folder of the pictures to be painted, under the relative paths of their images (also as .png or .jpg); None
+            where records hold them, in a column of the task's name.
+        prompts: text file of the prompts to paint by, one a line; `data.prompts.PROMPTS` when None.
+        condition_image_size: the given image has at most as many pixels as a square of this side, while the painted one keeps
+            its size. A given image that holds every detail can be copied instead of understood.
     """
 
     task: str
@@ -32,6 +37,9 @@ class Source:
     image_root: str | None = None
     latents: str | None = None
     streaming: bool = False
+    targets: str | None = None
+    prompts: str | None = None
+    condition_image_size: int | None = None
 
     def __post_init__(self):
         check_task(self.task, f"The source {self.path!r}")
@@ -42,9 +50,27 @@ class Source:
             raise ValueError(f"The source of task {self.task!r} has an empty path.")
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise ValueError(f"{self.path}: weight={self.weight} must be a number above 0.")
-
         if self.latents is not None and self.is_stream:
             raise ValueError(f"{self.path}: latents={self.latents} are kept by number, which a stream does not have.")
+        self._check_painting()
+
+    def _check_painting(self) -> None:
+        task = TASKS[self.task]
+        given = [name for name in ("targets", "prompts", "condition_image_size") if getattr(self, name) is not None]
+        if given and task.paint is None:
+            painted = [name for name, row in TASKS.items() if row.paint is not None]
+            raise ValueError(f"{self.path}: {given[0]} is for the tasks {painted}, got task={self.task!r}.")
+        if self.targets is not None and not task.target:
+            raise ValueError(
+                f"{self.path}: what {self.task!r} paints is the image itself, got targets={self.targets!r}."
+            )
+        if self.targets is not None and self.path.startswith(HUB):
+            raise ValueError(
+                f"{self.path}: targets={self.targets!r} is for images in files; on the Hub, targets are a column"
+                f" {task.target!r}."
+            )
+        if self.condition_image_size is not None and self.condition_image_size < 1:
+            raise ValueError(f"{self.path}: condition_image_size={self.condition_image_size} must be at least 1.")
 
     @property
     def is_stream(self) -> bool:
@@ -70,6 +96,8 @@ def parse_source(text: str) -> Source:
     try:
         values["weight"] = float(values.get("weight", 1))
         values["streaming"] = {"true": True, "false": False}[values.get("streaming", "false")]
+        if "condition_image_size" in values:
+            values["condition_image_size"] = int(values["condition_image_size"])
     except (ValueError, KeyError) as error:
         raise ValueError(f"The source {text!r} has {error.args[0]!r}, expected a number or true or false.") from error
     return Source(task=task, path=path, **values)

@@ -7,7 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from PIL import Image
 from torch import Tensor
+
+from hydra_hf.modeling import HydraImageProcessor
+
+from .painting import boundary_pixels, depth_pixels, picture_pixels
 
 
 if TYPE_CHECKING:
@@ -29,6 +34,9 @@ class Task:
         fits: whether records with these columns can become samples; None where data sets are not read yet.
         read: the messages of a record, images undecoded. Raises `UnreadableRecordError`.
         drops_prompt: whether a share of the prompts is replaced by the empty one, for guidance.
+        paint: the generated image shows the given one: the same part of both is used, and this makes its pixels. None where
+            the generated image is on its own.
+        target: what is painted: a column of a record, or a folder that `hydra prepare unimrg` makes. "" is the image itself.
     """
 
     user: tuple[str, ...]
@@ -36,6 +44,8 @@ class Task:
     fits: "Callable[[Columns], bool] | None" = None
     read: "Callable[[RecordReader, dict], list[dict]] | None" = None
     drops_prompt: bool = False
+    paint: Callable[[Image.Image, int, int, HydraImageProcessor], Tensor] | None = None
+    target: str = ""
 
     @property
     def generates(self) -> bool:
@@ -85,6 +95,11 @@ def read_generation(reader: "RecordReader", record: dict) -> list[dict]:
     return reader.generation(record)
 
 
+def read_painting(reader: "RecordReader", record: dict) -> list[dict]:
+    """An image and a prompt, then what is painted of it."""
+    return reader.painting(record)
+
+
 TASKS = {  # the order numbers the tasks where their noise is drawn: new rows go to the end
     "text": Task(user=("text",), assistant=("text",), fits=lambda columns: bool(columns.chat), read=read_text),
     "understand": Task(
@@ -95,9 +110,18 @@ TASKS = {  # the order numbers the tasks where their noise is drawn: new rows go
         user=("text",), assistant=("image",), drops_prompt=True,
         fits=lambda columns: columns.has_caption, read=read_generation,
     ),
-    "reconstruct": Task(user=("image", "text"), assistant=("image",)),
-    "depth": Task(user=("image", "text"), assistant=("image",)),
-    "segment": Task(user=("image", "text"), assistant=("image",)),
+    "reconstruct": Task(
+        user=("image", "text"), assistant=("image",), paint=picture_pixels,
+        fits=lambda columns: bool(columns.images), read=read_painting,
+    ),
+    "depth": Task(
+        user=("image", "text"), assistant=("image",), paint=depth_pixels, target="depth",
+        fits=lambda columns: bool(columns.images), read=read_painting,
+    ),
+    "segment": Task(
+        user=("image", "text"), assistant=("image",), paint=boundary_pixels, target="segment",
+        fits=lambda columns: bool(columns.images), read=read_painting,
+    ),
     "edit": Task(user=("image", "text"), assistant=("image",)),
     "video_understand": Task(user=("video", "text"), assistant=("text",)),
     "video_generate": Task(user=("text",), assistant=("video",)),

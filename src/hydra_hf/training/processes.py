@@ -8,10 +8,10 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from torch import Tensor
 
 
-def partial_state() -> PartialState:
-    """Which process this is; on CPUs, several talk through gloo."""
+def partial_state(**kwargs) -> PartialState:
+    """Which process this is; on CPUs, several talk through gloo. `kwargs` are of the first call's process group."""
     use_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    return PartialState(cpu=use_cpu)
+    return PartialState(cpu=use_cpu, **kwargs)
 
 
 def on_main_process(function: Callable[[], None]) -> None:
