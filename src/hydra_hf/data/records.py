@@ -224,11 +224,11 @@ class RecordReader:
     # Painted images
 
     def painting(self, record: dict) -> list[dict]:
-        """The image and the prompt in the record, or the first one, as the user's turn, the place of what is painted as the assistant's."""
+        """The prompt in the record, or the first one, and the image as the user's turn, the place of what is painted as the assistant's."""
         image = {"type": "image", "image": self._one_image(record)}
         painted = {"role": "assistant", "content": [{"type": "image", "image": None}]}
         prompt = record[PROMPT_COLUMN] if PROMPT_COLUMN in record else self.prompts[0]
-        return [{"role": "user", "content": [image, _text(prompt)]}, painted]
+        return [{"role": "user", "content": [_text(prompt), image]}, painted]
 
     def _paint(self, messages: list[dict], record: dict, task: Task) -> None:
         """Pixels of the given image, undecoded, and of its target: the same part of both."""

@@ -96,7 +96,7 @@ def read_generation(reader: "RecordReader", record: dict) -> list[dict]:
 
 
 def read_painting(reader: "RecordReader", record: dict) -> list[dict]:
-    """An image and a prompt, then what is painted of it."""
+    """A prompt and an image, then what is painted of it; in this order, see `pipelines.painting`."""
     return reader.painting(record)
 
 
@@ -111,15 +111,15 @@ TASKS = {  # the order numbers the tasks where their noise is drawn: new rows go
         fits=lambda columns: columns.has_caption, read=read_generation,
     ),
     "reconstruct": Task(
-        user=("image", "text"), assistant=("image",), paint=picture_pixels,
+        user=("text", "image"), assistant=("image",), paint=picture_pixels,
         fits=lambda columns: bool(columns.images), read=read_painting,
     ),
     "depth": Task(
-        user=("image", "text"), assistant=("image",), paint=depth_pixels, target="depth",
+        user=("text", "image"), assistant=("image",), paint=depth_pixels, target="depth",
         fits=lambda columns: bool(columns.images), read=read_painting,
     ),
     "segment": Task(
-        user=("image", "text"), assistant=("image",), paint=boundary_pixels, target="segment",
+        user=("text", "image"), assistant=("image",), paint=boundary_pixels, target="segment",
         fits=lambda columns: bool(columns.images), read=read_painting,
     ),
     "edit": Task(user=("image", "text"), assistant=("image",)),
