@@ -72,8 +72,8 @@ def reader_of(tiny_processor):
 def parts_of(sample) -> tuple[torch.Tensor, str, torch.Tensor]:
     (user, assistant) = sample.messages
     assert [message["role"] for message in sample.messages] == ["user", "assistant"]
-    assert [part["type"] for part in user["content"]] == ["image", "text"]
-    return user["content"][0]["image"], user["content"][1]["text"], assistant["content"][0]["image"]
+    assert [part["type"] for part in user["content"]] == ["text", "image"]
+    return user["content"][1]["image"], user["content"][0]["text"], assistant["content"][0]["image"]
 
 
 # What a sample is

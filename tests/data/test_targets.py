@@ -151,13 +151,7 @@ def test_boundaries_lie_inside_the_mask_and_not_on_the_pictures_border():
 def test_boundaries_of_the_toy_worlds_objects_are_the_toy_worlds(difficulty):
     world = ToyWorld(difficulty)
     scenes = world.sample_scenes(16, torch.Generator().manual_seed(0), canvas=(64, 96))
-    for row, expected in enumerate(world.render_segmentation(scenes)):
-        labels = torch.zeros(scenes.canvas)
-        for index, (place, sprites, _) in enumerate(world._placed(scenes[row : row + 1])):
-            labels[place[2][0], place[3][0]] = torch.where(
-                sprites[0, ..., 3] > 0.5, index + 1.0, labels[place[2][0], place[3][0]]
-            )
-        masks = torch.stack([labels == index for index in range(1, 5)])
+    for masks, expected in zip(world.object_masks(scenes), world.render_segmentation(scenes)):
         assert torch.equal(boundaries(masks), expected[0] == 1)
         drawn = draw_boundaries(masks, *scenes.canvas, device="cpu")
         assert torch.equal(torch.from_numpy(np.array(drawn)[..., 0]) == 255, expected[0] == 1)

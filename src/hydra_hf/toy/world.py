@@ -235,10 +235,12 @@ class ToyWorld:
         return torch.where(boundary, 1.0, -1.0).expand(-1, 3, -1, -1)
 
     def object_masks(self, scenes: Scenes) -> Tensor:
-        """Where each object is, (B, 4, H, W) bool."""
+        """Where each object is seen, (B, 4, H, W) bool."""
         masks = torch.zeros(len(scenes), MAX_OBJECTS, *scenes.canvas, dtype=torch.bool)
         for slot, (rows, _, y, x), sprites, _ in self._placed(scenes):
             masks[rows, slot, y, x] = sprites[..., 3] > 0.5
+        for slot in range(MAX_OBJECTS - 1):  # later ones cover it
+            masks[:, slot] &= ~masks[:, slot + 1 :].any(dim=1)
         return masks
 
     def _background(self, scenes: Scenes) -> Tensor:
