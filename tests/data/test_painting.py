@@ -14,6 +14,7 @@ from hydra_hf.data.painting import boundary_pixels, depth_pixels, path_below, sh
 from hydra_hf.data.prompts import PROMPTS
 from hydra_hf.data.readers import TaskReader
 from hydra_hf.data.sources import Source, Sources, parse_source
+from hydra_hf.data.tasks import TASKS
 from hydra_hf.modeling import HydraImageProcessor
 
 
@@ -72,7 +73,7 @@ def reader_of(tiny_processor):
 def parts_of(sample) -> tuple[torch.Tensor, str, torch.Tensor]:
     (user, assistant) = sample.messages
     assert [message["role"] for message in sample.messages] == ["user", "assistant"]
-    assert [part["type"] for part in user["content"]] == ["text", "image"]
+    assert [part["type"] for part in user["content"]] == list(TASKS[sample.task].user)
     return user["content"][1]["image"], user["content"][0]["text"], assistant["content"][0]["image"]
 
 
