@@ -110,9 +110,11 @@ def test_its_measured_scores_have_not_fallen():
     assert expected <= set(scores)
     assert scores["t2i/single_object"] >= 0.95
     assert scores["t2i/mean"] >= 0.95
-    assert scores["vqa/mean"] >= 0.9
-    plain = scores["t2i_phrasing/plain"]
-    assert all(scores[f"t2i_phrasing/{kind}"] >= plain - 0.2 for kind in KINDS)
-    assert all(scores[f"t2i_size/{height}x{width}"] >= 0.5 for height, width in CANVASES)
+    assert scores["vqa/mean"] >= 0.93
     assert all(scores[f"vqa/{name}"] >= scores[f"vqa_majority/{name}"] + 0.15 for name in QUESTION_TYPES)
-    assert scores["reconstruction/psnr"] >= 30
+    assert scores["reconstruction/psnr"] >= 33
+    plain = scores["t2i_phrasing/plain"]
+    for kind in KINDS:
+        assert scores[f"t2i_phrasing/{kind}"] >= plain - (0.1 if kind == "relation" else 0.03), kind  # "on the top of"
+    least = 0.85 * scores["t2i_size/64x64"]
+    assert all(scores[f"t2i_size/{height}x{width}"] >= least for height, width in CANVASES)
