@@ -34,6 +34,8 @@ STAGE_TABLE = {  # field -> (stage I, stage II, stage III, source)
     "mixed_precision": ("bf16", "bf16", "bf16", OURS),
     "task_weights": ({}, {}, {"text": 1 / 3, "understand": 2 / 3}, OURS),  # L_NTP as a whole keeps its weight
     "lora_rank": (0, 0, 0, GIVEN),  # trained in full
+    "lora_targets": (*[(LANGUAGE, SEM_VIT)] * 3, OURS),
+    "condition_grad_scale": (1.0, 1.0, 1.0, GIVEN),  # nothing is scaled
     "drop_prompt": (0.1, 0.1, 0.1, OURS),
 }
 RATES = {  # module -> (stage I, stage II, stage III, source)
