@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
+from safetensors.torch import load_file
+
 import hydra_hf
 from hydra_hf import HydraPipeline
 from hydra_hf.files import write_text
@@ -29,6 +31,7 @@ COLUMNS = (
     "paint/order", "paint/boundary_f", "paint/white_share",
 )  # fmt: skip
 LORA = "unimrg_lora"
+ADAPTED = ("model.language_model", "model.vision_tower.sem_vit", "vision_head")  # the head is a fifth of the toy model
 
 
 def measure(folder: str | Path, options: argparse.Namespace) -> dict[str, float]:
@@ -47,11 +50,20 @@ def run_one(options: argparse.Namespace, name: str, seed: int) -> dict[str, floa
         if name != "base":
             recipe = replace(tiny.unimrg(options.init, name.removesuffix("_lora")), seed=seed)
             overrides = {"num_steps": options.num_steps} if options.num_steps else {}
-            overrides |= {"lora_rank": options.lora_rank} if name == LORA else {}
+            if name == LORA:
+                overrides |= {"lora_rank": options.lora_rank, "lora_targets": ADAPTED}
             folder = train_hydra(recipe.with_overrides(**overrides), options.out / f"{name}-{seed}", on_stage=print)
         scores = measure(folder, options)
+        if name == LORA:
+            adapter = options.out / f"{name}-{seed}" / "unimrg" / "final" / "adapter" / "adapter_model.safetensors"
+            scores["adapter_share"] = num_values(adapter) / num_values(folder / "model" / "model.safetensors")
         write_text(path, json.dumps(scores, indent=2) + "\n")
     return json.loads(path.read_text())
+
+
+def num_values(path: Path) -> int:
+    """Of all tensors in a file."""
+    return sum(tensor.numel() for tensor in load_file(path).values())
 
 
 def table_of(rows: dict[str, list[dict[str, float]]]) -> str:

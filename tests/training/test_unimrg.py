@@ -1,7 +1,9 @@
 """UniMRG of HYDRA: what its mixtures train, what is painted while they do, and that a run goes on where it was."""
 
+import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,3 +131,14 @@ def test_adapters_are_saved_with_the_heads_and_are_a_part_of_the_size(base, tmp_
 
 def test_the_embedded_model_is_the_default():
     assert HydraConfig.from_pretrained(tiny.unimrg().init, subfolder="model").text_config.num_hidden_layers == 6
+
+
+@pytest.mark.slow
+def test_the_example_trains_on_the_toy_world(tmp_path, capsys):
+    path = Path(__file__).parents[2] / "examples" / "unimrg_hydra.py"
+    spec = importlib.util.spec_from_file_location("unimrg_hydra", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(["--num_steps", "1", "--lora_rank", "2", "--out", str(tmp_path)])
+    assert (tmp_path / "unimrg" / "final" / "adapter" / "adapter_config.json").exists()
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "final")

@@ -21,6 +21,7 @@ STAGE_OPTIONS = {
     "frechet_backbone": "timm:NAME of a Frechet distance while training",
     "frechet_weights": "its safetensors",
 }
+STAGE_FIELDS = ("num_steps", "lora_rank", "condition_grad_scale", *STAGE_OPTIONS)
 NEEDED = {
     "tokenizer": "the `final` folder that a recipe of hydra_tok leaves, or a Hub id",
     "init": "the folder that `hydra convert` writes, or a Hub id",
@@ -59,6 +60,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--save_every", type=int, help="steps from one checkpoint to the next")
     command.add_argument("--stage", help="this one alone")
     command.add_argument("--lora_rank", type=int, help="of HYDRA: adapters on the language model and Sem-ViT")
+    command.add_argument("--condition_grad_scale", type=float, help="of HYDRA: of gradients through given images")
     command.add_argument(
         "--max_length", type=int, help="of HYDRA: tokens of a sample; longer ones are skipped and counted"
     )
@@ -166,6 +168,6 @@ def _override(recipe, options: argparse.Namespace):
     }
     names = ("micro_batch_size", "gradient_checkpointing", "save_every", *HYDRA_OPTIONS)
     fields = {name: getattr(options, name) for name in names}
-    stage_fields = sources | {name: getattr(options, name) for name in ("num_steps", "lora_rank", *STAGE_OPTIONS)}
+    stage_fields = sources | {name: getattr(options, name) for name in STAGE_FIELDS}
     recipe = replace(recipe, **{name: value for name, value in fields.items() if value is not None})
     return recipe.with_overrides(**{name: value for name, value in stage_fields.items() if value is not None})
