@@ -51,7 +51,7 @@ def tokenizer() -> Recipe:
         name="foundation",
         data=ToyData(canvases=CANVASES),
         held_out=ToyData(is_held_out=True),
-        num_steps=6000,
+        num_steps=3000,
         batch_size=32,
         learning_rates={"model.gen_vit": 1e-3, "model.bottleneck": 1e-3, "model.pixel_decoder": 1e-3},
         muon_scale=3.0,
