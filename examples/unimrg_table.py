@@ -4,7 +4,7 @@ python examples/unimrg_table.py --out runs/unimrg_table --seeds 0 1 2
 
 Every run is `tiny.unimrg` with another mixture: as many understanding samples in each, 12 in a step. Measured before and
 after: text to image, questions by type, and what is painted of held-out scenes. A run or a score that is there already is
-not made again, so a killed table is resumed. It leaves `table.json`, `table.md` and, with matplotlib, `table.png`.
+not made again, so a killed table is resumed. It leaves `table.json`, `table.md`, `table.png` (with matplotlib), and `painted.png`.
 """
 
 import argparse
@@ -13,13 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
+import torch
 from safetensors.torch import load_file
 
 import hydra_hf
 from hydra_hf import HydraPipeline
-from hydra_hf.files import write_text
+from hydra_hf.data.prompts import PROMPTS
+from hydra_hf.files import write_image_grid, write_text
+from hydra_hf.pipelines.painting import paint
 from hydra_hf.toy.evaluation import evaluate_unimrg
-from hydra_hf.toy.language import ToyLanguage
+from hydra_hf.toy.language import PAINTED, ToyLanguage
 from hydra_hf.toy.world import ToyWorld
 from hydra_hf.training.hydra_trainer import train_hydra
 from hydra_hf.training.recipes import tiny
@@ -59,6 +62,20 @@ def run_one(options: argparse.Namespace, name: str, seed: int) -> dict[str, floa
             scores["adapter_share"] = num_values(adapter) / num_values(folder / "model" / "model.safetensors")
         write_text(path, json.dumps(scores, indent=2) + "\n")
     return json.loads(path.read_text())
+
+
+def write_picture(folder: Path, path: Path, num_scenes: int = 12) -> None:
+    """Held-out scenes, and below them what is painted, each with the truth above it: image, depth, boundaries."""
+    pipeline, world = HydraPipeline.from_pretrained(folder), ToyWorld(difficulty=1)
+    generator = torch.Generator().manual_seed(0)
+    scenes = world.sample_scenes(num_scenes, generator, split="test", scattered=0.5)
+    images = pipeline.processor.image_processor.postprocess(world.render(scenes), output_type="pil")
+    rows = []
+    for task, painter in PAINTED.items():
+        prompts = [PROMPTS[task][0]] * num_scenes
+        painted = paint(pipeline.model, pipeline.processor, images, prompts, generator=generator)
+        rows += [getattr(world, painter)(scenes), torch.stack(painted).clamp(-1, 1)]
+    write_image_grid(path, torch.cat(rows), num_columns=num_scenes)
 
 
 def num_values(path: Path) -> int:
@@ -113,6 +130,8 @@ def main() -> None:
     write_text(options.out / "table.json", json.dumps(rows, indent=2) + "\n")
     write_text(options.out / "table.md", table_of(rows) + "\n")
     plot(rows, options.out / "table.png")
+    if "unimrg" in options.mixtures:
+        write_picture(options.out / f"unimrg-{options.seeds[0]}" / "final", options.out / "painted.png")
 
 
 if __name__ == "__main__":
