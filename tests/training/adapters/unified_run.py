@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hydra_hf.data.prompts import PROMPTS
 from hydra_hf.toy.batches import ToyBundles, ToyData
 from hydra_hf.training.adapters import UnifiedObjective, UnifiedProcessor, train_unified, unified_rates
 from hydra_hf.training.recipe import HydraStage, UnifiedLossWeights, UnifiedRecipe
@@ -24,6 +25,14 @@ class FixedBundles(ToyBundles):
 
     def __getitem__(self, index: int) -> dict:
         return {**super().__getitem__(0), "step": index}
+
+    def samples(self, task: str, *args, **kwargs) -> list:
+        """Painted after one prompt, so that nothing but the image says what to paint."""
+        samples = super().samples(task, *args, **kwargs)
+        for part in (part for sample in samples for part in sample.messages[0]["content"]):
+            if task in PROMPTS and part["type"] == "text":
+                part["text"] = PROMPTS[task][0]
+        return samples
 
 
 @dataclass(frozen=True, kw_only=True)
