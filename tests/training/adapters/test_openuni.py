@@ -173,7 +173,7 @@ def test_adapters_are_saved_with_the_heads_and_give_the_trained_loss(recipe, tmp
 
 @pytest.mark.slow
 def test_painted_maps_follow_the_source(recipe, tmp_path):
-    stage = replace(recipe.stages[0], num_steps=400)
+    stage = replace(recipe.stages[0], num_steps=1500, decay_share=0.8)
     model = OpenUniForUniMRG.from_pretrained(train_unified(replace(recipe, stages=(stage,)), tmp_path))
     for task in ("reconstruct", "depth", "segment"):
         assert_painted_follows_source(
