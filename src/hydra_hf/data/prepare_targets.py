@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from hydra_hf.files import locked, write_file, write_image_grid, write_text
 from hydra_hf.modeling import HydraImageProcessor
-from hydra_hf.modeling.image_processing_hydra import check_image_size, pil_to_levels
+from hydra_hf.modeling.image_processing_hydra import ORIENTATION, check_image_size, pil_to_levels
 
 from .painting import MANIFEST, path_below, picture_pixels, read_manifest, target_paths
 from .records import RecordReader, find_columns, one_record
@@ -25,7 +25,6 @@ from .tasks import TASKS, UnreadableRecordError
 
 
 MAX_ASPECT = 8  # our choice: a depth model enlarges the short side, and a strip would become millions of pixels
-ORIENTATION = 0x0112  # the tag of a photograph that says how to turn it; from 5 on, its sides are exchanged
 SHEET_ROWS, SHEET_SIDE = 8, 256
 
 
@@ -77,7 +76,7 @@ def _images_of_records(file: Path, root: Path) -> tuple[list[str], dict[str, int
     return list(paths), skipped
 
 
-def upright(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
     """The picture in RGB, turned as it is to be seen."""
     return Image.fromarray(pil_to_levels(image).to(torch.uint8).permute(1, 2, 0).numpy())
 
@@ -137,13 +136,14 @@ def read_if_needed(
         check_image_size(picture.height, picture.width, HydraImageProcessor.max_input_pixels)
         if max(picture.size) > MAX_ASPECT * min(picture.size):
             raise ValueError(f"{picture.width}x{picture.height} pixels: one side is over {MAX_ASPECT} times the other")
-        width, height = picture.size[::-1] if picture.getexif().get(ORIENTATION, 1) >= 5 else picture.size
+        is_on_its_side = picture.getexif().get(ORIENTATION, 1) >= 5
+        width, height = picture.size[::-1] if is_on_its_side else picture.size
         missing = [
             painter
             for painter in painters
             if not is_whole(target_file(out, painter.name, path), painter.target_size(width, height))
         ]
-        return (upright(picture) if missing else None), missing
+        return (upright_rgb(picture) if missing else None), missing
 
 
 def _reason(error: Exception) -> str:
@@ -232,7 +232,7 @@ def write_sheet(out: Path, image_root: Path, paths: list[str], names: list[str])
     rows = []
     num_rows = min(SHEET_ROWS, len(paths))
     for path in (paths[row * len(paths) // num_rows] for row in range(num_rows)):
-        image = upright(Image.open(image_root / path))
+        image = upright_rgb(Image.open(image_root / path))
         rows.append(picture_pixels(image, SHEET_SIDE, SHEET_SIDE, image_processor))
         for name in names:
             target = Image.open(target_file(out, name, path))

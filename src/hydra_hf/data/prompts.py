@@ -39,7 +39,7 @@ PROMPTS = {
         "Apply monocular depth prediction.",
         "Generate per-pixel depth values.",
     ),
-    "segment": (  # the paper's eight, and two of ours
+    "segment": (  # the paper's eight, and two more of our choice
         "Generate the segmentation mask of this image.",
         "Create a segmentation map for this image.",
         "Produce a semantic segmentation mask from this image.",

@@ -275,8 +275,7 @@ def get_image_block_ids(mm_token_type_ids: Tensor, past_length: int = 0) -> Tens
     The masks index by absolute position, so what the cache holds is filled up with -1.
     """
     is_image = nn.functional.pad(mm_token_type_ids == 1, (past_length, 0), value=False)
-    before = nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
-    return torch.where(is_image, (is_image & ~before).int().cumsum(1) - 1, -1)
+    return torch.where(is_image, image_starts(is_image).int().cumsum(1) - 1, -1)
 
 
 def check_token_types(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> None:
@@ -294,10 +293,14 @@ def run_lengths(is_image: Tensor) -> list[int]:
     return ((steps == -1).nonzero() - (steps == 1).nonzero()).flatten().tolist()
 
 
+def image_starts(is_image: Tensor) -> Tensor:
+    """Where an image begins in rows (B, L) whose image tokens are marked, (B, L) bool."""
+    return is_image & ~nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
+
+
 def count_images(mm_token_type_ids: Tensor, document_ids: Tensor | None = None) -> list[int]:
     """How many images each sample of a batch (B, L) has: a sample is a row, or one of the documents of a single row."""
-    is_image = mm_token_type_ids == 1
-    starts = is_image & ~nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
+    starts = image_starts(mm_token_type_ids == 1)
     if document_ids is None:
         return starts.sum(dim=1).tolist()
     return torch.bincount(document_ids[starts], minlength=int(document_ids.max()) + 1).tolist()

@@ -11,7 +11,7 @@ from hydra_hf.data.tasks import TASKS
 from hydra_hf.evaluation.maps import white_share
 from hydra_hf.files import write_image_grid
 from hydra_hf.modeling import HydraForConditionalGeneration
-from hydra_hf.modeling.grid import pack_images, unpack_images
+from hydra_hf.modeling.grid import image_starts, pack_images, unpack_images
 from hydra_hf.modeling.image_processing_hydra import as_pixel_values
 
 from .callbacks import is_due
@@ -85,8 +85,7 @@ def paint_hydra(
 
 def prompts_of(batch: dict[str, Tensor], number: int, pad_token_id: int) -> tuple[Tensor, Tensor]:
     """What is in front of the last image of the first samples, padded on the left: ids and attention mask (number, P)."""
-    is_image = batch["mm_token_type_ids"] == 1
-    starts = is_image & ~nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
+    starts = image_starts(batch["mm_token_type_ids"] == 1)
     rows = []
     for ids, mask, start in list(zip(batch["input_ids"], batch["attention_mask"], starts))[:number]:
         end = int(start.nonzero()[-1])

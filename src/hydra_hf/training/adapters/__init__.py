@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import ModelOutput
 
 from hydra_hf.data.tasks import TASKS, task_number
 from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
-from hydra_hf.modeling.grid import Grid, unpack_images
+from hydra_hf.modeling.grid import Grid, image_starts, unpack_images
 from hydra_hf.modeling.image_processing_hydra import as_pixel_values
 from hydra_hf.training.hydra_trainer import train_model
 from hydra_hf.training.lora import add_adapters
@@ -153,8 +153,7 @@ class UnifiedObjective:
 
 def length_of_prompts(is_image: Tensor, is_generated: Tensor) -> int:
     """How many tokens are in front of the generated image of each row (B, L). ValueError unless each row has one, at its end."""
-    starts = is_image & ~nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
-    lengths = {int(row.nonzero()[-1]) for row in starts}
+    lengths = {int(row.nonzero()[-1]) for row in image_starts(is_image)}
     if len(lengths) != 1 or int(is_generated.sum()) != len(is_image):
         raise ValueError(
             f"Got {int(is_generated.sum())} images to generate in {len(is_image)} samples, behind {sorted(lengths)} tokens,"

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from hydra_hf.modeling import HydraImageProcessor
 from hydra_hf.modeling.compat import CACHE
+from hydra_hf.modeling.layers import scale_gradient
 from hydra_hf.modeling.processing_hydra import CHAT_TEMPLATE
 
 from . import PaintingOutput, UnifiedProcessor
@@ -95,7 +96,7 @@ class HarmonForUniMRG:
             return embeds
         tokens, grid = self.encode_tokens(pixel_values)
         _, seen = self.encode_visible(tokens, grid, tokens.new_zeros(tokens.shape[:2]))
-        seen = self.condition_grad_scale * seen + (1 - self.condition_grad_scale) * seen.detach()
+        seen = scale_gradient(seen, self.condition_grad_scale)
         is_image = input_ids == self.image_token_id
         if is_image.sum() != seen.shape[0] * seen.shape[1]:
             raise ValueError(f"Got {int(is_image.sum())} placeholders for {tuple(seen.shape[:2])} visual tokens.")
@@ -195,7 +196,7 @@ class HarmonForUniMRG:
                 predict, noise.shape, noise, clip_denoised=False, model_kwargs=arguments, progress=False
             )
         drawn = drawn.unflatten(0, (num_rows, num_places))[:num_drawn]
-        return drawn.repeat(num_rows // num_drawn, 1, 1)  # both branches of guidance go on with the same tokens
+        return drawn.repeat(num_rows // num_drawn, 1, 1)  # both branches of guidance continue with the same tokens
 
     def null_prompt(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The null prompt and its mask in the shape of `input_ids`, padded on the left. Raises ValueError if there is none, or no room."""
