@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import BatchFeature, LogitsProcessor
 
 from ..modeling.modeling_hydra import HydraForConditionalGeneration
 from ..modeling.processing_hydra import HydraProcessor
@@ -33,18 +33,25 @@ def answer(
         raise ValueError(f"Got {len(images)} images and {len(questions)} questions, expected as many.")
     if empty := [index for index, question in enumerate(questions) if not question.strip()]:
         raise ValueError(f"The questions {empty} are empty.")
-    chats = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+    turns = [
+        [{"type": "image", "image": image}, {"type": "text", "text": question}]
         for image, question in zip(images, questions)
     ]
-    inputs = processor.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        processor_kwargs={"padding": True},
-    ).to(model.device, model.dtype)  # fmt: skip
+    inputs = encode_turns(model, processor, turns)
     _check_lengths(inputs["attention_mask"], max_new_tokens, model.config.text_config.max_position_embeddings)
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=[FiniteLogits()])
     texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def encode_turns(
+    model: HydraForConditionalGeneration, processor: HydraProcessor, turns: list[list[dict]]
+) -> BatchFeature:
+    """The user's turns, each a list of parts, up to where the assistant's begins, padded, as the model takes them."""
+    return processor.apply_chat_template(
+        [[{"role": "user", "content": parts}] for parts in turns], add_generation_prompt=True, tokenize=True,
+        return_dict=True, return_tensors="pt", processor_kwargs={"padding": True},
+    ).to(model.device, model.dtype)  # fmt: skip
 
 
 def _check_lengths(attention_mask: Tensor, max_new_tokens: int, context: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..modeling.modeling_hydra import HydraForConditionalGeneration
 from ..modeling.processing_hydra import HydraProcessor
+from .answering import encode_turns
 from .arguments import check_processor, check_texts
 
 
@@ -29,14 +30,10 @@ def paint(
     check_processor(model, processor)
     if len(images) != len(check_texts("prompts", prompts)):
         raise ValueError(f"Got {len(images)} images and {len(prompts)} prompts, expected as many.")
-    chats = [
-        [{"role": "user", "content": [{"type": "text", "text": prompt}, {"type": "image", "image": image}]}]
-        for image, prompt in zip(images, prompts)
+    turns = [
+        [{"type": "text", "text": prompt}, {"type": "image", "image": image}] for image, prompt in zip(images, prompts)
     ]
-    inputs = processor.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        processor_kwargs={"padding": True},
-    ).to(model.device, model.dtype)  # fmt: skip
+    inputs = encode_turns(model, processor, turns)
     heights, widths = ((inputs["image_grid_thw"][:, axis] * processor.patch_size).tolist() for axis in (1, 2))
     return list(
         model.generate_images(

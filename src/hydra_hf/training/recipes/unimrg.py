@@ -13,6 +13,7 @@ from hydra_hf.modeling import HydraConfig, HydraProcessor
 from hydra_hf.training.recipe import HydraRecipe, HydraStage, UnifiedLossWeights, UnifiedRecipe
 
 
+RATE = 1e-5  # given
 MIXTURES = {  # the same number of samples of each task in every step: given
     "unimrg": ("understand", "reconstruct", "depth", "segment"),
     "sft": ("understand",),
@@ -41,6 +42,23 @@ def trained_modules(config: HydraConfig, rate: float) -> dict[str, float]:
     return {**dict.fromkeys(names, rate), "model.language_model.embed_tokens": 0.0}
 
 
+def stage_of(mixture: str, learning_rates: dict[str, float], **model) -> HydraStage:
+    """The one stage of every model; `model` is what belongs to one that is not HYDRA."""
+    return HydraStage(
+        name=mixture,
+        num_steps=1000,  # given, if the 4,000 of the paper count micro batches of one task, as its code does
+        tasks=tasks_of(mixture, 128),  # given for Harmon: 16 on each of 8 GPUs
+        learning_rates=learning_rates,
+        muon_scale=0.0,  # given: AdamW
+        weight_decay=0.02,  # given by the code
+        warmup_steps=10,  # given by the code: a hundredth
+        decay_share=0.99,  # our choice: linear, where the code has a cosine
+        ema_decay=0.0,  # given: no average
+        drop_prompt=0.0,  # our choice; the code drops a tenth of the reconstruction prompts
+        **model,
+    )
+
+
 def hydra_1_5b(init: str | None = None, mixture: str = "unimrg") -> HydraRecipe:
     """A trained HYDRA of 1.5B, a folder or Hub id."""
     return _recipe("unimrg.hydra_1_5b", HydraConfig.hydra_1_5b, init, mixture)
@@ -54,18 +72,7 @@ def hydra_7b(init: str | None = None, mixture: str = "unimrg") -> HydraRecipe:
 def _recipe(name: str, preset, init: str | None, mixture: str) -> HydraRecipe:
     """The sizes and words of `init`; without it the preset's sizes and no words, which is enough for a dry run."""
     config = preset() if init is None else HydraConfig.from_pretrained(init, subfolder="model")
-    stage = HydraStage(
-        name=mixture,
-        num_steps=1000,  # given, if the 4,000 of the paper count micro batches of one task, as its code does
-        tasks=tasks_of(mixture, 128),  # given for Harmon: 16 on each of 8 GPUs
-        learning_rates=trained_modules(config, 1e-5),  # given
-        muon_scale=0.0,  # given: AdamW
-        weight_decay=0.02,  # given by the code
-        warmup_steps=10,  # given by the code: a hundredth
-        decay_share=0.99,  # our choice: linear, where the code has a cosine
-        ema_decay=0.0,  # given: no average
-        drop_prompt=0.0,  # our choice; the code drops a tenth of the reconstruction prompts
-    )
+    stage = stage_of(mixture, trained_modules(config, RATE))
     return HydraRecipe(
         name=name,
         config=config,
@@ -86,19 +93,8 @@ def janus(model: str, mixture: str = "unimrg") -> UnifiedRecipe:
     from hydra_hf.training.adapters.janus import JanusChatProcessor, JanusForUniMRG
 
     config = JanusConfig.from_pretrained(model)
-    stage = HydraStage(
-        name=mixture,
-        num_steps=1000,
-        tasks=tasks_of(mixture, 128),
-        learning_rates=unified_rates(JanusForUniMRG, 1e-5),
-        loss_weights=UnifiedLossWeights(),
-        weight_decay=0.02,
-        warmup_steps=10,
-        decay_share=0.99,
-        ema_decay=0.0,
-        drop_prompt=0.0,
-        lora_targets=JanusForUniMRG.adapted_modules,
-    )
+    rates, adapted = unified_rates(JanusForUniMRG, RATE), JanusForUniMRG.adapted_modules
+    stage = stage_of(mixture, rates, loss_weights=UnifiedLossWeights(), lora_targets=adapted)
     processor, vision = JanusProcessor.from_pretrained(model), config.vision_config
     return UnifiedRecipe(
         name="unimrg.janus",
