@@ -18,10 +18,8 @@ from safetensors.torch import load_file
 
 import hydra_hf
 from hydra_hf import HydraPipeline
-from hydra_hf.data.prompts import PROMPTS
 from hydra_hf.files import write_image_grid, write_text
-from hydra_hf.pipelines.painting import paint
-from hydra_hf.toy.evaluation import evaluate_unimrg
+from hydra_hf.toy.evaluation import evaluate_unimrg, paint_scenes
 from hydra_hf.toy.language import PAINTED, ToyLanguage
 from hydra_hf.toy.world import ToyWorld
 from hydra_hf.training.hydra_trainer import train_hydra
@@ -69,12 +67,8 @@ def write_picture(folder: Path, path: Path, num_scenes: int = 12) -> None:
     pipeline, world = HydraPipeline.from_pretrained(folder), ToyWorld(difficulty=1)
     generator = torch.Generator().manual_seed(0)
     scenes = world.sample_scenes(num_scenes, generator, split="test", scattered=0.5)
-    images = pipeline.processor.image_processor.postprocess(world.render(scenes), output_type="pil")
-    rows = []
-    for task, painter in PAINTED.items():
-        prompts = [PROMPTS[task][0]] * num_scenes
-        painted = paint(pipeline.model, pipeline.processor, images, prompts, generator=generator)
-        rows += [getattr(world, painter)(scenes), torch.stack(painted).clamp(-1, 1)]
+    painted = paint_scenes(pipeline.model, pipeline.processor, world, scenes, generator)
+    rows = [row for task, painter in PAINTED.items() for row in (getattr(world, painter)(scenes), painted[task])]
     write_image_grid(path, torch.cat(rows), num_columns=num_scenes)
 
 

@@ -173,17 +173,7 @@ def evaluate_painting(
     """
     generator = torch.Generator().manual_seed(seed)
     scenes = world.sample_scenes(num_scenes, generator, split="test", scattered=0.5)
-    images = processor.image_processor.postprocess(world.render(scenes), output_type="pil")
-    painted = {}
-    for task in PAINTED:
-        prompts = [PROMPTS[task][index % len(PROMPTS[task])] for index in range(num_scenes)]
-        parts = [
-            torch.stack(
-                paint(model, processor, images[i : i + batch_size], prompts[i : i + batch_size], generator=generator)
-            )
-            for i in range(0, num_scenes, batch_size)
-        ]
-        painted[task] = torch.cat(parts).cpu().clamp(-1, 1)
+    painted = paint_scenes(model, processor, world, scenes, generator, batch_size)
     truth = {task: getattr(world, painter)(scenes) for task, painter in PAINTED.items()}
     trivial = {
         "black": {task: torch.full_like(pixels, -1.0) for task, pixels in truth.items()},
@@ -194,6 +184,29 @@ def evaluate_painting(
     for kind, pictures in trivial.items():
         scores |= {f"paint_{kind}/{name}": value for name, value in score_maps(pictures, truth, world, scenes).items()}
     return scores
+
+
+def paint_scenes(
+    model: HydraForConditionalGeneration,
+    processor: HydraProcessor,
+    world: ToyWorld,
+    scenes: Scenes,
+    generator: torch.Generator,
+    batch_size: int = 64,
+) -> dict[str, Tensor]:
+    """What a model paints of scenes for each task of `PAINTED`, (B, 3, H, W) in [-1, 1], asked in turn by its `PROMPTS`."""
+    images = processor.image_processor.postprocess(world.render(scenes), output_type="pil")
+    painted = {}
+    for task in PAINTED:
+        prompts = [PROMPTS[task][index % len(PROMPTS[task])] for index in range(len(scenes))]
+        parts = [
+            torch.stack(
+                paint(model, processor, images[i : i + batch_size], prompts[i : i + batch_size], generator=generator)
+            )
+            for i in range(0, len(scenes), batch_size)
+        ]
+        painted[task] = torch.cat(parts).cpu().clamp(-1, 1)
+    return painted
 
 
 def score_maps(
