@@ -71,6 +71,22 @@ def test_parameters_are_counted_once_and_trained_as_the_stage_says(reports):
         assert sum(trained for _, trained in report.parameters.values()) == trained
 
 
+def test_prices_as_many_processes_as_are_asked_for():
+    alone, shared = (dry_run(RECIPE, "stage2", num_processes)[0] for num_processes in (1, 2))
+    assert "sharded" not in str(alone) and "2 processes" in str(shared) and "sharded" in str(shared)
+    assert shared.flops == alone.flops and shared.memory["buckets"] == shared.memory["gradients"]
+    assert shared.memory["activations"] < 0.6 * alone.memory["activations"]
+    kept = sum(shared.memory[name] for name in ("weights", "gradients", "optimizer", "average"))
+    assert shared.sharded_memory == kept / 2 + shared.memory["activations"]
+    with pytest.raises(ValueError, match="num_processes=0"):
+        dry_run(RECIPE, num_processes=0)
+
+
+def test_a_number_of_processes_without_a_dry_run_is_refused(tmp_path, capsys):
+    assert main(["train", "tiny.hydra", "--num_processes", "2", "--out", str(tmp_path)]) == 2
+    assert "--num_processes goes with --dry_run" in capsys.readouterr().err
+
+
 def test_memory_is_that_of_adamw_over_fp32_weights(reports):
     weights, trained = map(sum, zip(*reports[1].parameters.values()))
     memory = dict(reports[1].memory)

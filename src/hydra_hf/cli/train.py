@@ -69,6 +69,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dry_run", action="store_true", default=None, help="what a step sees and costs, without training"
     )
+    command.add_argument("--num_processes", type=int, help="of a dry run: as if so many processes trained")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -85,6 +86,10 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"There is no recipe {options.recipe!r}; see hydra_hf.training.recipes.") from error
     if made.return_annotation not in (Recipe, HydraRecipe, UnifiedRecipe):
         raise ValueError(f"{options.recipe!r} is not a function that gives a recipe; see hydra_hf.training.recipes.")
+    if options.num_processes is not None and not options.dry_run:
+        raise ValueError(
+            "--num_processes goes with --dry_run; a training on several processes is started by torchrun or accelerate."
+        )
     check_out_folder(options.out or Path("runs"))
     use_device(options.device)
     recipe = make(**_given(options, made.parameters))
@@ -99,7 +104,9 @@ def run(options: argparse.Namespace) -> None:
         from hydra_hf.training.vision_tower_trainer import train_tokenizer as train
     recipe = _override(recipe, options)
     _print_once(
-        _dry_run(recipe, options.stage) if options.dry_run else _train(train, recipe, output_dir, options.stage)
+        _dry_run(recipe, options.stage, options.num_processes)
+        if options.dry_run
+        else _train(train, recipe, output_dir, options.stage)
     )
 
 
@@ -114,10 +121,10 @@ def _train(train: Callable, recipe, output_dir: Path, stage: str | None) -> Path
         raise SystemExit(128 + error.signum) from error
 
 
-def _dry_run(recipe, stage: str | None) -> str:
+def _dry_run(recipe, stage: str | None, num_processes: int | None) -> str:
     from hydra_hf.training.dry_run import dry_run
 
-    return "\n\n".join(map(str, dry_run(recipe, stage)))
+    return "\n\n".join(map(str, dry_run(recipe, stage, num_processes)))
 
 
 def _print_once(text: object, file: TextIO | None = None) -> None:

@@ -92,6 +92,15 @@ class StageReport:
         """Of the whole stage."""
         return self.num_steps * self.batch_size
 
+    @property
+    def sharded_memory(self) -> float:
+        """Bytes of one process when weights, gradients, optimizer and average are sharded over all (FSDP2, ZeRO-3).
+
+        What is missing is one layer, whose weights are gathered while it runs.
+        """
+        split = sum(self.memory[name] for name in ("weights", "gradients", "optimizer", "average"))
+        return sum(self.memory.values()) - self.memory["buckets"] - split + split / self.num_processes
+
     def __str__(self) -> str:
         totals = [sum(counts) for counts in zip(*self.parameters.values())]
         lines = [
@@ -104,26 +113,36 @@ class StageReport:
         lines += [f"    {name}: {total:,}, trained {trained:,}" for name, (total, trained) in self.parameters.items()]
         memory = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in self.memory.items())
         lines.append(f"  memory of one process: {sum(self.memory.values()) / 2**30:.2f} GiB ({memory})")
+        if self.num_processes > 1:
+            lines.append(
+                f"  memory of one process, sharded: {self.sharded_memory / 2**30:.2f} GiB and a gathered layer"
+            )
         return "\n".join(lines)
 
 
-def dry_run(recipe: Recipe, only: str | None = None) -> list[StageReport]:
-    """A report of every stage, or of `only` one. ValueError for a stage that the recipe does not have, or a model that is not HYDRA."""
+def dry_run(recipe: Recipe, only: str | None = None, num_processes: int | None = None) -> list[StageReport]:
+    """A report of every stage, or of `only` one, with the batch split over `num_processes`, by default those that run.
+
+    Raises ValueError for a stage that the recipe does not have, a model that is not HYDRA, or less than one process.
+    """
+    if num_processes is not None and num_processes < 1:
+        raise ValueError(f"{num_processes=} must be at least 1.")
     if isinstance(recipe, UnifiedRecipe):
         raise ValueError(
             f"{recipe.name} has no dry run: only HYDRA and its vision tower can be counted without weights."
         )
     report = report_stage if isinstance(recipe, HydraRecipe) else report_tower_stage
-    reports = [report(recipe, stage) for stage in recipe.stages if only in (None, stage.name)]
+    num_processes = num_processes or partial_state().num_processes
+    reports = [report(recipe, stage, num_processes) for stage in recipe.stages if only in (None, stage.name)]
     if not reports:
         raise ValueError(f"{recipe.name} has no stage {only!r}; its stages are {[s.name for s in recipe.stages]}.")
     return reports
 
 
-def report_stage(recipe: HydraRecipe, stage: HydraStage) -> StageReport:
+def report_stage(recipe: HydraRecipe, stage: HydraStage, num_processes: int = 1) -> StageReport:
     """Of HYDRA."""
-    processes, tasks = partial_state(), look_at_tasks(recipe, stage)
-    accumulation = count_micro_steps(recipe, stage, tasks, processes.num_processes)
+    tasks = look_at_tasks(recipe, stage)
+    accumulation = count_micro_steps(recipe, stage, tasks, num_processes)
     which_length = 2 if recipe.micro_batch_tokens is None else 1  # packed, a long sample leaves room for fewer others
     model = meta_model(recipe, stage)
     parameters = count_parameters(model, MODULES)
@@ -136,15 +155,15 @@ def report_stage(recipe: HydraRecipe, stage: HydraStage) -> StageReport:
         def micro_step() -> None:
             losses = []
             for task in tasks.values():
-                num_samples = -(-task.num_samples // (processes.num_processes * accumulation))
+                num_samples = -(-task.num_samples // (num_processes * accumulation))
                 losses.append(hydra_loss(model, stage, task, num_samples, task.length[which_length]))
             backward(sum(losses))
 
         model.zero_grad()  # a step makes them anew
-        memory = memory_of(model, stage, measure_peak(micro_step, min(accumulation, 2)))
+        memory = memory_of(model, stage, measure_peak(micro_step, min(accumulation, 2)), num_processes)
     return StageReport(
         name=stage.name, num_steps=stage.num_steps, batch_size=sum(stage.tasks.values()), accumulation=accumulation,
-        num_processes=processes.num_processes, flops=sum(task.flops for task in tasks.values()), tasks=tasks,
+        num_processes=num_processes, flops=sum(task.flops for task in tasks.values()), tasks=tasks,
         parameters=parameters, memory=memory,
     )  # fmt: skip
 
@@ -157,9 +176,8 @@ def count_micro_steps(recipe: HydraRecipe, stage: HydraStage, tasks: dict[str, T
     return math.ceil(num_tokens / recipe.micro_batch_tokens)
 
 
-def report_tower_stage(recipe: Recipe, stage: TokenizerStage) -> StageReport:
+def report_tower_stage(recipe: Recipe, stage: TokenizerStage, num_processes: int = 1) -> StageReport:
     """Of the vision tower."""
-    num_processes = partial_state().num_processes
     micro, accumulation = split_batch(stage.batch_size, num_processes, recipe.micro_batch_size)
     with torch.device("meta"):
         model = create_stage_model(recipe, stage, None).train()
@@ -178,7 +196,7 @@ def report_tower_stage(recipe: Recipe, stage: TokenizerStage) -> StageReport:
 
         peak = measure_peak(micro_step, min(accumulation, 2))
         flops = num_processes * accumulation * count_flops(micro_step)
-        memory = memory_of(model, stage, peak) | {"judges": 4 * count_judges(model, stage, judges)}
+        memory = memory_of(model, stage, peak, num_processes) | {"judges": 4 * count_judges(model, stage, judges)}
     return StageReport(
         name=stage.name, num_steps=stage.num_steps, batch_size=stage.batch_size, accumulation=accumulation,
         num_processes=num_processes, flops=flops, tasks={}, parameters=parameters,
@@ -186,14 +204,14 @@ def report_tower_stage(recipe: Recipe, stage: TokenizerStage) -> StageReport:
     )  # fmt: skip
 
 
-def memory_of(model: nn.Module, stage: Stage, peak: int) -> dict[str, int]:
+def memory_of(model: nn.Module, stage: Stage, peak: int, num_processes: int) -> dict[str, int]:
     """Bytes by kind; `peak` is of gradients and activations together."""
     gradients = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     return {
         "weights": weights,
         "gradients": gradients,
-        "buckets": gradients if partial_state().num_processes > 1 else 0,
+        "buckets": gradients if num_processes > 1 else 0,
         "optimizer": 4 * num_moments(model, stage),
         "average": weights if stage.ema_decay > 0 else 0,
         "activations": max(0, peak - gradients),
