@@ -26,6 +26,7 @@ RUNS = {  # name -> tasks, what differs in the recipe
     "even": ({"understand": 2, "generate": 4}, {}),
     "accumulated": ({"understand": 3, "generate": 4}, {"micro_batch_size": 2}),
     "lacking": ({"understand": 1, "generate": 2}, {}),  # the second process has no question
+    "painting": ({"understand": 2, "reconstruct": 2, "depth": 1, "segment": 3}, {}),  # UniMRG
     "packed": ({"understand": 3, "generate": 4}, {"max_length": 80, "micro_batch_tokens": 160}),
 }
 

@@ -37,8 +37,12 @@ def start(*command: str) -> str:
 
 def log_of(folder: Path) -> list[dict]:
     records = [json.loads(line) for line in (folder / "stage1" / "log.jsonl").read_text().splitlines()]
-    names = ("step", "loss", "understand/language", "generate/flow", "grad_norm", "learning_rate")
-    return [{name: record[name] for name in names} for record in records if "loss" in record]
+    names = ("step", "loss", "grad_norm", "learning_rate")
+    return [
+        {name: value for name, value in record.items() if name in names or "/" in name}
+        for record in records
+        if "loss" in record
+    ]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
