@@ -13,6 +13,7 @@ from hydra_hf.data.sample import Sample
 from hydra_hf.data.seeds import hashed_generator
 from hydra_hf.modeling import HydraProcessor
 
+from .edits import ToyEdits
 from .language import PAINTED, ToyLanguage
 from .world import CANVAS, ToyWorld
 
@@ -133,6 +134,7 @@ class ToyBundles(Dataset):
         accumulation: int = 1,
     ):
         self.data, self.language = data, ToyLanguage(ToyWorld(data.difficulty))
+        self.edits = ToyEdits(self.language.world)
         self.processor, self.stage, self.seed = processor, stage, seed
         self.process_index, self.num_processes, self.accumulation = process_index, num_processes, accumulation
 
@@ -174,6 +176,7 @@ class ToyBundles(Dataset):
             return self.language.paint_samples(
                 task, count, generator, max_objects=data.max_objects, canvas=canvas, split=split
             )
-        raise ValueError(
-            f"{task=} of stage {self.stage.name!r} is not one that the toy world has: generate, understand, {', '.join(PAINTED)}."
-        )
+        if task == "edit":
+            return self.edits.samples(count, generator, max_objects=data.max_objects, canvas=canvas, split=split)
+        tasks = ", ".join(("generate", "understand", *PAINTED, "edit"))
+        raise ValueError(f"{task=} of stage {self.stage.name!r} is not one that the toy world has: {tasks}.")

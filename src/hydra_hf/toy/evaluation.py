@@ -19,7 +19,7 @@ from hydra_hf.pipelines.painting import paint
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
 from .checker import ToyChecker
-from .language import CATEGORIES, PAINTED, Prompt, ToyLanguage
+from .language import CATEGORIES, PAINTED, Prompt, Question, ToyLanguage
 from .phrasing import KINDS
 from .world import CANVASES, Scenes, ToyWorld
 
@@ -105,22 +105,27 @@ def evaluate_understanding(
     generator = torch.Generator().manual_seed(seed)
     scenes, questions = language.sample_questions(num_questions, generator, split="test")
     images = processor.image_processor.postprocess(language.world.render(scenes), output_type="pil")
-    answers: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    counts, right = Counter(question.type for question in questions), Counter()
     for start in range(0, num_questions, batch_size):
         batch = questions[start : start + batch_size]
         given = answer(model, processor, images[start : start + batch_size], [question.question for question in batch])
         for question, text in zip(batch, given):
-            answers[question.type].append((text, question.answer))
-    names, right, majority = sorted(answers), {}, {}
-    for name in names:
-        right[name] = sum(given == expected for given, expected in answers[name])
-        majority[name] = Counter(expected for _, expected in answers[name]).most_common(1)[0][1]
+            right[question.type] += text == question.answer
+    majority = majority_shares(questions)
     return {
-        **{f"vqa/{name}": right[name] / len(answers[name]) for name in names},
-        **{f"vqa_majority/{name}": majority[name] / len(answers[name]) for name in names},
-        "vqa/mean": sum(right.values()) / num_questions,
-        "vqa/majority": sum(majority.values()) / num_questions,
+        **{f"vqa/{name}": right[name] / counts[name] for name in majority},
+        **{f"vqa_majority/{name}": share for name, share in majority.items()},
+        "vqa/mean": right.total() / num_questions,
+        "vqa/majority": sum(share * counts[name] for name, share in majority.items()) / num_questions,
     }
+
+
+def majority_shares(questions: list[Question]) -> dict[str, float]:
+    """What always giving the commonest answer of a type would get, by type."""
+    answers = defaultdict(list)
+    for question in questions:
+        answers[question.type].append(question.answer)
+    return {name: max(map(given.count, given)) / len(given) for name, given in sorted(answers.items())}
 
 
 def evaluate_reconstruction(

@@ -95,7 +95,7 @@ class ToyLanguage:
             raise ValueError(f"categories {sorted(unknown)} are not among {CATEGORIES}.")
         if phrasings and not any(fits(kind, category) for kind in phrasings for category in categories):
             raise ValueError(f"{phrasings=} say nothing of {categories=}.")
-        rng = _random_from(generator)
+        rng = random_from(generator)
         prompts = []
         while len(prompts) < num_prompts:
             category = rng.choice(categories)
@@ -315,7 +315,7 @@ class ToyLanguage:
         )
         is_dropped = torch.rand(num_samples, generator=generator) < drop_prompt
         return [
-            _chat("generate", [("user", "" if dropped else prompt.text), ("assistant", image)])
+            chat("generate", [("user", "" if dropped else prompt.text), ("assistant", image)])
             for prompt, image, dropped in zip(prompts, self.world.render(scenes), is_dropped.tolist())
         ]
 
@@ -338,14 +338,14 @@ class ToyLanguage:
         scenes = self.world.sample_scenes(
             num_samples, generator, split=split, max_objects=max_objects, scattered=0.5, canvas=canvas
         )
-        rng, samples = _random_from(generator), []
+        rng, samples = random_from(generator), []
         weights = dict.fromkeys(TRAINING_TYPES, 1) if weights is None else weights
         for index, image in enumerate(self.world.render(scenes)):
             asked = self.questions(scenes, index, questions_per_image, rng, weights=weights)
             asked = asked or self.questions(scenes, index, 1, rng, weights={"describe": 1})
             turns = {question.question: question.answer for question in asked}
             messages = [(role, text) for turn in turns.items() for role, text in zip(("user", "assistant"), turn)]
-            samples.append(_chat("understand", [("user", image), *messages]))
+            samples.append(chat("understand", [("user", image), *messages]))
         return samples
 
     def paint_samples(
@@ -362,10 +362,10 @@ class ToyLanguage:
         scenes = self.world.sample_scenes(
             num_samples, generator, split=split, max_objects=max_objects, scattered=0.5, canvas=canvas
         )
-        rng = _random_from(generator)
+        rng = random_from(generator)
         targets = getattr(self.world, PAINTED[task])(scenes)
         return [
-            _chat(task, [("user", rng.choice(PROMPTS[task])), ("user", image), ("assistant", target)])
+            chat(task, [("user", rng.choice(PROMPTS[task])), ("user", image), ("assistant", target)])
             for image, target in zip(self.world.render(scenes), targets)
         ]
 
@@ -374,7 +374,7 @@ class ToyLanguage:
     ) -> tuple[Scenes, list[Question]]:
         """Scenes of one split with one question each."""
         scenes = self.world.sample_scenes(num_questions, generator, split=split)
-        rng = _random_from(generator)
+        rng = random_from(generator)
         return scenes, [self.questions(scenes, index, 1, rng)[0] for index in range(num_questions)]
 
     def corpus(self) -> list[str]:
@@ -420,12 +420,12 @@ class _SceneFacts:
         return [(a, b) for a in unique for b in unique if a != b and holds(a, b)]
 
 
-def _random_from(generator: torch.Generator) -> random.Random:
+def random_from(generator: torch.Generator) -> random.Random:
     """Python's generator, seeded from torch's: choices among strings are its trade."""
     return random.Random(int(torch.randint(2**62, (), generator=generator)))
 
 
-def _chat(task: str, turns: list[tuple[str, object]]) -> Sample:
+def chat(task: str, turns: list[tuple[str, object]]) -> Sample:
     """Turns of text or pixels as messages; neighbours of one role share a message."""
     messages: list[dict] = []
     for role, value in turns:

@@ -8,6 +8,7 @@ ones smaller.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ LAYOUTS = {
     "four": ((0, 0), (2, 0), (0, 2), (2, 2)),
     "column": ((1, 0), (1, 2)),
 }  # top left corners (x, y) in halves of the room that an object leaves, in reading order
+Placed = tuple[int, tuple[int, int]]  # an object, and (x, y) of its top left corner in pixels
 NEAR, FAR = 1.0, 2.0
 HAZE = 0.5  # share of the background in the colour of a far object
 MAX_OBJECTS = 4
@@ -80,6 +82,22 @@ def places_on(canvas: tuple[int, int]) -> Tensor:
     return PLACES * room // (2 * PATCH) * PATCH
 
 
+def columns_and_rows(canvas: tuple[int, int]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The x of the first, middle and last column of `places_on` a canvas, and the y of its rows, in pixels."""
+    rooms = (side - sprite_size(canvas) for side in reversed(canvas))
+    return tuple((0, room // (2 * PATCH) * PATCH, room) for room in rooms)
+
+
+def place_objects(placed: list[Iterable[Placed]], backgrounds: list[int], canvas: tuple[int, int]) -> Scenes:
+    """Scenes of near objects at these places, which do not overlap."""
+    objects, positions = torch.full((len(placed), MAX_OBJECTS), -1), torch.zeros(len(placed), MAX_OBJECTS, 2).long()
+    for row, scene in enumerate(placed):
+        for slot, (index, place) in enumerate(sorted(scene, key=lambda one: one[1][::-1])):
+            objects[row, slot], positions[row, slot] = index, torch.tensor(place)
+    distances, sizes = torch.full(objects.shape, NEAR), torch.full_like(objects, sprite_size(canvas))
+    return Scenes(objects, positions, distances, sizes, torch.tensor(backgrounds), canvas)
+
+
 def check_canvas(canvas: tuple[int, int]) -> None:
     if canvas not in CANVASES:
         raise ValueError(
@@ -103,6 +121,7 @@ class ToyWorld:
             raise ValueError(f"{difficulty=} must be 1, 2 or 3.")
         self.difficulty = difficulty
         self.num_emoji = 24 if difficulty == 1 else 48
+        self.num_backgrounds = len(BACKGROUNDS) * (1 if difficulty == 1 else 2)
         self.emoji_names = tuple(json.loads((ASSETS / "names.json").read_text()))[: self.num_emoji]
         self.shape_names = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)
         self.names = self.emoji_names + self.shape_names
@@ -178,8 +197,7 @@ class ToyWorld:
             positions = positions + 2 * torch.randint(-2, 3, positions.shape, generator=generator)
             positions = positions.clamp(min=0).minimum(torch.tensor([canvas[1], canvas[0]]) - size)
             sizes = torch.where(distances == FAR, _far(size), size)
-        num_backgrounds = len(BACKGROUNDS) * (1 if self.difficulty == 1 else 2)
-        backgrounds = torch.randint(num_backgrounds, (len(objects),), generator=generator)
+        backgrounds = torch.randint(self.num_backgrounds, (len(objects),), generator=generator)
         return Scenes(objects, positions, distances, sizes, backgrounds, canvas)
 
     def _scatter(self, counts: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
