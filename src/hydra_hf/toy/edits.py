@@ -40,7 +40,7 @@ TOLERANCE = PATCH // 2  # pixels from the place where an object should be
 REQUESTS = {
     "recolor": ("make the {a} {b}", "paint the {a} {b}", "turn the {a} {b}", "change the color of the {a} to {b}"),
     "remove": ("remove the {a}", "take away the {a}", "delete the {a}", "take the {a} away"),
-    "add": ("add {a} {b}", "put {a} {b}", "draw {a} {b}", "place {a} {b}"),
+    "add": ("add {a} {b}", "put {a} {b}", "insert {a} {b}", "place {a} {b}"),
     "replace": (
         "replace the {a} with {b}",
         "turn the {a} into {b}",
