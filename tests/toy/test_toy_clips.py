@@ -25,7 +25,7 @@ from hydra_hf.toy.text_tokenizer import train_toy_tokenizer
 from hydra_hf.toy.world import PATCH, ToyWorld, sprite_size
 
 
-NUM_CLIPS = 30
+NUM_CLIPS = 12
 CAPTION = re.compile(
     r"an? ([\w ]+?)(?: (above|below|left of|right of) an? ([\w ]+))? moves (to the left|to the right|up|down)"
 )
@@ -195,7 +195,7 @@ def test_answers_are_true_of_the_clip_and_the_commonest_is_a_poor_guess(world, c
         assert question.answer == recomputed_answer(question.question, world, clip), (question, clip)
     shares = majority_shares(questions)
     assert set(shares) == set(CLIP_QUESTION_TYPES)
-    limits = {"exist": 0.57, "count": 0.43, "direction": 0.33, "first": 0.15, "mover": 0.15, "what": 0.05}
+    limits = {"exist": 0.57, "count": 0.43, "direction": 0.36, "first": 0.15, "mover": 0.15, "what": 0.05}
     assert all(shares[name] < limit for name, limit in limits.items()), shares
 
 
@@ -216,6 +216,8 @@ def test_nothing_is_asked_twice_of_one_clip(clips):
     assert max(map(len, asked)) >= 4
     _, first = clips.sample_turns(20, seeded(), 3, weights={"first": 1})
     assert {turn.question for turns in first for turn in turns} == {"what moves first?"}
+    with pytest.raises(ValueError, match="too few for questions of type \\['first'\\]"):
+        clips.sample_turns(1, seeded(), weights={"first": 1}, num_frames=5)
     with pytest.raises(ValueError, match="speed"):
         clips.questions(clips.sample(1, seeded())[0], 1, random.Random(0), weights={"speed": 1})
 
@@ -228,7 +230,7 @@ def test_every_word_that_is_said_is_in_the_corpora_and_old_words_keep_their_voca
     said = clips.sample_prompts(200, seeded())[0] + [f"{q.question} {q.answer}" for turns in asked for q in turns]
     assert {word for text in said for word in re.findall(r"\w+|[^\w\s]", text)} <= known
     tokenizer = train_toy_tokenizer(corpus)
-    assert all(len(tokenizer(word)["input_ids"]) == 1 for word in known - {""})
+    assert all(len(tokenizer(word)["input_ids"]) == 1 for word in known if word.isalpha())
 
 
 # Splits

@@ -36,7 +36,14 @@ TOLERANCE = PATCH // 2  # pixels; an object that moves less rests
 MAX_MOVERS = 2
 DIRECTIONS = ("left", "right", "up", "down")
 WAYS = {"left": "to the left", "right": "to the right", "up": "up", "down": "down"}  # as a caption says it
-CLIP_QUESTION_TYPES = ("what", "mover", "direction", "count", "first", "exist")
+CLIP_QUESTION_TYPES = {
+    "what": (0, 1, 2),
+    "mover": (1,),
+    "direction": (1, 2),
+    "count": (0, 1, 2),
+    "first": (2,),
+    "exist": (0, 1, 2),
+}  # type -> how many objects move where it can be asked
 
 
 @dataclass(frozen=True)
@@ -269,11 +276,8 @@ class ToyClips:
 
         Raises ValueError for types that are not among `CLIP_QUESTION_TYPES`.
         """
-        weights = dict.fromkeys(CLIP_QUESTION_TYPES, 1) if weights is None else weights
-        if unknown := set(weights) - set(CLIP_QUESTION_TYPES):
-            raise ValueError(f"questions of type {sorted(unknown)} are not among {CLIP_QUESTION_TYPES}.")
-        needed = {"mover": (1,), "direction": (1, 2), "first": (2,)}  # numbers of movers
-        possible = [kind for kind in weights if len(clip.movers) in needed.get(kind, (0, 1, 2))]
+        weights = _checked_weights(weights)
+        possible = [kind for kind in weights if len(clip.movers) in CLIP_QUESTION_TYPES[kind]]
         if not possible:
             return []
         types = rng.choices(possible, [weights[kind] for kind in possible], k=num_questions)
@@ -327,17 +331,22 @@ class ToyClips:
     ) -> tuple[list[Clip], list[list[Question]]]:
         """Clips with at most `questions_per_clip` questions each, of `weights` as in `questions`; none is asked twice.
 
-        Clips are scattered, else where an object ends would tell which way it moved.
+        Clips are scattered, else where an object ends would tell which way it moved. The first question is chosen before the
+        clip, so that how many objects move says nothing of what is asked.
         """
-        movers = tuple(count for count in range(MAX_MOVERS + 1) if num_frames > GROUP * count)
-        clips, asked = [], []
-        while len(clips) < num_clips:
-            options = {"split": split, "num_movers": movers, "num_frames": num_frames, "canvas": canvas}
-            (clip,) = self.sample(1, generator, **options)
-            turns = self.questions(clip, questions_per_clip, random_from(generator), weights=weights)
-            if turns:
-                clips.append(clip)
-                asked.append(list({turn.question: turn for turn in turns}.values()))
+        weights, longest = _checked_weights(weights), min(MAX_MOVERS, (num_frames - 1) // GROUP)
+        movers = {kind: tuple(count for count in CLIP_QUESTION_TYPES[kind] if count <= longest) for kind in weights}
+        possible = [kind for kind in weights if movers[kind]]
+        if not possible:
+            raise ValueError(f"{num_frames=} are too few for questions of type {sorted(weights)}.")
+        rng, clips, asked = random_from(generator), [], []
+        for kind in rng.choices(possible, [weights[kind] for kind in possible], k=num_clips):
+            (clip,) = self.sample(
+                1, generator, split=split, num_movers=movers[kind], num_frames=num_frames, canvas=canvas
+            )
+            turns = [self._ask(kind, clip, rng), *self.questions(clip, questions_per_clip - 1, rng, weights=weights)]
+            clips.append(clip)
+            asked.append(list({turn.question: turn for turn in turns}.values()))
         return clips, asked
 
 
@@ -358,9 +367,11 @@ def check_clip(checker: ToyChecker, frames: Tensor, clip: Clip) -> ClipVerdict:
     if frames.ndim != 4 or frames.shape[1] % GROUP != 1 or frames.shape[1] == 1:
         raise ValueError(f"A clip of the toy world is (3, 4n + 1, H, W), got {tuple(frames.shape)}.")
     expected = sorted(track.index for track in clip.tracks)
-    seen = [checker.detect(frame) for frame in frames[:, ::GROUP].unbind(1)]
-    if any(sorted(index for index, _ in found) != expected for found in seen):
-        return ClipVerdict(False, False, False, False)
+    seen = []
+    for frame in frames[:, ::GROUP].unbind(1):
+        seen.append(checker.detect(frame))
+        if sorted(index for index, _ in seen[-1]) != expected:
+            return ClipVerdict(False, False, False, False)
     paths = {index: [dict(found)[index] for found in seen] for index in expected}
     shown = {index: _shown_direction(path) for index, path in paths.items()}
     middles = [_middle(paths[mover.index]) for mover in clip.movers]
@@ -370,6 +381,13 @@ def check_clip(checker: ToyChecker, frames: Tensor, clip: Clip) -> ClipVerdict:
         order=all(a < b for a, b in zip(middles, middles[1:])),
         relation=clip.relation is None or all(_is_related(clip, found) for found in (seen[0], seen[-1])),
     )
+
+
+def _checked_weights(weights: dict[str, int] | None) -> dict[str, int]:
+    weights = dict.fromkeys(CLIP_QUESTION_TYPES, 1) if weights is None else weights
+    if unknown := set(weights) - set(CLIP_QUESTION_TYPES):
+        raise ValueError(f"questions of type {sorted(unknown)} are not among {list(CLIP_QUESTION_TYPES)}.")
+    return weights
 
 
 def _at(axis: int, along: int, across: int) -> tuple[int, int]:
