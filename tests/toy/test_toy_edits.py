@@ -33,7 +33,7 @@ from hydra_hf.training.recipes import tiny
 from toy_models import toy_pipeline, toy_processor
 
 
-NUM_EDITS = 20
+NUM_EDITS = 16
 AREAS = {
     (0, 0): "in the top left", (16, 0): "at the top", (32, 0): "in the top right",
     (0, 16): "on the left", (16, 16): "in the middle", (32, 16): "on the right",

@@ -7,7 +7,7 @@ Objects are near, and all different.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .world import (
     Placed,
     Scenes,
     ToyWorld,
+    canvas_of,
     check_canvas,
     check_split,
     columns_and_rows,
@@ -36,14 +37,15 @@ TOLERANCE = PATCH // 2  # pixels; an object that moves less rests
 MAX_MOVERS = 2
 DIRECTIONS = ("left", "right", "up", "down")
 WAYS = {"left": "to the left", "right": "to the right", "up": "up", "down": "down"}  # as a caption says it
+# type -> how many objects move where it can be asked, how many there are where it is asked first: one picture cannot tell
 CLIP_QUESTION_TYPES = {
-    "what": (0, 1, 2),
-    "mover": (1,),
-    "direction": (1, 2),
-    "count": (0, 1, 2),
-    "first": (2,),
-    "exist": (0, 1, 2),
-}  # type -> how many objects move where it can be asked
+    "what": ((0, 1, 2), (1, 2, 3)),
+    "mover": ((1,), (2, 3)),
+    "direction": ((1, 2), (1, 2, 3)),
+    "count": ((0, 1, 2), (2,)),
+    "first": ((2,), (2,)),
+    "exist": ((0, 1, 2), (1, 2, 3)),
+}
 
 
 @dataclass(frozen=True)
@@ -137,15 +139,17 @@ def direction_between(start: tuple[int, int], end: tuple[int, int], tolerance: i
 
 def first_scenes(clips: Sequence[Clip]) -> Scenes:
     """The scenes of the first frames, of clips on one canvas."""
-    return place_objects([clip.placed(0) for clip in clips], [clip.background for clip in clips], clips[0].canvas)
+    return place_objects([clip.placed(0) for clip in clips], [clip.background for clip in clips], canvas_of(clips))
 
 
 def render_clips(world: ToyWorld, clips: Sequence[Clip], device: str | torch.device = "cpu") -> Tensor:
     """Frames (B, 3, T, H, W) in [-1, 1] of clips of one canvas and length; frame 0 is the picture of the first scene."""
-    num_frames, canvas = clips[0].num_frames, clips[0].canvas
+    num_frames = clips[0].num_frames
+    if any(clip.num_frames != num_frames for clip in clips):
+        raise ValueError(f"Clips of {sorted({clip.num_frames for clip in clips})} frames, expected one length.")
     placed = [clip.placed(frame) for clip in clips for frame in range(num_frames)]
     backgrounds = [clip.background for clip in clips for _ in range(num_frames)]
-    frames = world.render(place_objects(placed, backgrounds, canvas)).unflatten(0, (len(clips), num_frames))
+    frames = world.render(place_objects(placed, backgrounds, canvas_of(clips))).unflatten(0, (len(clips), num_frames))
     return frames.transpose(1, 2).contiguous().to(device)
 
 
@@ -173,12 +177,12 @@ class ToyClips:
         *,
         split: str = "train",
         num_movers: tuple[int, ...] = (0, 1, MAX_MOVERS),
-        max_objects: int = 3,
+        num_objects: tuple[int, ...] = (1, 2, 3),
         scattered: bool = True,
         num_frames: int = NUM_FRAMES,
         canvas: tuple[int, int] = CANVAS,
     ) -> list[Clip]:
-        """Clips of one split, in which one of `num_movers` objects move, each number as often.
+        """Clips of one split; how many objects there are and how many move is drawn from these numbers, two movers being alone.
 
         Args:
             scattered: starts, distances and moments are random. Otherwise an object crosses the whole canvas, or as much as
@@ -189,57 +193,43 @@ class ToyClips:
         check_canvas(canvas)
         if not num_movers or not set(num_movers) <= set(range(MAX_MOVERS + 1)):
             raise ValueError(f"{num_movers=} must be some of 0 to {MAX_MOVERS}.")
-        if not max(1, *num_movers) <= max_objects <= 3:
-            raise ValueError(f"{max_objects=} must be at least {max(1, *num_movers)} and at most 3.")
-        if num_frames % GROUP != 1 or num_frames <= GROUP * max(1, *num_movers):
-            expected = 1 + GROUP * max(1, *num_movers)
-            raise ValueError(f"{num_frames=} must be 4n + 1, at least {expected} for {max(num_movers)} movers.")
+        if not num_objects or not set(num_objects) <= {1, 2, 3} or (MAX_MOVERS in num_movers and 2 not in num_objects):
+            raise ValueError(f"{num_objects=} must be some of 1 to 3, with 2 where two objects move.")
+        least = 1 + GROUP * max(1, *num_movers)
+        if num_frames % GROUP != 1 or num_frames < least:
+            raise ValueError(f"{num_frames=} must be 4n + 1, at least {least} for {max(num_movers)} movers.")
         rng, clips = random_from(generator), []
         while len(clips) < num_clips:
-            count = rng.choice(num_movers)
-            clip = self._propose(count, max_objects, scattered, num_frames, canvas, rng)
-            while not self._is_of(split, clip):
-                clip = self._propose(count, max_objects, scattered, num_frames, canvas, rng)
+            count, clip = rng.choice(num_movers), None
+            while clip is None or not self._is_of(split, clip):
+                clip = self._propose(count, num_objects, scattered, num_frames, canvas, rng)
             clips.append(clip)
         return clips
 
     def _propose(
-        self, num_movers: int, max_objects: int, scattered: bool, num_frames: int, canvas: tuple[int, int], rng: random.Random
+        self, num_movers: int, num_objects: tuple[int, ...], scattered: bool, num_frames: int, canvas: tuple[int, int],
+        rng: random.Random,
     ) -> Clip:  # fmt: skip
         """Objects in two lanes at opposite sides, a mover in each, or one that the others face; alone in the middle."""
-        lanes = max(1, num_movers)
-        num_objects = 2 if lanes == 2 else rng.randint(1, max_objects)
-        objects = rng.sample(range(len(self.world.names)), num_objects)
+        num_lanes = max(1, num_movers)
+        count = 2 if num_lanes == 2 else rng.choice(num_objects)
         axis = rng.randrange(2)
         along, across = columns_and_rows(canvas)[:: -1 if axis else 1]
-        sides = [across[0], across[2]]
-        if num_objects == 1:
-            sides = [rng.choice(across) if scattered else across[1]]
-        elif lanes == 1 or scattered:
-            rng.shuffle(sides)
-
-        num_groups = (num_frames - 1) // GROUP
-        longest = min(along[2] // PATCH, num_groups // lanes)
-        distances = [rng.randint(1, longest) if scattered else longest for _ in range(lanes)]
-        slack, group, tracks = num_groups - sum(distances), 0, []
-        for distance, side in zip(distances, sides):
-            first = PATCH * rng.randint(0, along[2] // PATCH - distance) if scattered else 0
-            ends = [first, first + PATCH * distance]
-            if rng.random() < 0.5:
-                ends = ends[::-1] if scattered else [along[2] - end for end in ends]
-            wait = rng.randint(0, slack) if scattered else 0
-            slack, group = slack - wait, group + wait
-            start, end = (_at(axis, at, side) for at in ends)
-            tracks.append(Track(objects[len(tracks)], start, end, GROUP * group))
-            group += distance
-        resting = {0: [], 1: [rng.choice(along) if scattered else along[1]], 2: [along[0], along[2]]}[
-            num_objects - lanes
-        ]
-        for at in resting:
-            place = _at(axis, at, sides[1])
-            tracks.append(Track(objects[len(tracks)], place, place))
+        lanes = [across[0], across[2]]
+        if count == 1:
+            lanes = [rng.choice(across) if scattered else across[1]]
+        elif num_lanes == 1 or scattered:
+            rng.shuffle(lanes)
+        moves = _moves(along, (num_frames - 1) // GROUP, num_lanes, scattered, rng)
+        faced = {0: [], 1: [rng.choice(along) if scattered else along[1]], 2: [along[0], along[2]]}[count - num_lanes]
+        spots = [(start, end, departure, lane) for (start, end, departure), lane in zip(moves, lanes)]
+        spots += [(at, at, 0, lanes[-1]) for at in faced]
         if num_movers == 0:
-            tracks = [replace(track, end=track.start, departure=0) for track in tracks]
+            spots = [(start, start, 0, lane) for start, _, _, lane in spots]
+        tracks = [
+            Track(index, _at(axis, start, lane), _at(axis, end, lane), departure)
+            for index, (start, end, departure, lane) in zip(rng.sample(range(len(self.world.names)), count), spots)
+        ]
         tracks.sort(key=lambda track: track.start[::-1])
         return Clip(tuple(tracks), rng.randrange(self.world.num_backgrounds), num_frames, canvas)
 
@@ -277,7 +267,7 @@ class ToyClips:
         Raises ValueError for types that are not among `CLIP_QUESTION_TYPES`.
         """
         weights = _checked_weights(weights)
-        possible = [kind for kind in weights if len(clip.movers) in CLIP_QUESTION_TYPES[kind]]
+        possible = [kind for kind in weights if len(clip.movers) in CLIP_QUESTION_TYPES[kind][0]]
         if not possible:
             return []
         types = rng.choices(possible, [weights[kind] for kind in possible], k=num_questions)
@@ -314,7 +304,7 @@ class ToyClips:
     ) -> tuple[list[str], list[Clip]]:
         """Captions of one or two objects, and for each a clip that fulfils it; only the background is open."""
         movers = (1, MAX_MOVERS) if num_frames > GROUP * MAX_MOVERS else (1,)
-        clips = self.sample(num_prompts, generator, split=split, num_movers=movers, max_objects=2, scattered=False,
+        clips = self.sample(num_prompts, generator, split=split, num_movers=movers, num_objects=(1, 2), scattered=False,
                             num_frames=num_frames, canvas=canvas)  # fmt: skip
         return [self.caption(clip) for clip in clips], clips
 
@@ -332,18 +322,17 @@ class ToyClips:
         """Clips with at most `questions_per_clip` questions each, of `weights` as in `questions`; none is asked twice.
 
         Clips are scattered, else where an object ends would tell which way it moved. The first question is chosen before the
-        clip, so that how many objects move says nothing of what is asked.
+        clip, so that what is asked says nothing of how many objects move.
         """
         weights, longest = _checked_weights(weights), min(MAX_MOVERS, (num_frames - 1) // GROUP)
-        movers = {kind: tuple(count for count in CLIP_QUESTION_TYPES[kind] if count <= longest) for kind in weights}
+        movers = {kind: tuple(count for count in CLIP_QUESTION_TYPES[kind][0] if count <= longest) for kind in weights}
         possible = [kind for kind in weights if movers[kind]]
         if not possible:
             raise ValueError(f"{num_frames=} are too few for questions of type {sorted(weights)}.")
         rng, clips, asked = random_from(generator), [], []
         for kind in rng.choices(possible, [weights[kind] for kind in possible], k=num_clips):
-            (clip,) = self.sample(
-                1, generator, split=split, num_movers=movers[kind], num_frames=num_frames, canvas=canvas
-            )
+            options = {"num_movers": movers[kind], "num_objects": CLIP_QUESTION_TYPES[kind][1]}
+            (clip,) = self.sample(1, generator, split=split, num_frames=num_frames, canvas=canvas, **options)
             turns = [self._ask(kind, clip, rng), *self.questions(clip, questions_per_clip - 1, rng, weights=weights)]
             clips.append(clip)
             asked.append(list({turn.question: turn for turn in turns}.values()))
@@ -360,7 +349,7 @@ def clip_corpus(world: ToyWorld) -> list[str]:
 
 
 def check_clip(checker: ToyChecker, frames: Tensor, clip: Clip) -> ClipVerdict:
-    """Whether frames (3, T, H, W) in [-1, 1] show what the caption of `clip` says, in any place, size and background.
+    """Whether frames (3, T, H, W) in [-1, 1] show what the caption of `clip` says, wherever and on any background and canvas.
 
     Raises ValueError for a number of frames that is not 4n + 1.
     """
@@ -381,6 +370,24 @@ def check_clip(checker: ToyChecker, frames: Tensor, clip: Clip) -> ClipVerdict:
         order=all(a < b for a, b in zip(middles, middles[1:])),
         relation=clip.relation is None or all(_is_related(clip, found) for found in (seen[0], seen[-1])),
     )
+
+
+def _moves(
+    along: tuple[int, int, int], num_groups: int, num_movers: int, scattered: bool, rng: random.Random
+) -> list[tuple[int, int, int]]:
+    """Start and end along a lane, in pixels, and the frame of departure, of objects that move one after the other."""
+    longest = min(along[2] // PATCH, num_groups // num_movers)
+    distances = [rng.randint(1, longest) if scattered else longest for _ in range(num_movers)]
+    slack, group, moves = num_groups - sum(distances), 0, []
+    for distance in distances:
+        start = PATCH * rng.randint(0, along[2] // PATCH - distance) if scattered else 0
+        end = start + PATCH * distance
+        if rng.random() < 0.5:
+            start, end = along[2] - start, along[2] - end
+        wait = rng.randint(0, slack) if scattered else 0
+        moves.append((start, end, GROUP * (group + wait)))
+        slack, group = slack - wait, group + wait + distance
+    return moves
 
 
 def _checked_weights(weights: dict[str, int] | None) -> dict[str, int]:

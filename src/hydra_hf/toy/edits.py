@@ -27,6 +27,7 @@ from .world import (
     Placed,
     Scenes,
     ToyWorld,
+    canvas_of,
     check_canvas,
     check_split,
     columns_and_rows,
@@ -95,17 +96,17 @@ class EditVerdict:
 
 def source_scenes(edits: Sequence[Edit]) -> Scenes:
     """The scenes before the edits, which have one canvas."""
-    return place_objects([edit.source for edit in edits], [edit.background for edit in edits], edits[0].canvas)
+    return place_objects([edit.source for edit in edits], [edit.background for edit in edits], canvas_of(edits))
 
 
 def target_scenes(edits: Sequence[Edit]) -> Scenes:
     """The scenes after the edits, which have one canvas."""
-    return place_objects([edit.target for edit in edits], [edit.background for edit in edits], edits[0].canvas)
+    return place_objects([edit.target for edit in edits], [edit.background for edit in edits], canvas_of(edits))
 
 
 def edited_regions(edits: Sequence[Edit]) -> Tensor:
     """Where something changes, (B, H, W) bool: the boxes of the object before and after, whole patches."""
-    size, (height, width) = sprite_size(edits[0].canvas), edits[0].canvas
+    size, (height, width) = sprite_size(canvas_of(edits)), canvas_of(edits)
     regions = torch.zeros(len(edits), height, width, dtype=torch.bool)
     for region, edit in zip(regions, edits):
         for _, (x, y) in set(edit.source) ^ set(edit.target):

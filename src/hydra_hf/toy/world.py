@@ -98,6 +98,14 @@ def place_objects(placed: list[Iterable[Placed]], backgrounds: list[int], canvas
     return Scenes(objects, positions, distances, sizes, torch.tensor(backgrounds), canvas)
 
 
+def canvas_of(items: Iterable) -> tuple[int, int]:
+    """The one canvas of clips or edits. Raises ValueError if they have several."""
+    canvases = {item.canvas for item in items}
+    if len(canvases) != 1:
+        raise ValueError(f"A batch of canvases {sorted(canvases)}, expected exactly one.")
+    return canvases.pop()
+
+
 def check_canvas(canvas: tuple[int, int]) -> None:
     if canvas not in CANVASES:
         raise ValueError(
