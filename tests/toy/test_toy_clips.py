@@ -243,7 +243,7 @@ def test_nothing_is_asked_twice_of_one_clip(clips):
 
 def test_every_word_that_is_said_is_in_the_corpora_and_old_words_keep_their_vocabulary(world, clips):
     language = ToyLanguage(world)
-    corpus = language.corpus() + clip_corpus(world)
+    corpus = language.corpus() + clip_corpus()
     known = set(re.findall(r"\w+|[^\w\s]", " ".join(corpus).lower()))
     _, asked = clips.sample_turns(300, seeded(), 4)
     said = clips.sample_prompts(200, seeded())[0] + [f"{q.question} {q.answer}" for turns in asked for q in turns]

@@ -210,10 +210,10 @@ def test_instructions_of_the_test_wording_are_in_no_form_of_training(edits):
 def test_every_word_that_is_said_is_in_the_corpora_which_fit_the_vocabulary(world, edits):
     language = ToyLanguage(world)
     before = language.corpus()
-    known = set(re.findall(r"\w+|[^\w\s]", " ".join(before + edit_corpus(world)).lower()))
+    known = set(re.findall(r"\w+|[^\w\s]", " ".join(before + edit_corpus()).lower()))
     said = [edit.instruction for wording in ("train", "test") for edit in edits.sample(300, seeded(), wording=wording)]
     assert {word for text in said for word in re.findall(r"\w+|[^\w\s]", text)} <= known
-    tokenizer = train_toy_tokenizer(before + clip_corpus(world) + edit_corpus(world))
+    tokenizer = train_toy_tokenizer(before + clip_corpus() + edit_corpus())
     assert all(len(tokenizer(word)["input_ids"]) == 1 for word in known if word.isalpha())
     assert language.corpus() == before
 

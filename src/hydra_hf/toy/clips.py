@@ -220,7 +220,7 @@ class ToyClips:
             lanes = [rng.choice(across) if scattered else across[1]]
         elif num_lanes == 1 or scattered:
             rng.shuffle(lanes)
-        moves = _moves(along, (num_frames - 1) // GROUP, num_lanes, scattered, rng)
+        moves = _moves(along[2], (num_frames - 1) // GROUP, num_lanes, scattered, rng)
         faced = {0: [], 1: [rng.choice(along) if scattered else along[1]], 2: [along[0], along[2]]}[count - num_lanes]
         spots = [(start, end, departure, lane) for (start, end, departure), lane in zip(moves, lanes)]
         spots += [(at, at, 0, lanes[-1]) for at in faced]
@@ -339,7 +339,7 @@ class ToyClips:
         return clips, asked
 
 
-def clip_corpus(world: ToyWorld) -> list[str]:
+def clip_corpus() -> list[str]:
     """Texts with every word that is said about clips besides those of `ToyLanguage.corpus`, for a tokenizer."""
     return [
         *(f"a cat moves {way}, then a dog moves {way}" for way in WAYS.values()),
@@ -373,17 +373,17 @@ def check_clip(checker: ToyChecker, frames: Tensor, clip: Clip) -> ClipVerdict:
 
 
 def _moves(
-    along: tuple[int, int, int], num_groups: int, num_movers: int, scattered: bool, rng: random.Random
+    room: int, num_groups: int, num_movers: int, scattered: bool, rng: random.Random
 ) -> list[tuple[int, int, int]]:
-    """Start and end along a lane, in pixels, and the frame of departure, of objects that move one after the other."""
-    longest = min(along[2] // PATCH, num_groups // num_movers)
+    """Start and end along a lane of `room` pixels, and the frame of departure, of objects that move one after the other."""
+    longest = min(room // PATCH, num_groups // num_movers)
     distances = [rng.randint(1, longest) if scattered else longest for _ in range(num_movers)]
     slack, group, moves = num_groups - sum(distances), 0, []
     for distance in distances:
-        start = PATCH * rng.randint(0, along[2] // PATCH - distance) if scattered else 0
+        start = PATCH * rng.randint(0, room // PATCH - distance) if scattered else 0
         end = start + PATCH * distance
         if rng.random() < 0.5:
-            start, end = along[2] - start, along[2] - end
+            start, end = room - start, room - end
         wait = rng.randint(0, slack) if scattered else 0
         moves.append((start, end, GROUP * (group + wait)))
         slack, group = slack - wait, group + wait + distance

@@ -232,7 +232,7 @@ class ToyEdits:
         return samples
 
 
-def edit_corpus(world: ToyWorld) -> list[str]:
+def edit_corpus() -> list[str]:
     """Texts with every word that is said in edits besides those of `ToyLanguage.corpus`, for a tokenizer."""
     forms = [form.format(a="cat", b="a dog") for train, test in FORMS.values() for form in (*train, *test)]
     return [*forms, "in the top left", "to the middle, to the left, to the right, to the top, to the bottom"]
