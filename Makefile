@@ -7,7 +7,7 @@ OLDEST = sed -nE 's/^ *(transformers|diffusers)>=([^,]+),.*/\1==\2/p' setup.cfg
 
 .PHONY: try test test-slow test-gpu test-upstream test-oldest test-latest check style
 
-try: .venv/try.done  ## draw a picture and ask about it, with the embedded checkpoint
+try: .venv/try.done  ## draw a picture and ask about it with the embedded checkpoint
 	$(BIN)/hydra generate "a cat" --out cat.png
 	$(BIN)/hydra ask cat.png "what is in the picture?" | tee answer.txt
 	@echo "Left here: cat.png (the picture), answer.txt (the answer), .venv (the installed package; delete it to start anew)"
@@ -18,10 +18,10 @@ test: .venv/test.done
 test-slow: .venv/test.done
 	$(BIN)/pytest -m slow
 
-test-oldest: .venv-oldest/done  ## with the oldest transformers and diffusers that setup.cfg admits
+test-oldest: .venv-oldest/done  ## with the oldest transformers and diffusers that setup.cfg allows
 	.venv-oldest/bin/python -m pytest $(TESTS)
 
-test-latest: .venv-latest/done  ## with the newest of everything that setup.cfg admits
+test-latest: .venv-latest/done  ## with the newest of everything that setup.cfg allows
 	.venv-latest/bin/python -m pytest $(TESTS)
 
 test-upstream: .venv/test.done  ## transformers' and diffusers' own tests on our classes, from their source archives
@@ -41,11 +41,11 @@ style: .venv/test.done
 	$(BIN)/ruff format src tests examples benchmarks
 
 .venv/try.done: setup.cfg constraints.txt
-	@echo "Installing into .venv; PyTorch alone is some gigabytes, so this takes minutes."
+	@echo "Installing into .venv; PyTorch alone is several gigabytes, so this takes minutes."
 	$(PYTHON) -m venv .venv && $(PIP) install -qq -c constraints.txt -e . && touch $@
 
 .venv/test.done: setup.cfg constraints.txt
-	@echo "Installing into .venv; PyTorch alone is some gigabytes, so this takes minutes."
+	@echo "Installing into .venv; PyTorch alone is several gigabytes, so this takes minutes."
 	$(PYTHON) -m venv .venv && $(PIP) install -qq -c constraints.txt -e ".[test,quality]" && touch $@ .venv/try.done
 
 .venv-oldest/done: .venv/test.done
@@ -59,7 +59,7 @@ style: .venv/test.done
 	$(PIP) --python .venv-latest/bin/python install -qq -U --upgrade-strategy eager -c .venv-latest/torch.txt -e ".[test]"
 	touch $@
 
-# A venv that reads what it has not installed itself from .venv, so that torch is on the disk once.
+# A venv that takes from .venv what it has not installed itself, so that torch is on the disk once.
 define venv_on_top
 $(PYTHON) -m venv --clear --without-pip $(1)
 $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \

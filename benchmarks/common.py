@@ -1,4 +1,4 @@
-"""What the measurements share: their arguments, timing, and a table that is also JSON."""
+"""What the benchmarks share: arguments, timing, and a table that is also written as JSON."""
 
 import argparse
 import json
@@ -20,8 +20,8 @@ def parser(description: str, layers: int, runs: int = 3, dtype: str = "fp32") ->
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--runs", type=int, default=runs, help="runs of which the median counts, after one more")
-    parser.add_argument("--layers", type=int, default=layers, help="layers of the language model, or of a ViT half")
+    parser.add_argument("--runs", type=int, default=runs, help="timed runs, after one to warm up; the median is reported")
+    parser.add_argument("--layers", type=int, default=layers, help="layers of the language model, or of each half of the ViT")
     choices = list(DTYPES) if dtype in DTYPES else [*DTYPES, dtype]
     parser.add_argument("--dtype", choices=choices, default=dtype)
     parser.add_argument("--device", default="cpu", help="such as cuda")
@@ -32,7 +32,7 @@ def parser(description: str, layers: int, runs: int = 3, dtype: str = "fp32") ->
 
 
 def medians(functions: dict[str, Callable], runs: int) -> dict[str, float]:
-    """Seconds of each function. They take turns, so that a slow minute of the machine is a slow minute of all."""
+    """Median seconds of each function. They take turns, so that a slow minute of the machine slows all of them."""
     times = {name: [] for name in functions}
     for run in range(runs + 1):
         for name, function in functions.items():

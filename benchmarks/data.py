@@ -25,7 +25,7 @@ CAPTION = "a photograph of a grey cat that sleeps on a red sofa, next to a windo
 
 
 def write_tar(path: Path, number: int, size: tuple[int, int]) -> list[bytes]:
-    """JPEGs with the detail of a photograph, each with a caption; the JPEGs."""
+    """Writes JPEGs with the detail of a photograph, each with a caption, and returns them."""
     rng, images = np.random.default_rng(0), []
     with tarfile.open(path, "w") as tar:
         for index in range(number):
@@ -48,7 +48,7 @@ def decode_and_resize(image: bytes, size: int) -> torch.Tensor:
 
 
 def cpu_seconds(functions: dict[str, Callable], runs: int) -> dict[str, float]:
-    """Seconds on the core, the least of all runs: what else the machine does counts little. They take turns."""
+    """CPU seconds of each function, the least of all runs, so that other work counts little. They take turns."""
     seconds = {name: [] for name in functions}
     for _ in range(runs + 1):
         for name, function in functions.items():

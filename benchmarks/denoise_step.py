@@ -25,7 +25,7 @@ SCALE = 4.5
 
 
 def measure(model, length: int, arguments) -> dict:
-    """Both steps after a prompt of `length` tokens."""
+    """Times both steps after a prompt of `length` tokens."""
     device = arguments.device
     prompts, latents = guided_prompt(model.config, length, device), gaussian_latents(model.config, device)
     sigma = torch.tensor([0.7], device=device)

@@ -1,7 +1,7 @@
 """One GPU in one script: does it compute what the CPU computes, and how fast, against each benchmark's baseline?
 
-Every section runs in a process of its own with a time limit; one that fails or takes too long is a row of the table and ends
-nothing. All limits together are under eight minutes. Nothing is downloaded.
+Every section runs in a process of its own with a time limit; one that fails or takes too long becomes a row of the table and
+does not end the script. The limits add up to less than eight minutes. Nothing is downloaded.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def check(measure: str, value: float, bar: float) -> dict:
 
 
 def outputs(model, device: str) -> dict[str, Tensor]:
-    """Every way through a model: question, guided step, tokenizer there and back."""
+    """The outputs of every path through a model: a question, a guided step, encoding and decoding."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     side = config.vision_config.image_size
     pixels = (2 * torch.rand(1, 3, side, side, generator=generator) - 1).to(device, model.dtype)
@@ -103,7 +103,7 @@ def flex(options) -> list[dict]:
 
 
 def ratios(benchmark, options, layers: int, label: str, value: str = "ratio") -> list[dict]:
-    """The rows of a benchmark as rows of this table; a bar is to be reached, where there is one and the sizes are real."""
+    """The rows of a benchmark as rows of this table; a bar must be reached where there is one and the sizes are real."""
     rows = []
     for row in benchmark.measure_all(SimpleNamespace(**{**vars(options), "layers": layers})):
         bar = row.get("bar", "")
@@ -122,7 +122,7 @@ SECTIONS: dict[str, tuple[Callable, int]] = {
     "text_answer": (lambda options: ratios(text_answer, options, 24, "tokens"), 60),
     "matmul_share": (lambda options: ratios(matmul_share, options, 24, "dtype", "share"), 40),
     "memory": (lambda options: ratios(memory, options, 24, "step", "peak / weights"), 30),
-}  # what gives the rows, and its limit in seconds
+}  # what returns the rows, and its time limit in seconds
 
 
 def run(name: str, function: Callable, options, limit: float) -> list[dict]:
@@ -155,7 +155,7 @@ def _answer(sender, function: Callable, options) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--device", default="cuda", help="cpu as well, to see that the script runs")
+    parser.add_argument("--device", default="cuda", help="cpu also works, to see that the script runs")
     parser.add_argument("--quick", action="store_true", help="random small sizes, one run, no inductor")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))

@@ -13,7 +13,7 @@ BAR = 0.97  # of the dense call's speed
 
 
 def steps_of(model, images: list[Tensor]) -> dict[str, tuple]:
-    """Part -> (what is measured, its baseline), both of all images."""
+    """Part -> (what is measured, its baseline), both on all images."""
     tower, patch_size, head = model.model.vision_tower, model.config.vision_config.patch_size, model.vision_head
     pixel_values, image_grid_thw = pack_images(images, patch_size)
     grids = [tuple(grid) for grid in image_grid_thw.tolist()]

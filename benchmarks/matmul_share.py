@@ -1,7 +1,7 @@
 """The share of the machine's matrix-product rate that a denoising step with guidance reaches.
 
-The rate is measured in the same process: image tokens of both branches by the MLP. It is more at once than a step has, which
-runs the branches one by one, and so the higher rate.
+The rate is measured in the same process: image tokens of both branches by the MLP. That is a larger product than any in a
+step, which runs the branches one by one, and so reaches a higher rate.
 On Linux, THP_MEM_ALLOC_ENABLE=1 lets torch allocate in huge pages, which more than halves the activations' time.
 """
 
@@ -30,7 +30,7 @@ def measure(dtype_name: str, arguments) -> dict:
     hidden_states = torch.randn(num_tokens, text.hidden_size, dtype=dtype, device=device)
     weight = torch.randn(text.intermediate_size, text.hidden_size, dtype=dtype, device=device)
     product_flops = 2 * num_tokens * text.hidden_size * text.intermediate_size
-    repeats = max(1, counter.get_total_flops() // (10 * product_flops))  # a tenth of a step, not one short moment
+    repeats = max(1, counter.get_total_flops() // (10 * product_flops))  # a tenth of a step; one product alone is too short to time
 
     def products() -> None:
         for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Peak memory of a denoising step with guidance against the weights' own size; on a CPU by the numbers of Linux."""
+"""Peak memory of a denoising step with guidance against the size of the weights; on a CPU, as Linux reports it."""
 
 import ctypes
 import gc
@@ -26,13 +26,13 @@ MEGABYTE = 2**20
 
 
 def process_megabytes(field: str) -> float:
-    """`field` of the process: VmRSS now, VmHWM at its highest."""
+    """`field` of this process: VmRSS is its memory now, VmHWM its peak."""
     kilobytes = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)
     return int(kilobytes) * 1024 / MEGABYTE
 
 
 def release_memory() -> None:
-    """Gives what is free back to the system, or it would count as memory of the next step."""
+    """Returns free memory to the system; otherwise it would count for the next step."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -14,9 +14,9 @@ SPECIAL_TOKENS = {"image_token_id": 3, "vision_start_token_id": 4, "vision_end_t
 
 
 def hydra_config(size: str, layers: int) -> HydraConfig:
-    """HYDRA at 448 px, 1024 image tokens. Of fewer layers, Sem-ViT, vision head and vocabulary lose the same share.
+    """HYDRA at 448 px, 1024 image tokens. With fewer layers, Sem-ViT, vision head and vocabulary shrink by the same factor.
 
-    So each part takes the share of a step that it has in the whole model.
+    Each part then takes the same share of a step as in the whole model.
     """
     hidden_size, intermediate_size, num_heads, all_layers = SIZES[size]
     share = layers / all_layers
@@ -60,7 +60,7 @@ def tiny_config(width: int = 32) -> HydraConfig:
 def random_model(
     config: HydraConfig, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> HydraForConditionalGeneration:
-    """Random where training starts from zero too, so that results can be compared."""
+    """A model with random weights, also where training starts from zero, so that results can be compared."""
     torch.manual_seed(0)
     with torch.device(device):  # billions of numbers, which a CPU takes minutes to draw
         model = HydraForConditionalGeneration._from_config(config, dtype=dtype).eval()
@@ -71,7 +71,7 @@ def random_model(
 
 
 def size_name(size: str, arguments) -> str:
-    """Says in a title what was measured."""
+    """What was measured, for a title."""
     layers = SIZES[size][-1]
     return (
         "tiny model" if arguments.tiny else f"HYDRA {size}, {arguments.layers}/{layers} of its layers and vocabulary"

@@ -1,6 +1,6 @@
-"""Tokens a second that a step trains on, samples packed into rows without padding against padded batches of the same.
+"""Tokens a second of a training step: samples packed into rows without padding, against the same samples in padded batches.
 
-Seconds on a CPU are those that it works on this.
+On a CPU, seconds are the CPU time of this process.
 """
 
 import statistics
@@ -58,7 +58,7 @@ def padded_batch(task: str, samples: list[dict], config) -> dict[str, Tensor]:
 
 
 def mixed_bundle(config) -> dict:
-    """Samples of three tasks, whose lengths are spread evenly by their logarithms over a factor of 10."""
+    """Samples of three tasks; the logarithms of their lengths are spread evenly over a factor of 10."""
     generator, (shortest, longest) = torch.Generator().manual_seed(0), LENGTHS
     bundle = {"step": 0, "rows": {task: list(range(NUM_SAMPLES)) for task in TASKS}}
     for task in TASKS:
@@ -71,7 +71,7 @@ def mixed_bundle(config) -> dict:
 
 
 def train(model: nn.Module, objective: HydraObjective, bundles: list[dict]) -> float:
-    """Forward and backward of all bundles, as the trainer runs them; the loss."""
+    """Runs forward and backward of all bundles as the trainer does, and returns the loss."""
     model.zero_grad(set_to_none=True)
     total = 0.0
     counts = [{task: objective.count_targets(model, bundle[task]) for task in TASKS} for bundle in bundles]
@@ -95,12 +95,12 @@ def measure(model: nn.Module, arguments) -> dict:
     number = count_micro_batches(bundle, TASKS, padded_tokens // 3)
     samples = {"padded": [bundle], "packed": split_bundle(bundle, TASKS, number)}
     bundles = {name: [on_device(each, arguments.device) for each in parts] for name, parts in samples.items()}
-    losses = {name: train(model, objective, parts) for name, parts in bundles.items()}  # and warms up
+    losses = {name: train(model, objective, parts) for name, parts in bundles.items()}  # also warms up
     difference = abs(losses["padded"] - losses["packed"]) / losses["padded"]
     assert arguments.dtype != "fp32" or difference < 1e-4, f"the two losses are {losses}"
     seconds = {name: [] for name in bundles}
-    clock = time.process_time if arguments.device == "cpu" else time.perf_counter  # what else a CPU does counts little
-    for _ in range(arguments.runs):  # they take turns: a slow minute of the machine is one of both
+    clock = time.process_time if arguments.device == "cpu" else time.perf_counter  # other work of the CPU counts little
+    for _ in range(arguments.runs):  # they take turns: a slow minute of the machine slows both
         for name, parts in bundles.items():
             synchronize()
             start = clock()

@@ -1,4 +1,4 @@
-"""Encoding and decoding one image with HYDRA-TOK, against an autoencoder of the size of FLUX's with random weights."""
+"""Encoding and decoding one image with HYDRA-TOK, against an autoencoder as large as FLUX's, both with random weights."""
 
 import torch
 from common import DTYPES, medians, parser, report

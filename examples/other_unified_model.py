@@ -22,11 +22,11 @@ from hydra_hf.training.adapters import PaintingOutput, UnifiedProcessor, train_u
 from hydra_hf.training.recipe import HydraStage, UnifiedLossWeights, UnifiedRecipe
 
 
-PATCH, NUM_PATCHES = 16, 16  # a picture of 64 x 64 pixels
+PATCH, NUM_PATCHES = 16, 16  # an image of 64 x 64 pixels
 
 
 class PatchPainter(PreTrainedModel):
-    """The model: what UniMRG asks for is `frozen_modules`, `adapted_modules`, `forward` and `generate_images`."""
+    """The model. UniMRG needs `frozen_modules`, `adapted_modules`, `forward` and `generate_images`."""
 
     config_class = Qwen2Config
     _supports_sdpa = True
@@ -44,7 +44,7 @@ class PatchPainter(PreTrainedModel):
     def forward(
         self, input_ids, attention_mask, pixel_values=None, labels=None, target_pixel_values=None, generators=None
     ):
-        """`generators` are not asked for: nothing is random here."""
+        """`generators` are not used: nothing is random here."""
         if target_pixel_values is None:
             embeds = self.embed(input_ids, pixel_values)
             return self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels)
@@ -52,7 +52,7 @@ class PatchPainter(PreTrainedModel):
         return PaintingOutput(loss=nn.functional.mse_loss(painted, patches_of(target_pixel_values)))
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
-        """Prompts (B, L, D) with the given images in the places of their tokens."""
+        """Embedded prompts (B, L, D), with the given images in place of their tokens."""
         embeds = self.language_model.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return embeds
@@ -60,7 +60,7 @@ class PatchPainter(PreTrainedModel):
         return embeds.masked_scatter(is_image, self.see(patches_of(pixel_values)))
 
     def paint_patches(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None) -> Tensor:
-        """Patches (B, N, 3 p p) behind a prompt that ends where the image begins."""
+        """Patches (B, N, 3 p p) that follow a prompt, which ends where the image begins."""
         queries = self.queries.weight.expand(len(input_ids), -1, -1)
         hidden_states = self.language_model.model(
             inputs_embeds=torch.cat([self.embed(input_ids, pixel_values), queries], dim=1),
@@ -71,7 +71,7 @@ class PatchPainter(PreTrainedModel):
     @torch.no_grad()
     def generate_images(self, input_ids, attention_mask, pixel_values=None, *, guidance_scale, generator) -> Tensor:
         if guidance_scale != 1.0:
-            raise ValueError(f"{guidance_scale=}, expected 1: nothing here is guided.")
+            raise ValueError(f"{guidance_scale=}, expected 1: this model has no guidance.")
         patches = self.paint_patches(input_ids, attention_mask, pixel_values).transpose(1, 2)
         return nn.functional.fold(patches, 4 * PATCH, PATCH, stride=PATCH)
 

@@ -1,10 +1,10 @@
-"""What two choices of the presets do for learning: the vision head reads the noisy latents, Sem-ViT is told the places.
+"""What two choices of the presets contribute to learning: the vision head reads the noisy latents, Sem-ViT has positions.
 
 python examples/skip_and_positions.py --out skip_and_positions.json
 
 Each of the four pairs is trained for a few steps on text to image in the toy world, from three seeds, under the conditions
 of stage I (a new language model, frozen) and of stage II (all but the encoder trained). The vision tower is the embedded
-checkpoint's. Printed is the flow loss of held-out prompts at four noise levels; predicting no velocity at all is the first row.
+checkpoint's. It prints the flow loss on held-out prompts at four noise levels; the first row is that of predicting no velocity.
 """
 
 import argparse
@@ -38,7 +38,7 @@ RATES = {"stage1": STAGE1, "stage2": {**STAGE1, "model.language_model": 1e-3}}
 
 
 def make_tower(use_sem_positions: bool) -> HydraTokModel:
-    """The embedded checkpoint's, with positions at their first value, zero, or without."""
+    """The embedded checkpoint's vision tower, with positions at their initial value, zero, or without them."""
     embedded = HydraTokModel.from_pretrained(hydra_hf.TINY, subfolder="model")
     embedded.config.use_sem_positions = use_sem_positions
     tower = HydraTokModel(embedded.config)
@@ -62,7 +62,7 @@ def recipe_of(tower: Path, stage: str, use_latent_skip: bool, num_steps: int, se
 
 @torch.no_grad()
 def flow_losses(model: HydraForConditionalGeneration, processor, num_prompts: int = 128) -> tuple[list, list]:
-    """Of held-out prompts, at each of `SIGMAS`: the model's loss, and that of no velocity."""
+    """The model's loss on held-out prompts at each of `SIGMAS`, and the loss of predicting no velocity."""
     generator = torch.Generator().manual_seed(0)
     samples = ToyLanguage(ToyWorld()).generate_samples(num_prompts, generator, split="test")
     batch = collate(samples, processor)
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--num_steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--stages", nargs="+", default=["stage1"], choices=list(RATES))
-    parser.add_argument("--out", type=Path, help="JSON file of the figures")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     rows, columns = [], [f"sigma {level}" for level in SIGMAS]
     print("| stage | skip | positions | seed |", " | ".join(columns), "|")

@@ -1,10 +1,10 @@
-"""UniMRG of a trained HYDRA in Python: other weights of the four losses, adapters, the merged model pushed to the Hub.
+"""UniMRG for a trained HYDRA in Python: other weights of the four losses, adapters, the merged model pushed to the Hub.
 
 python examples/unimrg_hydra.py --init runs/hydra/final --annotations llava.json --images images --targets targets \\
     --lora_rank 16 --out runs/unimrg --push_to_hub me/hydra-unimrg
 
 `hydra prepare unimrg --images llava.json --image_root images --out targets` makes the targets. Under `torchrun` or `accelerate launch` it
-trains on all their processes; killed, the same command resumes it. Without `--init` the embedded model trains on the toy world.
+trains on all processes; the same command resumes a killed run. Without `--init` the embedded model is trained on the toy world.
 """
 
 import argparse
@@ -40,10 +40,10 @@ def create_recipe(options: argparse.Namespace) -> HydraRecipe:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--init", help="folder or Hub id of a trained HYDRA; the toy world without it")
+    parser.add_argument("--init", help="folder or Hub id of a trained HYDRA; without it, the embedded model and the toy world")
     parser.add_argument("--annotations", type=Path, help="JSON in LLaVA's format")
     parser.add_argument("--images", type=Path, help="folder of its images")
-    parser.add_argument("--targets", type=Path, help="folder that `hydra prepare unimrg` has made")
+    parser.add_argument("--targets", type=Path, help="folder that `hydra prepare unimrg` made")
     parser.add_argument("--lora_rank", type=int, default=0, help="0 trains in full")
     parser.add_argument("--num_steps", type=int, help="instead of the recipe's")
     parser.add_argument("--micro_batch_size", type=int, help="samples in memory at once")

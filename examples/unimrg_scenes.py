@@ -4,8 +4,8 @@ pip install "hydra_hf[scenes3d]"
 python examples/unimrg_scenes.py --num_scenes 200 --out scenes
 hydra train unimrg... --data depth=scenes/images,targets=scenes/depth --data segment=scenes/images,targets=scenes/segment
 
-`scenes` has images, depth and segment as `hydra prepare unimrg` has them, and scenes.jsonl: each object's name, its distance
-and the share of the picture that it covers.
+`scenes` has the folders images, depth and segment, as `hydra prepare unimrg` makes them, and scenes.jsonl with each object's
+name, its distance and the share of the image that it covers.
 """
 
 import argparse
@@ -39,13 +39,13 @@ NEAR, FAR = 0.1, 12.0  # metres: what the camera sees
 class Scene:
     levels: np.ndarray  # (H, W, 3) from 0 to 255
     distances: np.ndarray  # (H, W) in metres, along the direction of view
-    bodies: np.ndarray  # (H, W) which body a pixel shows
+    bodies: np.ndarray  # (H, W) number of the body that a pixel shows
     names: dict[int, str]  # of the bodies that are objects
     view: np.ndarray  # (4, 4) from the world's coordinates to the camera's, which looks along -z
 
 
 def connect() -> None:
-    """A world without a window, that finds the files of objects."""
+    """Starts a simulation without a window, which finds the files of objects."""
     import pybullet
     import pybullet_data
 
@@ -59,7 +59,7 @@ def render(rng: random.Random, width: int, height: int) -> Scene:
 
     pybullet.resetSimulation()
     floor = pybullet.loadURDF("plane.urdf")
-    if rng.random() < 0.5:  # else a chequered one
+    if rng.random() < 0.5:  # otherwise a chequered floor
         pybullet.changeVisualShape(
             floor, -1, textureUniqueId=-1, rgbaColor=[*(rng.uniform(0.3, 1) for _ in range(3)), 1]
         )
@@ -81,7 +81,7 @@ def render(rng: random.Random, width: int, height: int) -> Scene:
         width, height, view, lens, lightDirection=light, renderer=pybullet.ER_TINY_RENDERER
     )
     levels, depth, bodies = (np.reshape(values, (height, width, -1)) for values in (levels, depth, bodies))
-    distances = FAR * NEAR / (FAR - (FAR - NEAR) * depth[..., 0])  # of OpenGL's depth buffer
+    distances = FAR * NEAR / (FAR - (FAR - NEAR) * depth[..., 0])  # from OpenGL's depth buffer
     return Scene(levels[..., :3].astype(np.uint8), distances, bodies[..., 0], names, np.reshape(view, (4, 4)).T)
 
 

@@ -2,9 +2,9 @@
 
 python examples/unimrg_table.py --out runs/unimrg_table --seeds 0 1 2
 
-Every run is `tiny.unimrg` with another mixture: as many understanding samples in each, 12 in a step. Measured before and
-after: text to image, questions by type, and what is painted of held-out scenes. A run or a score that is there already is
-not made again, so a killed table is resumed. It leaves `table.json`, `table.md`, `table.png` (with matplotlib), and `painted.png`.
+Every run is `tiny.unimrg` with another mixture, each with 12 understanding samples in a step. Text to image, questions by type
+and what is painted of held-out scenes are measured before and after. A run or a score that exists is not made again, so the
+same command resumes a killed table. It writes `table.json`, `table.md`, `table.png` (with matplotlib), and `painted.png`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ADAPTED = ("model.language_model", "model.vision_tower.sem_vit", "vision_head") 
 
 
 def measure(folder: str | Path, options: argparse.Namespace) -> dict[str, float]:
-    """All scores of a saved pipeline, seed 0, difficulty 1, as `hydra evaluate --suite unimrg` has them."""
+    """All scores of a saved pipeline, seed 0, difficulty 1, as `hydra evaluate --suite unimrg` gives them."""
     pipeline = HydraPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     numbers = options.num_prompts, options.num_questions, options.num_scenes
@@ -63,7 +63,7 @@ def run_one(options: argparse.Namespace, name: str, seed: int) -> dict[str, floa
 
 
 def write_picture(folder: Path, path: Path, num_scenes: int = 12) -> None:
-    """Held-out scenes, and below them what is painted, each with the truth above it: image, depth, boundaries."""
+    """Held-out images, depth maps and boundaries: a row of the truth above each row of what is painted."""
     pipeline, world = HydraPipeline.from_pretrained(folder), ToyWorld(difficulty=1)
     generator = torch.Generator().manual_seed(0)
     scenes = world.sample_scenes(num_scenes, generator, split="test", scattered=0.5)
@@ -73,12 +73,12 @@ def write_picture(folder: Path, path: Path, num_scenes: int = 12) -> None:
 
 
 def num_values(path: Path) -> int:
-    """Of all tensors in a file."""
+    """The number of values in all tensors of a file."""
     return sum(tensor.numel() for tensor in load_file(path).values())
 
 
 def table_of(rows: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown, mean and spread over seeds."""
+    """A Markdown table: mean and standard deviation over seeds."""
     lines = ["| | seeds | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
     for name, scores in rows.items():
         cells = []

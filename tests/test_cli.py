@@ -197,7 +197,7 @@ def test_a_text_file_is_no_picture(model, tmp_path, capsys):
     path = tmp_path / "text.png"
     path.write_text("not a picture")
     for command in (["ask", path, "what?"], ["reconstruct", path, "--out", tmp_path / "out.png"]):
-        assert f"{path} is not a picture" in error_of(capsys, *command, "--model", model)
+        assert f"{path} is not an image" in error_of(capsys, *command, "--model", model)
 
 
 def test_a_picture_cut_short_is_no_picture(model, tmp_path, capsys):
@@ -205,7 +205,7 @@ def test_a_picture_cut_short_is_no_picture(model, tmp_path, capsys):
     noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:5000])
-    assert f"{path} is not a picture" in error_of(capsys, "ask", path, "what?", "--model", model)
+    assert f"{path} is not an image" in error_of(capsys, "ask", path, "what?", "--model", model)
 
 
 def test_a_folder_is_no_picture(model, tmp_path, capsys):
@@ -424,7 +424,7 @@ def test_sigterm_while_a_picture_is_written_leaves_nothing(model, tmp_path, monk
 )
 def test_too_little_memory_is_one_line_with_what_takes_less(capsys, monkeypatch, allocate, arguments, ways):
     monkeypatch.setattr(f"hydra_hf.cli.{arguments[0]}.run", lambda options: allocate())
-    assert error_of(capsys, *arguments).endswith(f"out of memory, which may take less with: {ways}\n")
+    assert error_of(capsys, *arguments).endswith(f"out of memory; to use less, try: {ways}\n")
 
 
 def test_another_error_of_the_machine_keeps_its_traceback(monkeypatch):

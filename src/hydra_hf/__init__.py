@@ -1,4 +1,4 @@
-"""HYDRA-TOK and HYDRA for the Hugging Face libraries. Importing registers every Auto class; the rest comes on demand."""
+"""HYDRA-TOK and HYDRA for the Hugging Face libraries. Importing registers every Auto class; the rest is loaded on demand."""
 
 from importlib import import_module
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written aside, flushed to the disk, then renamed. And a folder's lock."""
+"""Files and folders that are complete or absent: written aside, flushed to the disk, then renamed. And a folder's lock."""
 
 import logging
 import os
@@ -13,11 +13,11 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-LOCK_SECONDS = 10  # the loader's workers of a killed run hold its lock until they notice
+LOCK_SECONDS = 10  # the loader workers of a killed run hold its lock until they notice
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills a temporary folder next to `path`, which then takes its name: a killed run leaves the old one.
+    """`write` fills a temporary folder next to `path`, which is then renamed to `path`: a killed run leaves the old one.
 
     Raises OSError, and leaves the old folder, if there is no room.
     """
@@ -38,7 +38,7 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def saving(path: Path, temporary: Path) -> Iterator[None]:
-    """Removes the folder `temporary` if it is not filled to the end, and says in one OSError what could not be written."""
+    """Removes the folder `temporary` if it is not completed, and raises one OSError that says what could not be written."""
     from safetensors import SafetensorError
 
     try:
@@ -51,7 +51,7 @@ def saving(path: Path, temporary: Path) -> Iterator[None]:
 
 
 def has_folder(path: Path) -> bool:
-    """Whether `write_folder` has written `path`; one that a killed run had set aside comes back."""
+    """Whether `write_folder` has written `path`; one that a killed run had set aside is put back."""
     old = path.with_name(path.name + ".old")
     if old.exists() and not path.exists():
         os.replace(old, path)
@@ -74,9 +74,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` makes a file of the same name in a temporary folder next to `path`, whose place it then takes.
+    """`write` makes a file of the same name in a temporary folder next to `path`, which it then replaces.
 
-    Nothing else is touched, and whatever ends it, an interrupt too, leaves nothing behind.
+    Nothing else is touched, and nothing is left behind if it fails or is interrupted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name[:40]}.", dir=path.parent) as folder:
@@ -91,7 +91,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_image_grid(path: Path, pixel_values: Tensor, num_columns: int) -> None:
-    """Pictures (B, 3, H, W) in [-1, 1], row by row, as a PNG."""
+    """Writes images (B, 3, H, W) in [-1, 1], row by row, as one PNG."""
     from torchvision.utils import save_image
 
     pixels = (pixel_values.float().clamp(-1, 1) + 1) / 2
@@ -100,9 +100,9 @@ def write_image_grid(path: Path, pixel_values: Tensor, num_columns: int) -> None
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock of one that has died no longer counts.
+    """Locks the folder for one process at a time; the lock of a process that has died does not count.
 
-    Raises ValueError if another process keeps the folder.
+    Raises ValueError if another process holds the lock.
     """
     from filelock import FileLock, Timeout
 

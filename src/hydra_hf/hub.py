@@ -1,4 +1,4 @@
-"""Names of models: folders, and repos on the Hub."""
+"""Names of models: folders, or repos on the Hub."""
 
 import os
 

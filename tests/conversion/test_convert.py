@@ -277,7 +277,7 @@ def test_an_out_that_is_there_is_left_alone(vit, tmp_path):
         ({"dtype": "int8"}, "dtype='int8' must be one of"),
         ({"shard_size": "many"}, "Unit 'NY' not supported"),
         ({"decoder": "XL"}, "decoder='XL' must be one of"),
-        ({"num_gen_layers": 5}, "num_gen_layers=5 must leave both halves"),
+        ({"num_gen_layers": 5}, "num_gen_layers=5 must leave each half at least one"),
     ],
 )
 def test_a_wrong_option_is_an_error_and_leaves_nothing_behind(option, message, vit, tmp_path):

@@ -212,7 +212,7 @@ def test_streams_are_read_in_order(make_bundles):
 
 def test_streams_are_not_read_by_workers(make_bundles):
     loader = DataLoader(make_bundles(streaming=True), batch_size=1, collate_fn=lambda items: items[0], num_workers=1)
-    with pytest.raises(ValueError, match="expected no loader's workers"):
+    with pytest.raises(ValueError, match="expected a loader without workers"):
         next(iter(loader))
 
 
@@ -238,7 +238,7 @@ def test_readers_have_to_fit_the_tasks_and_the_processes(make_bundles, tiny_proc
     readers = make_bundles({"generate": 1}, streaming=True).readers
     with pytest.raises(ValueError, match=r"none for the tasks \['understand'\]"):
         Bundles(readers, {"understand": 1}, tiny_processor, num_steps=1)
-    with pytest.raises(ValueError, match="shared out among another number"):
+    with pytest.raises(ValueError, match="divided among another number"):
         Bundles(readers, {"generate": 1}, tiny_processor, num_steps=1, num_processes=2)
     with pytest.raises(ValueError, match="Got positions of"):
         make_bundles(streaming=True).load_state_dict({"step": 1, "streams": {"generate": {}}})

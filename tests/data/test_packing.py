@@ -105,7 +105,7 @@ def test_parts_are_as_few_as_the_budget_allows(max_tokens, number):
 
 def test_samples_that_do_not_fit_together_are_refused():
     with pytest.raises(
-        ValueError, match=r"micro_batch_tokens=10 cannot hold .* of \{'text': 5, 'understand': 6\} tokens"
+        ValueError, match=r"micro_batch_tokens=10 cannot hold .*: \{'text': 5, 'understand': 6\} tokens"
     ):
         count_micro_batches(bundle_of(LENGTHS), LENGTHS, 10)
 

@@ -195,7 +195,7 @@ def test_targets_of_other_settings_are_not_mixed(models, images, tmp_path, capsy
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--images": "nowhere"}, "--images nowhere is not there"),
+        ({"--images": "nowhere"}, "--images nowhere does not exist"),
         ({"--out": "IMAGES/targets"}, "is inside the images' folder"),
         ({"--size": "4"}, "size='4' must be like 448 or 448x448"),
         ({"--points_per_side": "0"}, "--points_per_side 0 must be at least 1"),

@@ -263,7 +263,7 @@ def test_what_cannot_be_encoded_or_mixed_is_one_line(files, tmp_path):
         parse_source("generate=hub:a/b,streaming=true,latents=a")
     understand, generate = made.stages[0].data.sources
     mixed = Sources((understand, replace(understand, latents=str(tmp_path / "a"), weight=2.0), generate))
-    with pytest.raises(ValueError, match="some have latents and some have not"):
+    with pytest.raises(ValueError, match="have latents and some do not"):
         create_bundles(made, made.with_overrides(data=mixed).stages[0], seed=0)
 
 

@@ -20,7 +20,7 @@ LESS_MEMORY = {
     "gradient_checkpointing": "--gradient_checkpointing",
     "max_length": "a lower --max_length",
     "height": "a lower --height and --width",
-    "image": "a smaller picture",
+    "image": "a smaller image",
     "dtype": "--dtype bfloat16",
 }  # what helps, by the option that a verb has
 
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. A wrong argument, file or config, or too little memory, is one line on stderr and exit code 2, an interrupt 130."""
+    """Runs one command and returns its exit code: 2, with one line on stderr, for a wrong argument, file or config or too little memory; 130 for an interrupt."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name or an answer that the terminal cannot show
@@ -51,15 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         ways = ", ".join(way for name, way in LESS_MEMORY.items() if hasattr(options, name))
-        print(f"hydra {options.command}: out of memory, which may take less with: {ways}", file=sys.stderr)
+        print(f"hydra {options.command}: out of memory; to use less, try: {ways}", file=sys.stderr)
         return 2
     return 0
 
 
 @contextmanager
 def sigterm_as_exit() -> Iterator[None]:
-    """SIGTERM ends the command by SystemExit, so that what is being written is removed."""
-    if threading.current_thread() is not threading.main_thread():  # others may not
+    """SIGTERM ends the command with SystemExit, so that files being written are removed."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -70,7 +70,7 @@ def sigterm_as_exit() -> Iterator[None]:
 
 
 def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Of an accelerator, or of the CPU, for which torch has no class."""
+    """Whether an accelerator or the CPU is out of memory; for the CPU, torch has no class of error."""
     import torch
 
     kinds = (MemoryError, torch.OutOfMemoryError)

@@ -1,4 +1,4 @@
-"""Ask about a picture.
+"""Ask a question about an image.
 
 example: hydra ask cat.png "what is in the picture?"
 """

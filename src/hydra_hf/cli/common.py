@@ -15,7 +15,7 @@ def add_model(command: argparse.ArgumentParser, name: str, **kwargs) -> None:
     command.add_argument(name, default=TINY, help="folder or Hub id; the embedded checkpoint by default", **kwargs)
     add_device(command)
     command.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the weights; auto is the checkpoint's own"
+        "--dtype", choices=DTYPES, default="auto", help="type of the weights; auto is the checkpoint's own"
     )
 
 
@@ -68,7 +68,7 @@ def use_device(name: str) -> None:
 
 
 def load_pipeline(options: argparse.Namespace):
-    """The pipeline `options.model` on its device, without bars. Raises ValueError that says what is wrong with it."""
+    """The pipeline `options.model` on its device, without progress bars. Raises ValueError if it cannot be loaded."""
     import diffusers
     import torch
     import transformers
@@ -90,7 +90,7 @@ def load_pipeline(options: argparse.Namespace):
 
 
 def tell_unknown_words(processor, text: str) -> None:
-    """One line on stderr if the model of a small world has never read some words of `text`."""
+    """Prints one line on stderr if the model of a small world has never read some words of `text`."""
     import sys
 
     if words := processor.unknown_words(text):
@@ -98,7 +98,7 @@ def tell_unknown_words(processor, text: str) -> None:
 
 
 def open_image(path: Path):
-    """A picture. OSError or ValueError says what is wrong with it."""
+    """The image in the file `path`. Raises OSError or ValueError if it cannot be read."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -106,13 +106,13 @@ def open_image(path: Path):
         image.load()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError) and error.errno is not None:
-            raise  # the file system, not the picture
-        raise ValueError(f"{path} is not a picture that can be read: {error}") from error
+            raise  # the file system, not the image
+        raise ValueError(f"{path} is not an image that can be read: {error}") from error
     return image
 
 
 def check_out(path: Path) -> None:
-    """Called before the long part. Raises ValueError if the file cannot be written."""
+    """Checks `--out` before the long part. Raises ValueError if the file cannot be written."""
     if path.exists() and not path.is_file():
         raise ValueError(
             f"--out {path} is {'a folder' if path.is_dir() else 'not a regular file'}, expected a file to write."
@@ -126,7 +126,7 @@ def check_out(path: Path) -> None:
 
 
 def check_out_folder(path: Path) -> None:
-    """Called before the long part. Raises ValueError if the folder cannot be written to."""
+    """Checks `--out` before the long part. Raises ValueError if the folder cannot be written to."""
     folder = path if path.is_dir() else _nearest_folder(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"--out {path} is a file, expected a folder.")
@@ -138,7 +138,7 @@ def check_out_folder(path: Path) -> None:
 
 
 def _nearest_folder(path: Path) -> Path:
-    """The folder that is there already and that `path` will be in."""
+    """The nearest folder above `path` that exists."""
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
@@ -161,7 +161,7 @@ def check_image_out(path: Path) -> None:
 
 
 def save_image(image, path: Path) -> None:
-    """Writes a picture completely or not at all."""
+    """Writes an image completely or not at all."""
     from hydra_hf.files import write_file
 
     write_file(path, image.save)

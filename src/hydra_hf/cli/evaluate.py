@@ -16,13 +16,13 @@ MOST = 1_000_000
 
 def add_options(command: argparse.ArgumentParser) -> None:
     add_model(command, "model", nargs="?")
-    command.add_argument("--out", type=Path, required=True, help="JSON file of the scores")
-    command.add_argument("--suite", choices=("toy", "unimrg"), default="toy", help="unimrg: with painted maps")
+    command.add_argument("--out", type=Path, required=True, help="JSON file for the scores")
+    command.add_argument("--suite", choices=("toy", "unimrg"), default="toy", help="unimrg also measures painted maps")
     command.add_argument("--prompts_per_category", type=int, default=100)
     command.add_argument(
-        "--prompts_per_kind", type=int, default=100, help="of each kind of phrasing; 0 leaves them out"
+        "--prompts_per_kind", type=int, default=100, help="for each kind of phrasing; 0 leaves them out"
     )
-    command.add_argument("--prompts_per_size", type=int, default=30, help="of each size of picture; 0 leaves them out")
+    command.add_argument("--prompts_per_size", type=int, default=30, help="for each image size; 0 leaves them out")
     command.add_argument("--num_questions", type=int, default=1000)
     command.add_argument("--num_scenes", type=int, default=256)
     command.add_argument("--difficulty", type=int, default=1, help="of the toy world: 1, 2 or 3")

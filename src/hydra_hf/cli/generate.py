@@ -1,4 +1,4 @@
-"""Draw a prompt.
+"""Generate an image from a prompt.
 
 example: hydra generate "a cat" --out cat.png --seed 1
 """
@@ -11,11 +11,11 @@ from .common import add_model, add_seed, check_image_out, load_pipeline, save_im
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompt")
-    command.add_argument("--out", type=Path, required=True, help="the picture's file; its ending names the format")
-    command.add_argument("--negative_prompt", help="what to stay away from; the empty prompt by default")
+    command.add_argument("--out", type=Path, required=True, help="the image file; its suffix names the format")
+    command.add_argument("--negative_prompt", help="what to avoid; the empty prompt by default")
     add_seed(command)
     command.add_argument("--num_inference_steps", type=int, help="denoising steps; the model's own number by default")
-    command.add_argument("--guidance_scale", type=float, help="1 or less is off; the model's own by default")
+    command.add_argument("--guidance_scale", type=float, help="1 or less turns guidance off; the model's own by default")
     command.add_argument("--height", type=int, help="pixels, a multiple of the patch size")
     command.add_argument("--width", type=int, help="pixels, a multiple of the patch size")
     add_model(command, "--model")

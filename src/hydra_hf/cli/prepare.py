@@ -1,5 +1,5 @@
-"""Prepare data beforehand: `index` finds what is where in the files of data sets, `latents` encodes their images, `unimrg`
-makes what is painted of them.
+"""Prepare data before training: `index` makes an index of the files of data sets, `latents` encodes their images, `unimrg`
+makes depth maps and boundaries of them.
 
 example: hydra prepare latents --init hydra-1.5b --data "generate=shards/{000..123}.tar,latents=latents/shards"
 """
@@ -25,18 +25,18 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--data", action="append", required=True, metavar="TASK=PATH,latents=FOLDER", help="as for `hydra train`"
     )
     latents.add_argument("--init", required=True, help="folder or Hub id with the processor and the model")
-    latents.add_argument("--tokenizer", help="the trained vision tower (HYDRA-TOK), in the place of the model's own")
+    latents.add_argument("--tokenizer", help="the trained vision tower (HYDRA-TOK), instead of the model's own")
     latents.add_argument(
         "--mixed_precision",
         choices=("bf16", "no"),
         default="bf16",
-        help="of the stage that reads them; bf16 by default",
+        help="that of the stage that reads them; bf16 by default",
     )
     latents.add_argument("--batch_size", type=int, default=32, help="images in memory at once; 32 by default")
     latents.add_argument("--num_workers", type=int, help="processes that read ahead")
     add_device(latents)
     latents.set_defaults(prepare=_latents)
-    _add_unimrg(steps.add_parser("unimrg", help="depth maps and boundaries of segments of images, to learn to paint"))
+    _add_unimrg(steps.add_parser("unimrg", help="make depth maps and boundaries of images, as targets to paint"))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -79,10 +79,10 @@ def _latents(options: argparse.Namespace):
 def _add_unimrg(command: argparse.ArgumentParser) -> None:
     command.add_argument("--images", type=Path, required=True, help="folder of images, or LLaVA's JSON or JSONL")
     command.add_argument(
-        "--image_root", type=Path, help="of JSON: the folder of image paths; that of the file by default"
+        "--image_root", type=Path, help="for JSON: the folder that image paths are relative to; by default that of the file"
     )
     command.add_argument(
-        "--out", type=Path, required=True, help="folder of the targets; started again, it is completed"
+        "--out", type=Path, required=True, help="folder of the targets; run again, it is completed"
     )
     command.add_argument(
         "--depth_model",
@@ -90,16 +90,16 @@ def _add_unimrg(command: argparse.ArgumentParser) -> None:
         help="folder or Hub id of a Depth-Anything or DPT model; the default's licence is CC-BY-NC-4.0",
     )
     command.add_argument("--segment_model", default="facebook/sam-vit-huge", help="folder or Hub id of a SAM")
-    command.add_argument("--only", choices=("depth", "segment"), help="make this alone")
+    command.add_argument("--only", choices=("depth", "segment"), help="make only these")
     command.add_argument(
         "--size",
         default="448",
-        help="boundaries are drawn for this training size: 448 is as many pixels as 448x448 in the nearest of a few aspects,"
-        " 448x448 is that size",
+        help="training size that boundaries are drawn for: 448 has as many pixels as 448x448, in the nearest of a few aspect"
+        " ratios; 448x448 is exactly that size",
     )
-    command.add_argument("--patch_size", type=int, default=14, help="of the model that is trained")
+    command.add_argument("--patch_size", type=int, default=14, help="that of the model to be trained")
     command.add_argument(
-        "--points_per_side", type=int, default=32, help="SAM is asked for the masks at a grid of points"
+        "--points_per_side", type=int, default=32, help="SAM is prompted with a grid of this many points a side"
     )
     add_device(command)
     command.set_defaults(prepare=_unimrg)
@@ -112,7 +112,7 @@ def _unimrg(options: argparse.Namespace) -> list[str]:
     from hydra_hf.training.processes import partial_state
 
     if not options.images.exists():
-        raise ValueError(f"--images {options.images} is not there, expected a folder of images, or JSON.")
+        raise ValueError(f"--images {options.images} does not exist, expected a folder of images, or JSON.")
     check_out_folder(options.out)
     use_device(options.device)
     state = partial_state(timeout=timedelta(days=30))  # the first process may wait that long for the last one

@@ -1,4 +1,4 @@
-"""Encode and decode a picture.
+"""Encode and decode an image.
 
 example: hydra reconstruct cat.png --out again.png
 """

@@ -18,7 +18,7 @@ STAGE_OPTIONS = {
     "teacher_weights": "safetensors of a timm teacher",
     "perceptual_backbone": "lpips:vgg, lpips:alex, lpips:squeeze or timm:NAME",
     "perceptual_weights": "safetensors of its trunk",
-    "frechet_backbone": "timm:NAME of a Frechet distance while training",
+    "frechet_backbone": "timm:NAME of the network for a Frechet distance during training",
     "frechet_weights": "its safetensors",
 }
 STAGE_FIELDS = ("num_steps", "lora_rank", "condition_grad_scale", *STAGE_OPTIONS)
@@ -26,7 +26,7 @@ NEEDED = {
     "tokenizer": "the `final` folder that a recipe of hydra_tok leaves, or a Hub id",
     "init": "the folder that `hydra convert` writes, or a Hub id",
     "teacher": "the ViT to distill from, a folder, Hub id or timm:NAME",
-    "model": "a folder or Hub id of the model that is trained on",
+    "model": "the model to be trained, a folder or Hub id",
 }  # options that a recipe may need
 
 
@@ -35,41 +35,41 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out", type=Path, help="folder of the run; runs/RECIPE by default. An unfinished one is resumed"
     )
-    command.add_argument("--tokenizer", help="of HYDRA: the trained vision tower (HYDRA-TOK)")
+    command.add_argument("--tokenizer", help="for HYDRA: the trained vision tower (HYDRA-TOK)")
     command.add_argument("--init", help="folder or Hub id to start from, such as `hydra convert` writes")
-    command.add_argument("--model", help="of UniMRG: another unified model than HYDRA, a folder or Hub id")
+    command.add_argument("--model", help="for UniMRG: a unified model other than HYDRA, a folder or Hub id")
     command.add_argument(
-        "--teacher", help="frozen ViT of the distillation: folder, Hub id or timm:NAME; --init by default"
+        "--teacher", help="frozen ViT to distill from: folder, Hub id or timm:NAME; --init by default"
     )
     command.add_argument("--decoder", help="size of the flow decoder: S, M or L")
-    command.add_argument("--mixture", help="of UniMRG: unimrg, or sft, reca, depth or segment to compare with")
-    command.add_argument("--data", action="append", metavar="TASK=PATH", help="what is trained on; may be repeated")
+    command.add_argument("--mixture", help="for UniMRG: unimrg, or sft, reca, depth or segment to compare with")
+    command.add_argument("--data", action="append", metavar="TASK=PATH", help="data to train on; may be repeated")
     command.add_argument(
-        "--held_out", action="append", metavar="TASK=PATH", help="what is measured and not trained on"
+        "--held_out", action="append", metavar="TASK=PATH", help="data to measure losses on, which is not trained on"
     )
     command.add_argument("--micro_batch_size", type=int, help="samples in memory at once; the rest is accumulated")
     command.add_argument(
         "--micro_batch_tokens",
         type=int,
-        help="of HYDRA: tokens in memory at once, of samples packed without padding, instead of --micro_batch_size",
+        help="for HYDRA: tokens in memory at once, of samples packed without padding, instead of --micro_batch_size",
     )
     command.add_argument("--gradient_checkpointing", action="store_true", default=None, help="less memory, more time")
     for name, summary in STAGE_OPTIONS.items():
         command.add_argument(f"--{name}", help=summary)
-    command.add_argument("--num_steps", type=int, help="of every stage, instead of the recipe's")
+    command.add_argument("--num_steps", type=int, help="for every stage, instead of the recipe's")
     command.add_argument("--save_every", type=int, help="steps from one checkpoint to the next")
-    command.add_argument("--stage", help="this one alone")
-    command.add_argument("--lora_rank", type=int, help="of HYDRA: adapters on the language model and Sem-ViT")
-    command.add_argument("--condition_grad_scale", type=float, help="of HYDRA: of gradients through given images")
+    command.add_argument("--stage", help="train only this stage")
+    command.add_argument("--lora_rank", type=int, help="for HYDRA: rank of adapters on the language model and Sem-ViT")
+    command.add_argument("--condition_grad_scale", type=float, help="for HYDRA: factor on gradients through given images")
     command.add_argument(
-        "--max_length", type=int, help="of HYDRA: tokens of a sample; longer ones are skipped and counted"
+        "--max_length", type=int, help="for HYDRA: most tokens of a sample; longer ones are skipped and counted"
     )
-    command.add_argument("--num_workers", type=int, help="of HYDRA: processes that read ahead")
+    command.add_argument("--num_workers", type=int, help="for HYDRA: processes that read ahead")
     add_device(command)
     command.add_argument(
-        "--dry_run", action="store_true", default=None, help="what a step sees and costs, without training"
+        "--dry_run", action="store_true", default=None, help="print what a step sees and costs, without training"
     )
-    command.add_argument("--num_processes", type=int, help="of a dry run: as if so many processes trained")
+    command.add_argument("--num_processes", type=int, help="for a dry run: the number of processes to assume")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"There is no recipe {options.recipe!r}; see hydra_hf.training.recipes.") from error
     if made.return_annotation not in (Recipe, HydraRecipe, UnifiedRecipe):
-        raise ValueError(f"{options.recipe!r} is not a function that gives a recipe; see hydra_hf.training.recipes.")
+        raise ValueError(f"{options.recipe!r} is not a function that returns a recipe; see hydra_hf.training.recipes.")
     if options.num_processes is not None and not options.dry_run:
         raise ValueError(
             "--num_processes goes with --dry_run; a training on several processes is started by torchrun or accelerate."
@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _train(train: Callable, recipe, output_dir: Path, stage: str | None) -> Path:
-    """The folder of what was trained. A run that is asked to stop ends with 128 and the signal's number, as shells do."""
+    """Trains and returns the folder of the result. A run that is asked to stop exits with 128 plus the signal's number, as in shells."""
     from hydra_hf.training.interruption import TrainingInterruptedError
 
     try:

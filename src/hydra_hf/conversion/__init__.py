@@ -1,1 +1,1 @@
-"""Public checkpoints as first weights of HYDRA-TOK and HYDRA."""
+"""Public checkpoints as initial weights of HYDRA-TOK and HYDRA."""

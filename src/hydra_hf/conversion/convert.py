@@ -1,7 +1,7 @@
-"""`convert`: published checkpoints to a HYDRA-TOK or a HYDRA that training starts from.
+"""`convert`: makes a HYDRA-TOK or a HYDRA, to start training from, of published checkpoints.
 
-Tensors go one by one from the files of the sources into the shards of the result, so that one shard is what memory holds;
-what no source has is drawn by a seed. Every name is accounted for before the first weight is read.
+Tensors go one by one from the files of the sources into the shards of the result, so that memory holds one shard at a time;
+what no source has is drawn from a seed. Every name is accounted for before the first weight is read.
 """
 
 import json
@@ -55,13 +55,13 @@ A {kind} of {number:,} parameters to start training from. {number_new:,} of them
 | part | from |
 |---|---|
 {sources}
-| {new_parts} | nowhere: first values of seed {seed} |
+| {new_parts} | new: initial values from seed {seed} |
 
 ## Licence
 
 The copied weights keep the licences of their sources. Read these before you use or publish this folder.
 
-## Made by
+## Made with
 
     {command}
 """
@@ -82,19 +82,19 @@ def convert(
     revision: str | None = None,
     language_revision: str | None = None,
 ) -> Path:
-    """Writes the folder `out`: HYDRA on `vision` and `language`, or without `language` HYDRA-TOK alone.
+    """Writes the folder `out`: HYDRA made of `vision` and `language`, or HYDRA-TOK alone without `language`; returns `out`.
 
     HYDRA is laid out as `HydraPipeline` saves it, HYDRA-TOK as `HydraTokModel` does. A killed run leaves no `out`.
 
     Args:
         vision, language: folders or Hub ids; InternViT (alone or in InternVL) or SigLIP2, and Qwen2.5, Qwen3 or Llama.
         decoder, num_gen_layers: see `vision_config`.
-        dtype: such as "bfloat16"; None for the narrowest that holds the weights of all sources.
+        dtype: such as "bfloat16"; None is the narrowest that holds the weights of all sources.
         shard_size: such as "5GB".
-        seed: draws the first values of the parts that no source has.
+        seed: that of the initial values of the parts that no source has.
 
     Raises:
-        ValueError: for sources that are unknown, incomplete or do not fit, and for an `out` that is there already.
+        ValueError: for sources that are unknown, incomplete or do not fit, and for an `out` that is not new or empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already; name a new folder.")
@@ -132,7 +132,7 @@ def convert(
 
 
 def _plan_tokenizer(source: Source, config: HydraTokConfig) -> tuple[HydraTokModel, HydraImageProcessor, Sources]:
-    """HYDRA-TOK on the meta device, its image processor and what fills it."""
+    """HYDRA-TOK on the meta device, its image processor and the sources of its weights."""
     translate = partial(convert_vision, layout=vision_layout(source.config), config=config)
     return _on_meta(HydraTokModel, config), _image_processor(config), [(source, translate)]
 
@@ -140,7 +140,7 @@ def _plan_tokenizer(source: Source, config: HydraTokConfig) -> tuple[HydraTokMod
 def _plan_hydra(
     source: Source, tok_config: HydraTokConfig, text_source: Source
 ) -> tuple[HydraForConditionalGeneration, HydraProcessor, Sources]:
-    """HYDRA on the meta device, its processor and what fills it."""
+    """HYDRA on the meta device, its processor and the sources of its weights."""
     text = text_config(str(text_source.folder), text_source.config)
     tokenizer = AutoTokenizer.from_pretrained(text_source.folder)
     processor = HydraProcessor(_image_processor(tok_config), tokenizer, patch_size=tok_config.patch_size)
@@ -167,12 +167,12 @@ def _image_processor(config: HydraTokConfig) -> HydraImageProcessor:
 
 
 def targets_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What a file of `model` holds: its state without the tied names."""
+    """What a checkpoint of `model` holds: its state dict without tied weights."""
     return {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
 
 
 def draw_new_values(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
-    """First values, in fp32, of what no source has, as the models themselves draw them; `model` is on the meta device."""
+    """Initial values, in fp32, of what no source has, drawn as the models themselves do; `model` is on the meta device."""
     is_hydra = isinstance(model, HydraForConditionalGeneration)
     tower, prefix = (model.model.vision_tower, IN_HYDRA) if is_hydra else (model, "")
     parts = [(tower, prefix, name) for name in NEW_IN_TOKENIZER]
@@ -209,9 +209,9 @@ def _set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
 def write_weights(
     folder: Path, targets: dict[str, Tensor], origins: dict[str, Origin], new: dict[str, Tensor], shard_size: str
 ) -> None:
-    """`model.safetensors`, or shards of at most `shard_size` with their index; one of them is in memory at a time.
+    """Writes `model.safetensors`, or shards of at most `shard_size` and their index; one shard is in memory at a time.
 
-    `targets` give names, order and types. Raises ValueError for a size that is not like "5GB".
+    `targets` give the names, their order and their types. Raises ValueError for a size that is not like "5GB".
     """
     split = split_torch_state_dict_into_shards(targets, max_shard_size=shard_size)
     for file, names in split.filename_to_tensors.items():

@@ -11,7 +11,7 @@ MODEL_TYPES = ("qwen2", "qwen3", "llama")
 
 
 def text_config(folder: str, source: dict) -> PreTrainedConfig:
-    """The language model's config of a folder whose config.json is `source`; raises ValueError for an unsupported type."""
+    """The config of the language model in `folder`, whose config.json is `source`. Raises ValueError for an unsupported type."""
     if source.get("model_type") not in MODEL_TYPES:
         raise ValueError(f"The language model is of type {source.get('model_type')!r}, expected one of {MODEL_TYPES}.")
     config = AutoConfig.from_pretrained(folder)
@@ -31,7 +31,7 @@ def convert_language(name: str, value: Tensor, tie_word_embeddings: bool) -> dic
 
 
 def hydra_config(text: PreTrainedConfig, vision: HydraTokConfig, processor: HydraProcessor) -> HydraConfig:
-    """HYDRA's config from both, with the ids of the processor's tokenizer. Raises ValueError if an id is outside the vocabulary."""
+    """HYDRA's config from those of its parts, with the ids of the processor's tokenizer. Raises ValueError if an id is outside the vocabulary."""
     tokenizer = processor.tokenizer
     return HydraConfig(
         text_config=text,
@@ -47,5 +47,5 @@ def hydra_config(text: PreTrainedConfig, vision: HydraTokConfig, processor: Hydr
 def vision_head_config(hidden_size: int) -> VisionHeadConfig:
     """As wide as the language model, at most 1536, in heads of about 128 channels (our choice)."""
     num_heads = max(1, min(hidden_size, 1536) // 128)
-    width = min(hidden_size, 1536) // (4 * num_heads) * (4 * num_heads)  # 2D RoPE wants heads of 4n channels
+    width = min(hidden_size, 1536) // (4 * num_heads) * (4 * num_heads)  # 2D RoPE requires heads of 4n channels
     return VisionHeadConfig(hidden_size=width, num_attention_heads=num_heads, intermediate_size=4 * width)

@@ -1,4 +1,4 @@
-"""Published checkpoints read tensor by tensor, and the account of every name in them."""
+"""Published checkpoints, read tensor by tensor, with every name in them accounted for."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Translate = Callable[[str, Tensor], dict[str, Tensor] | None]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: its file, and its shape and type by the file's header."""
+    """Where a tensor is stored: its file, and its shape and type according to the file's header."""
 
     file: Path
     shape: tuple[int, ...]
@@ -110,7 +110,7 @@ class Origin:
         return DTYPES[stored]
 
     def read(self, target: str, dtype: torch.dtype) -> Tensor:
-        """A copy, so that the file can be closed."""
+        """The tensor of the name `target`, as a copy, so that the file can be closed."""
         value = self.translate(self.name, self.source.read(self.name))[target]
         return value.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
@@ -121,7 +121,7 @@ def find_origins(
     """Where each of `targets` comes from, except the `new` ones; reads only headers.
 
     Raises ValueError that lists every name no rule knows, every shape that differs, every target that is filled twice and
-    every target that stays without a value.
+    every target that is left without a value.
     """
     origins: dict[str, Origin] = {}
     unexpected, misshapen, repeated = [], [], []

@@ -18,13 +18,13 @@ BESIDE_SIGLIP = ("text_model.", "logit_scale", "logit_bias", "head.", "embedding
 
 @dataclass(frozen=True)
 class VisionLayout:
-    """How one family of checkpoints spells a ViT.
+    """How one family of checkpoints names the parameters of a ViT.
 
     Args:
         layers: the prefix of a layer's number.
-        embeddings, layer: their name of a module or parameter -> ours, in Gen-ViT's embeddings and in a layer.
+        embeddings, layer: their name of a module or parameter -> this package's, in Gen-ViT's embeddings and in a layer.
         after: the same for what follows the layers, in Sem-ViT.
-        ignored: beginnings of names that have no place in HYDRA-TOK.
+        ignored: prefixes of names that have no place in HYDRA-TOK.
     """
 
     layers: str
@@ -34,7 +34,7 @@ class VisionLayout:
     after: dict[str, str] = field(default_factory=dict)
 
     def rename(self, name: str, num_gen_layers: int) -> str | None:
-        """This package's name of a parameter; "qkv" in it means three. None if the layout does not know the name."""
+        """This package's name of a parameter; one with "qkv" is three parameters. None if the layout does not know the name."""
         number, _, inside = name.removeprefix(self.layers).partition(".")
         if name.startswith(self.layers) and number.isdecimal():
             index = int(number)
@@ -131,7 +131,7 @@ LAYOUTS = {
 
 
 def vision_layout(source: dict) -> VisionLayout:
-    """The layout of a checkpoint with the config.json `source`; raises ValueError if it is not among `LAYOUTS`."""
+    """The layout of a checkpoint with the config.json `source`. Raises ValueError if it is not among `LAYOUTS`."""
     return LAYOUTS[_kind(source)]
 
 
@@ -147,7 +147,7 @@ def convert_vision(
 ) -> dict[str, Tensor] | None:
     """A source tensor under this package's name; {} if HYDRA-TOK does not need it, None if the name is unknown.
 
-    `owner` is put in front of our names: where the tokenizer is part of HYDRA.
+    `owner` is the prefix of the new names, for a tokenizer that is part of HYDRA.
     """
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
@@ -166,7 +166,7 @@ def convert_vision(
     if ours.endswith("projection.weight") and value.ndim == 2 and value.shape[1] == math.prod(patch):
         value = value.unflatten(1, patch).permute(
             0, 3, 1, 2
-        )  # naflex's nn.Linear reads a patch with its channels last
+        )  # the nn.Linear of naflex reads a patch with its channels last
     return {ours: value}
 
 
@@ -174,8 +174,8 @@ def vision_config(source: dict, decoder: str | None = None, num_gen_layers: int 
     """HYDRA-TOK of the ViT with the config.json `source`.
 
     Args:
-        decoder: "S", "M" or "L": a flow decoder of that depth, as wide as the ViT (at InternViT-300M the paper's three).
-            None is what the papers put on this ViT: S on InternViT; on SigLIP2 a ViT decoder of the encoder's size.
+        decoder: "S", "M" or "L": a flow decoder of that depth, as wide as the ViT (for InternViT-300M the paper's three).
+            None is what the papers use with this ViT: S for InternViT; for SigLIP2 a ViT decoder of the encoder's size.
         num_gen_layers: None for half of the layers, rounded down.
 
     Raises:
@@ -192,7 +192,7 @@ def vision_config(source: dict, decoder: str | None = None, num_gen_layers: int 
     num_layers = sizes.pop("num_hidden_layers")
     num_gen_layers = num_layers // 2 if num_gen_layers is None else num_gen_layers
     if not 0 < num_gen_layers < num_layers:
-        raise ValueError(f"{num_gen_layers=} must leave both halves of the ViT's {num_layers} layers at least one.")
+        raise ValueError(f"{num_gen_layers=} must leave each half at least one of the ViT's {num_layers} layers.")
     if decoder is None and LAYOUTS[kind] is not SIGLIP:
         decoder = "S"
     return HydraTokConfig(
@@ -221,7 +221,7 @@ COMMON_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "inte
 
 
 def _internvit_sizes(fields: dict, layout: VisionLayout) -> dict:
-    """Its own files write every field; transformers leaves out defaults."""
+    """InternViT's own files have every field; those of transformers leave out defaults."""
     if layout is INTERNVIT_TRANSFORMERS:
         fields = _with_defaults("internvl_vision", fields)
     fields = {"num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-6, **fields}
@@ -252,7 +252,7 @@ def _timm_sizes(source: dict) -> dict:
 
 
 def _siglip_sizes(model_type: str, fields: dict) -> dict:
-    """The naflex kind ("siglip2") has a number of patches for an image size, and bends its table bilinearly."""
+    """The naflex kind ("siglip2") has a number of patches instead of an image size, and interpolates its table bilinearly."""
     fields = _with_defaults(model_type, fields)
     patch_size = _side("patch_size", fields["patch_size"])
     is_naflex = model_type == "siglip2_vision_model"

@@ -12,22 +12,22 @@ from .tasks import TASKS, images_of
 
 
 class Bundles(Dataset):
-    """Item i: {task: collated batch} of this process in micro step i, and next to the tasks
+    """Item i is {task: collated batch} of this process in micro step i, with these keys next to the tasks:
 
     - "step", "micro_step": the optimizer step i // accumulation, and i % accumulation;
     - "rows": {task: numbers of the batch's samples among the task's samples of the step, one for each sample};
-    - "skipped": {task: records skipped for this bundle}, to be summed into the log.
+    - "skipped": {task: records skipped for this bundle}, to be added up in the log.
 
     A batch has `num_samples` next to its tensors. It is 0 when the process has no sample of the task in this micro step:
     the batch is then one blank sample (its row is the task's count, one past the last), so that every process runs the
-    same forwards, and its labels and generated tokens must count nothing.
+    same forwards, and its labels and generated tokens must not count.
 
     An item is a function of its number, except with streams of the Hub: these continue from item to item, without workers.
 
     Args:
         tasks: task -> samples in one optimizer step, of all processes and micro steps together.
 
-    Raises ValueError for a task without a reader, and for streams that are shared out among other processes.
+    Raises ValueError for a task without a reader, and for streams that are divided among other processes.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Bundles(Dataset):
         self.readers = {task: readers[task] for task in self.tasks}
         self.streams = {task: reader for task, reader in self.readers.items() if reader.is_streaming}
         if any(reader.num_processes != num_processes for reader in self.streams.values()):
-            raise ValueError(f"{num_processes=}, but the streams are shared out among another number of processes.")
+            raise ValueError(f"{num_processes=}, but the streams are divided among another number of processes.")
         self.processor, self.num_steps, self.accumulation = processor, num_steps, accumulation
         self.process_index, self.num_processes = process_index, num_processes
         self.next_index = 0  # the item that the streams give next
@@ -94,14 +94,14 @@ class Bundles(Dataset):
         return Sample(task=task, messages=messages)
 
     def _follow_streams(self, index: int) -> None:
-        """Keeps the positions of the streams at the start of a step. ValueError for an item out of order."""
+        """Keeps the positions of the streams at the start of a step. Raises ValueError for an item out of order."""
         if get_worker_info() is not None:
             raise ValueError(
-                "Streaming sources are read by the training process itself, expected no loader's workers."
+                "Streaming sources are read by the training process itself, expected a loader without workers."
             )
         if index != self.next_index:
             raise ValueError(
-                f"The streams give bundle {self.next_index} next and cannot give {index}; load_state_dict first."
+                f"The streams give bundle {self.next_index} next and cannot give {index}; call load_state_dict first."
             )
         if index % self.accumulation == 0:
             recent = dict(list(self.positions.items())[-8:])  # more than a loader fetches ahead
@@ -111,9 +111,9 @@ class Bundles(Dataset):
         return {task: reader.state_dict() for task, reader in self.streams.items()}
 
     def state_dict(self, step: int) -> dict:
-        """What another run needs, in this process, to resume with `step`, for JSON; {} without streams.
+        """What this process of another run needs to resume at `step`, as JSON values; {} without streams.
 
-        `step` is the next one to be trained: a loader may have fetched more since. ValueError if it is not a recent one.
+        `step` is the next one to be trained: a loader may have fetched more since. Raises ValueError if it is not a recent one.
         """
         if not self.streams:
             return {}
@@ -124,7 +124,7 @@ class Bundles(Dataset):
         return {"step": step, "streams": self.positions[step]}
 
     def load_state_dict(self, state: dict) -> None:
-        """The next item asked for is the first of the saved step. ValueError if the streams are others."""
+        """Makes the first item of the saved step the next one. Raises ValueError if the state is of other streams."""
         if set(state.get("streams", {})) != set(self.streams):
             raise ValueError(f"Got positions of {sorted(state.get('streams', {}))}, expected {sorted(self.streams)}.")
         for task, reader in self.streams.items():

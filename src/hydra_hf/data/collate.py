@@ -14,8 +14,8 @@ from .tasks import images_of
 
 def collate(samples: list[Sample], processor: HydraProcessor) -> dict[str, Tensor]:
     """One padded batch: `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (B, L); the images, of any sizes, packed
-    in the order of their placeholders: `pixel_values` (total_patches, 3 p p), for `as_pixel_values`, or of latents `latent_means` (total_tokens, C),
-    and `image_grid_thw` (num_images, 3); `is_generated` (num_images,), true in assistants' turns.
+    in the order of their placeholders: `pixel_values` (total_patches, 3 p p), for `as_pixel_values`, or stored `latent_means` (total_tokens, C),
+    and `image_grid_thw` (num_images, 3); `is_generated` (num_images,), true for images of the assistant.
     """
     batch = encode_samples(samples, processor)
     assistant_masks = batch.pop("assistant_masks").bool()
@@ -35,14 +35,14 @@ def collate(samples: list[Sample], processor: HydraProcessor) -> dict[str, Tenso
 
 
 def pack_pixels(images: list[Tensor], patch_size: int) -> tuple[Tensor, Tensor]:
-    """`pack_images` in uint8 where all are levels; in floats of [-1, 1] otherwise."""
+    """`pack_images` in uint8 if all images are levels, otherwise in floats in [-1, 1]."""
     if any(image.is_floating_point() for image in images):
         images = [as_pixel_values(image) for image in images]
     return pack_images(images, patch_size)
 
 
 def encode_samples(samples: list[Sample], processor: HydraProcessor) -> dict[str, Tensor]:
-    """What `encode_conversations` gives for all samples, padded on the left; what a reader has encoded is not again."""
+    """What `encode_conversations` gives for all samples, padded on the left; a sample that its reader encoded is not encoded again."""
     encodings = [sample.encoding or processor.encode_conversations([sample.messages]) for sample in samples]
     grids = [encoding["image_grid_thw"] for encoding in encodings if "image_grid_thw" in encoding]
     values = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0, "assistant_masks": 0}

@@ -1,4 +1,4 @@
-"""Which data a run has, as values for JSON, so that a resumed run can refuse other data and name what has changed."""
+"""Which data a run has, as JSON values, so that a resumed run can refuse other data and name what has changed."""
 
 import hashlib
 import os
@@ -13,8 +13,8 @@ def fingerprint(source: Source) -> dict:
     """Settings, number of records, and a digest of each file by its name.
 
     A digest covers all of a JSON file, the footer of a Parquet file, names, sizes, times and beginnings of the members
-    of a tar, and the names in a folder of images; where the files are and when they were written counts nothing. Of prompts
-    the text counts, of targets nothing.
+    of a tar, and the names in a folder of images; where the files are and when they were written does not count. The
+    text of prompts counts, targets do not.
     Raises ValueError for a source that cannot be opened.
     """
     settings = asdict(source)
@@ -32,13 +32,13 @@ def fingerprint(source: Source) -> dict:
 
 
 def difference(saved: list[dict], current: list[dict]) -> str:
-    """What has changed from some sources to others, in words; "" if both give the same records. Paths may differ."""
+    """What has changed between two lists of sources, in words; "" if both give the same records. Paths may differ."""
     if len(saved) != len(current):
         return f"{len(current)} sources instead of {len(saved)}"
     for old, new in zip(saved, current):
         where = f"{new['task']}={new['path']}"
         for name in ("task", "weight", "split", "streaming", "condition_image_size", "prompts"):
-            if name in old and old[name] != new[name]:  # notes of an earlier version lack some
+            if name in old and old[name] != new[name]:  # records of an earlier version lack some
                 return f"{where} has {name}={new[name]!r} instead of {old[name]!r}"
         if (missing := sorted(old["files"].keys() - new["files"].keys())) and len(old["files"]) > 1:
             return f"{where} lacks the file {missing[0]}"

@@ -15,7 +15,7 @@ from .tasks import TASKS
 
 
 class Batches(Protocol):
-    """Rows of the batch of a step, (len(rows), 3, H, W) in [-1, 1], the same whenever and wherever they are asked for."""
+    """Rows of the batch of a step, (len(rows), 3, H, W) in [-1, 1], the same whenever and wherever they are read."""
 
     num_skipped: dict[str, int]
 
@@ -23,15 +23,15 @@ class Batches(Protocol):
 
 
 def check_range(pixel_values: Tensor) -> Tensor:
-    """The pixels, if they are in [-1, 1]; ValueError if not, before a judge is misled by them."""
+    """The pixels, if they are in [-1, 1]. Raises ValueError if not, before they mislead a judge."""
     low, high = pixel_values.aminmax()
     if not (low >= -1.001 and high <= 1.001):
-        raise ValueError(f"Pixels reach from {low.item():.3f} to {high.item():.3f}, expected [-1, 1].")
+        raise ValueError(f"Pixels range from {low.item():.3f} to {high.item():.3f}, expected [-1, 1].")
     return pixel_values
 
 
 class ReadAhead:
-    """The rows of a process, micro step after micro step; a thread reads the next ones meanwhile."""
+    """The rows of a process, micro step after micro step; a thread reads the next ones ahead."""
 
     def __init__(self, batches: Batches, rows: list[range]):
         self.batches, self.rows = batches, rows
@@ -53,7 +53,7 @@ class ReadAhead:
 
 class ImageBatches:
     """Images without text, for the tokenizer: image `step * batch_size + row` of the sources with images, of any task,
-    the middle of each picture, every second one mirrored (our choice).
+    the middle of each image, mirrored with probability 0.5 (our choice).
 
     Args:
         batch_size: images of a step, of all processes and micro steps together.

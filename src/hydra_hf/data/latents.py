@@ -1,6 +1,6 @@
 """Latents of a data set, encoded once and kept: the posterior's means of the images of each record, by the record's number.
 
-A folder holds `latents.json`, which says what they were made of, and shards of a fixed number of records in safetensors:
+A folder holds `latents.json`, which says what they were made from, and shards of a fixed number of records in safetensors:
 `num_images` (num_records,), `image_grid_thw` (num_images, 3), `means` (total_tokens, C). HYDRA is trained on the means.
 """
 
@@ -25,12 +25,12 @@ from .tasks import UnreadableRecordError
 
 NAME = "latents.json"
 SHARD_SIZE = 1024  # records of one file
-OPEN_SHARDS = 64  # that a process keeps mapped into memory
+OPEN_SHARDS = 64  # the most that a process keeps mapped into memory
 Encoded = list[tuple[Grid, Tensor]]  # the images of one record: grid, means (N, C)
 
 
 def describe_data(source: Source, image_processor: HydraImageProcessor) -> dict[str, Any]:
-    """What the pixels of a source are, as values for JSON: its files, and the sizes and parts of its images."""
+    """What the pixels of a source are, as JSON values: its files, and the sizes and parts of its images."""
     policy = json.loads(json.dumps(image_processor.to_dict()))
     written_by_the_library = ("image_processor_type", "processor_class")
     return {
@@ -49,7 +49,7 @@ def check_same(folder: Path, made_with: dict[str, Any], given: dict[str, Any]) -
         before, now = made_with[part], given.get(part, {})
         for name in (
             name for name in before if name in now and before[name] != now[name]
-        ):  # others: another version's
+        ):  # a field that only one of them has belongs to another version
             raise ValueError(
                 f"{folder} was made with {part}.{name}={before[name]!r}, but this run has {now[name]!r}:"
                 " `hydra prepare latents` makes those of this run in a folder of their own."
@@ -57,7 +57,7 @@ def check_same(folder: Path, made_with: dict[str, Any], given: dict[str, Any]) -
 
 
 def read_description(folder: Path) -> dict[str, Any] | None:
-    """What a folder of latents was made with, None for one without latents. ValueError for a damaged file."""
+    """What a folder of latents was made with, None for one without latents. Raises ValueError for a damaged file."""
     try:
         described = json.loads((folder / NAME).read_text())
         return {name: described[name] for name in ("source", "image_policy", "encoder", "num_records", "shard_size")}
@@ -65,7 +65,7 @@ def read_description(folder: Path) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ValueError(
-            f"{folder / NAME} cannot be read, so what the latents are of is not known: {error}"
+            f"{folder / NAME} cannot be read, so it is not known what the latents were made from: {error}"
         ) from error
 
 
@@ -101,7 +101,7 @@ def write_shard(path: Path, records: list[Encoded | str], latent_channels: int) 
 
 
 class Shard:
-    """A file of latents, of which only what is asked for is read."""
+    """A file of latents, of which only the records asked for are read."""
 
     def __init__(self, path: Path):
         from safetensors import safe_open
@@ -135,7 +135,7 @@ class StoredLatents:
         check_same(self.folder, description, describe_data(source, image_processor))
         if missing := missing_shards(self.folder, description):
             raise ValueError(f"{self.folder} lacks {len(missing)} files, such as {shard_path(self.folder, missing[0]).name}:"
-                             f" {command}, which continues where it was.")  # fmt: skip
+                             f" {command}, which resumes where it stopped.")  # fmt: skip
         self.shard_size, self.latent_channels = description["shard_size"], description["encoder"]["latent_channels"]
         self.shards: dict[int, Shard] = {}  # the last ones used
 

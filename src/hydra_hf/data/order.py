@@ -39,11 +39,11 @@ def _mixed(value: int) -> int:
 
 
 class OrderInBlocks:
-    """A permutation that stays in one neighbourhood for a while: parts in shuffled order, joined to blocks of up to
-    `block_size` records (or one larger part), each block shuffled inside. For files that are read best piece by piece.
+    """A permutation that stays in one neighbourhood for a while: parts in shuffled order, joined into blocks of up to
+    `block_size` records (or one larger part), each block shuffled. For files that are best read piece by piece.
 
     Args:
-        parts: ranges of record numbers that lie together.
+        parts: ranges of record numbers that are stored together.
     """
 
     def __init__(self, parts: list[range], key: int, block_size: int = 1024):
@@ -59,7 +59,7 @@ class OrderInBlocks:
         self.blocks = np.array([*blocks, self.ends[-1]])
 
     def block_of(self, place: int) -> tuple[int, range]:
-        """The block of a place, and all places of the block."""
+        """The number of the block of a place, and all places of the block."""
         block = int(np.searchsorted(self.blocks, place, side="right")) - 1
         return block, range(int(self.blocks[block]), int(self.blocks[block + 1]))
 

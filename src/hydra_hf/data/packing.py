@@ -10,9 +10,9 @@ from hydra_hf.modeling.grid import count_images, image_grids, split_images
 
 
 def count_micro_batches(bundle: dict, tasks: Iterable[str], max_tokens: int) -> int:
-    """The fewest parts of a bundle, see `split_bundle`, none of which has more than `max_tokens` tokens.
+    """The smallest number of parts of a bundle, see `split_bundle`, none of which has more than `max_tokens` tokens.
 
-    ValueError if the longest samples of the tasks have more together.
+    Raises ValueError if the longest samples of all tasks have more than that together.
     """
     lengths = {task: sample_lengths(bundle[task]) for task in tasks}
     number = -(-sum(map(sum, lengths.values())) // max_tokens)
@@ -20,7 +20,7 @@ def count_micro_batches(bundle: dict, tasks: Iterable[str], max_tokens: int) -> 
         if number >= max(map(len, lengths.values())):
             longest = {task: max(own) for task, own in lengths.items()}
             raise ValueError(
-                f"micro_batch_tokens={max_tokens} cannot hold a sample of every task, of {longest} tokens."
+                f"micro_batch_tokens={max_tokens} cannot hold the longest sample of every task: {longest} tokens."
             )
         number += 1
     return number
@@ -29,7 +29,7 @@ def count_micro_batches(bundle: dict, tasks: Iterable[str], max_tokens: int) -> 
 def split_bundle(bundle: dict, tasks: Iterable[str], number: int) -> list[dict]:
     """A bundle of padded batches as `number` of packed ones, with a row of every task in each.
 
-    A task of fewer samples repeats its shortest one where it lacks some: `num_samples` is then 0, and it counts nothing.
+    A task with fewer samples than parts repeats its shortest one; its `num_samples` is then 0, and it does not count.
     """
     parts = [{**bundle, "rows": {}} for _ in range(number)]
     for task in tasks:
@@ -67,8 +67,8 @@ def deal(lengths: Sequence[int], number: int) -> list[list[int]]:
 def pack(batch: dict[str, Tensor], members: Sequence[int]) -> dict[str, Tensor]:
     """Some samples of a padded batch as one row (1, L) without padding, and their images.
 
-    `document_ids` say whose a token is, `attention_mask` is gone. The first token of a sample is no label: the one in
-    front of it is another's.
+    `document_ids` (1, L) say which sample a token belongs to; there is no `attention_mask`. The first token of a sample is not
+    a label: the token before it belongs to another sample.
     """
     own = batch["attention_mask"].bool()
     packed = {
@@ -84,7 +84,7 @@ def pack(batch: dict[str, Tensor], members: Sequence[int]) -> dict[str, Tensor]:
 
 
 def images_of_samples(batch: dict[str, Tensor], members: Sequence[int]) -> dict[str, Tensor]:
-    """The images of some samples, pixels or kept latents, `image_grid_thw` and `is_generated`; {} if they have none."""
+    """The images of some samples, pixels or stored latents, `image_grid_thw` and `is_generated`; {} if they have none."""
     counts = count_images(batch["mm_token_type_ids"])
     grids = image_grids(batch["image_grid_thw"])
     images = torch.arange(len(grids)).split(counts)

@@ -1,4 +1,4 @@
-"""Pictures that are painted after a given one: the same part of both, pixel for pixel. UniMRG, section 3.1."""
+"""Images that are painted from a given one: the same part of both, pixel for pixel. UniMRG, section 3.1."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from hydra_hf.modeling.image_processing_hydra import WHITE, center_crop, pil_to_
 
 
 MANIFEST = "manifest.json"
-PROMPT_COLUMN = "prompt"  # of a record, where the prompt is put that was chosen for it
+PROMPT_COLUMN = "prompt"  # of a record: the prompt that was chosen for it
 
 
 # Files of targets
 
 
 def path_below(value: object, image_root: Path) -> str | None:
-    """The path of a record's image relative to `image_root`; None for one that is no path below it."""
+    """The path of a record's image relative to `image_root`; None if it is not a path below it."""
     value = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
     if not isinstance(value, str) or "://" in value or value.startswith("data:"):
         return None
@@ -43,7 +43,7 @@ def target_columns(name: str) -> tuple[str, ...]:
 
 
 def without_target(paths: Iterator[str], targets: Path) -> list[str]:
-    """The images that have no target in the folder; each of its folders is listed once."""
+    """The images that have no target below the folder `targets`, each folder of which is listed once."""
     listed: dict[str, set[str]] = {}
     missing = []
     for path in dict.fromkeys(paths):
@@ -56,13 +56,13 @@ def without_target(paths: Iterator[str], targets: Path) -> list[str]:
 
 
 def known_failures(targets: Path) -> dict[str, str]:
-    """Image -> reason, of the images that `hydra prepare unimrg` could make no target of in the folder `targets`."""
+    """Image -> reason, for the images of which `hydra prepare unimrg` could make no target in the folder `targets`."""
     manifest = read_manifest(targets.parent)
     return manifest.get(targets.name, {}).get("failures", {})
 
 
 def read_manifest(folder: Path) -> dict:
-    """What `hydra prepare unimrg` has noted in its folder, {} in another one. ValueError for a damaged note."""
+    """The manifest that `hydra prepare unimrg` wrote to `folder`, {} if there is none. Raises ValueError for a damaged one."""
     path = folder / MANIFEST
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -76,13 +76,13 @@ def read_manifest(folder: Path) -> dict:
 
 
 def shows_the_same(image: Image.Image, target: Image.Image) -> bool:
-    """Whether one is the other in another size: their aspects differ by no more than a rounded pixel."""
+    """Whether one is the other in another size: their aspect ratios differ by no more than a rounded pixel."""
     return abs(image.width * target.height - image.height * target.width) <= image.width + image.height
 
 
 def condition_size(height: int, width: int, patch_size: int, condition_image_size: int | None) -> tuple[int, int]:
     """The size of the given image next to a painted one of `height` x `width`: at most as many pixels as a square of side
-    `condition_image_size`, in the nearest aspect that patches allow."""
+    `condition_image_size`, in the nearest aspect ratio that patches allow."""
     if condition_image_size is None:
         return height, width
     return whole_size(height, width, patch_size, min_pixels=patch_size**2, max_pixels=condition_image_size**2)
@@ -91,20 +91,20 @@ def condition_size(height: int, width: int, patch_size: int, condition_image_siz
 def resized_pixels(
     image: Image.Image, height: int, width: int, image_processor: HydraImageProcessor, **kwargs
 ) -> Tensor:
-    """A picture in another size, (3, H, W) in [-1, 1]."""
+    """The image resized to `height` x `width`, (3, H, W) in [-1, 1]."""
     processed = image_processor(image, size={"height": height, "width": width}, return_tensors="pt", **kwargs)
     return unpack_images(processed["pixel_values"], processed["image_grid_thw"], image_processor.patch_size)[0]
 
 
 def picture_pixels(image: Image.Image, height: int, width: int, image_processor: HydraImageProcessor) -> Tensor:
-    """The picture itself, (3, H, W) in [-1, 1]."""
+    """The image itself, its middle part resized, (3, H, W) in [-1, 1]."""
     return resized_pixels(center_crop(image, height, width), height, width, image_processor)
 
 
 def depth_pixels(depth: Image.Image, height: int, width: int, image_processor: HydraImageProcessor) -> Tensor:
     """Nearness from -1 (farthest in this part) to 1, three equal channels (3, H, W); -1 where all is equally far.
 
-    As the paper's code: bilinear, the first channel, and the range is stretched again after the resize.
+    As in the paper's code: bilinear, the first channel, and the range is stretched again after the resize.
     """
     pixels = resized_pixels(
         center_crop(depth, height, width), height, width, image_processor, resample=PILImageResampling.BILINEAR
@@ -119,7 +119,7 @@ def boundary_pixels(lines: Image.Image, height: int, width: int, image_processor
     """White lines (1) on black (-1), three equal channels (3, H, W).
 
     A pixel is as white as the whitest that it covers, so a line of one pixel stays whole and white at any smaller size
-    (our choice: the paper's code takes the nearest pixel, which tears lines). Enlarged, it is the nearest pixel.
+    (our choice: the paper's code takes the nearest pixel, which tears lines). When enlarging, the nearest pixel counts.
     """
     levels = pil_to_levels(center_crop(lines, height, width)).amax(0)[None, None].float()  # (1, 1, H, W)
     if levels.shape[-2] >= height and levels.shape[-1] >= width:

@@ -11,7 +11,7 @@ from .tables import find_files, open_source
 
 
 def index_sources(sources: list[Source], num_processes: int | None = None) -> Iterator[str]:
-    """Indexes the files of sources, several at a time; lines that say how far it is and what is lost in the files.
+    """Indexes the files of sources, several at a time; yields lines that report progress and what is lost in the files.
 
     Raises ValueError for a source that cannot be read, or a number of processes below 1.
     """
@@ -31,7 +31,7 @@ def _index_files(source: Source, num_processes: int) -> Iterator[str]:
     files = find_files(source.path)
     kind = rows_class(source.path, files, in_place=source.streaming).kind
     if kind == "folder" or len(files) == 1 or num_processes == 1:
-        return  # opening it does all
+        return  # opening the source does everything
     with ProcessPoolExecutor(min(num_processes, len(files)), mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(open_shards, [file], kind) for file in files]
         for done, future in enumerate(as_completed(futures), start=1):

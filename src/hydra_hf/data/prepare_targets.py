@@ -1,4 +1,4 @@
-"""The targets of a data set's images as files: made once, by several processes, complete or not there. UniMRG, 3.1."""
+"""The targets of a data set's images as files: made once, by several processes, each file complete or absent. UniMRG, 3.1."""
 
 import json
 from collections.abc import Iterable
@@ -36,9 +36,9 @@ def find_images(images: Path, image_root: Path | None) -> tuple[Path, list[str],
 
     Args:
         images: a folder, or records that name images: LLaVA's JSON, or JSONL.
-        image_root: the folder of image paths in records; that of the file when None.
+        image_root: the folder that image paths in records are relative to; None is that of the file.
 
-    Raises ValueError for what has no images, and for two images that would share one target.
+    Raises ValueError if there are no images, and for two images that would share one target.
     """
     if images.is_dir():
         root, paths, skipped = images, list_images(str(images))[0], {}
@@ -58,7 +58,7 @@ def find_images(images: Path, image_root: Path | None) -> tuple[Path, list[str],
 
 
 def _images_of_records(file: Path, root: Path) -> tuple[list[str], dict[str, int]]:
-    """Paths of the images of records with one image; the other records by the reason why they are left out."""
+    """Paths of the images of records with one image; the other records counted by the reason why they are left out."""
     rows, image_processor = open_rows(str(file), find_files(str(file)), in_place=False), HydraImageProcessor()
     paths: dict[str, None] = {}
     skipped: dict[str, int] = dict(rows.lost)
@@ -77,7 +77,7 @@ def _images_of_records(file: Path, root: Path) -> tuple[list[str], dict[str, int
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB, turned as it is to be seen."""
+    """The image in RGB, turned upright."""
     return Image.fromarray(pil_to_levels(image).to(torch.uint8).permute(1, 2, 0).numpy())
 
 
@@ -87,7 +87,7 @@ def is_whole(path: Path, size: tuple[int, int]) -> bool:
         with Image.open(path) as target:
             target.load()
             return target.size == size
-    except (OSError, SyntaxError, ValueError):  # none there, or a damaged one: it is made again
+    except (OSError, SyntaxError, ValueError):  # missing or damaged: it is made again
         return False
 
 
@@ -101,15 +101,15 @@ def target_file(out: Path, name: str, path: str) -> Path:
 def paint_targets(
     paths: Iterable[str], image_root: Path, out: Path, painters: list[Painter]
 ) -> dict[str, dict[str, Any]]:
-    """Writes the targets that are not there yet. Task -> how many were made and kept, and failures by image.
+    """Writes the targets that do not exist yet. Returns task -> how many were made and kept, and failures by image.
 
-    An image that cannot be read, or of which a painter makes nothing, is a failure; a disk that is full is an OSError.
+    An image that cannot be read, or that a painter makes nothing of, is a failure; a full disk is an OSError.
     """
     report = {painter.name: {"made": 0, "kept": 0, "failures": {}} for painter in painters}
     for path in paths:
         try:
             image, missing = read_if_needed(image_root / path, path, out, painters)
-        except Exception as error:  # the decoders of damaged files raise nearly everything
+        except Exception as error:  # decoders raise nearly anything for damaged files
             for counts in report.values():
                 counts["failures"][path] = _reason(error)
             continue
@@ -120,7 +120,7 @@ def paint_targets(
                 continue
             try:
                 target = painter(image)
-            except Exception as error:  # one strange picture must not end a run of days
+            except Exception as error:  # one strange image must not end a run of days
                 counts["failures"][path] = _reason(error)
                 continue
             write_file(target_file(out, painter.name, path), target.save)
@@ -131,7 +131,7 @@ def paint_targets(
 def read_if_needed(
     file: Path, path: str, out: Path, painters: list[Painter]
 ) -> tuple[Image.Image | None, list[Painter]]:
-    """The upright RGB picture, and the painters whose target of it is not there yet; no picture if all are."""
+    """The upright RGB image, and the painters whose target of it does not exist yet; no image if all exist."""
     with Image.open(file) as picture:
         check_image_size(picture.height, picture.width, HydraImageProcessor.max_input_pixels)
         if max(picture.size) > MAX_ASPECT * min(picture.size):
@@ -147,7 +147,7 @@ def read_if_needed(
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, after its type where that says something."""
+    """The first line of an error, after its type unless that is ValueError."""
     first = str(error).strip().partition("\n")[0]
     return first if isinstance(error, ValueError) and first else f"{type(error).__name__}: {first}"
 
@@ -160,7 +160,7 @@ def prepare_targets(
     *,
     image_root: Path | None = None,
 ) -> str:
-    """Makes what is missing of the targets of all images, this process its share; what there is to say at the end.
+    """Makes this process's share of the missing targets of all images; returns a report.
 
     `out` has a folder of PNGs for each painter, `manifest.json` and `sheet.png`. Started again, it resumes.
 
@@ -176,14 +176,14 @@ def prepare_targets(
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) if state.is_main_process else nullcontext():
         if state.is_main_process:
-            write_manifest(out, manifest)  # of what the targets are, before the first one is there
+            write_manifest(out, manifest)  # says what the targets are, before the first one exists
         share = paths[state.process_index :: state.num_processes]
         bar = tqdm(share, unit="image", disable=not state.is_main_process)
         reports = gather_object([paint_targets(bar, image_root, out, painters)])
         total = {painter.name: _sum([report[painter.name] for report in reports]) for painter in painters}
         if state.is_main_process:
             for name, counts in total.items():
-                earlier = manifest[name].get("failures", {})  # of other images, too
+                earlier = manifest[name].get("failures", {})  # those of other images, too
                 failures = {path: earlier[path] for path in earlier.keys() - {*paths}} | counts["failures"]
                 manifest[name] |= {"images": len(paths), **counts, "failures": failures, "skipped": skipped}
             write_manifest(out, manifest)
@@ -210,13 +210,13 @@ def _describe(name: str, counts: dict, out: Path) -> str:
 
 
 def check_manifest(out: Path, painters: list[Painter]) -> dict[str, dict]:
-    """The notes in the folder `out`, with those of new painters. ValueError if targets there were made in another way."""
+    """The manifest in `out`, with the settings of new painters. Raises ValueError if targets there have other settings."""
     manifest = read_manifest(out)
     for painter in painters:
         noted = manifest.setdefault(painter.name, {"settings": painter.settings})["settings"]
         if noted != painter.settings:
             raise ValueError(
-                f"{out / painter.name} was made with {noted}, but now it is {painter.settings}: name another folder, or give"
+                f"{out / painter.name} was made with {noted}, but the options now say {painter.settings}: name another folder, or give"
                 " the same options."
             )
     return manifest

@@ -1,4 +1,4 @@
-"""What a model is asked for when it paints a picture of what it sees. UniMRG, section 3.1 and appendix B.4."""
+"""Prompts that ask a model to paint what it sees. UniMRG, section 3.1 and appendix B.4."""
 
 import random
 from pathlib import Path
@@ -60,12 +60,12 @@ def choose_prompt(task: str, prompts: tuple[str, ...], *key: int) -> str:
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """Prompts of a text file, one a line. Raises ValueError for a file without any, or that cannot be read."""
+    """The prompts in a text file, one per line. Raises ValueError for a file that has none or cannot be read."""
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The prompts in {path} cannot be read: {error}.") from error
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise ValueError(f"The file {path} has no prompts, expected one a line.")
+        raise ValueError(f"The file {path} has no prompts, expected one per line.")
     return prompts

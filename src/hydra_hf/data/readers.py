@@ -1,4 +1,4 @@
-"""Images, captions and conversations of several data sets: sample number n of a task, whoever asks for it."""
+"""Images, captions and conversations of several data sets: sample n of a task is the same whoever reads it."""
 
 import logging
 import random
@@ -20,7 +20,7 @@ from .prompts import PROMPTS, choose_prompt, read_prompts
 from .records import Columns, RecordReader, find_columns, one_record
 from .sample import Sample
 from .sources import HUB, Source
-from .sources import parse_source as parse_source  # callers read sources and readers from here
+from .sources import parse_source as parse_source  # callers import both sources and readers from here
 from .tables import MAX_TRIES, Stream, Table, find_files, open_table
 from .tasks import TASKS, UnreadableRecordError
 
@@ -28,12 +28,12 @@ from .tasks import TASKS, UnreadableRecordError
 logger = logging.getLogger(__name__)
 
 BLOCK = 1024  # numbers over which the shares of sources are exact
-READING = Lock()  # files are read by one thread at a time, pictures decoded by several
+READING = Lock()  # files are read by one thread at a time, images decoded by several
 NUM_PROBES = 16  # rows whose columns are looked at: one sample of a tar may lack some
 
 
 class SourceMix:
-    """Numbers to records of weighted sources: a function of the seed and the number, or, where a source is streamed,
+    """Maps numbers to records of weighted sources: a function of the seed and the number, or, where a source is streamed,
     the next record of this process.
 
     Shares are exact over 1024 numbers. Every source is read in epochs, each a permutation of its records.
@@ -41,7 +41,7 @@ class SourceMix:
     Args:
         accepts: whether records of a source with these columns can be used.
 
-    Raises ValueError for sources that cannot be read, are empty or not accepted, or get less than one number of 1024.
+    Raises ValueError for sources that cannot be read, are empty or not accepted, or get none of 1024 numbers.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class SourceMix:
         self.counts = _counts_in_block(sources)
         self.tables, self.readers = [], []
         if len({source.latents is None for source in sources}) > 1:
-            raise ValueError(f"Of {[source.path for source in sources]} some have latents and some have not, expected one"
+            raise ValueError(f"Some of {[source.path for source in sources]} have latents and some do not, expected one"
                              " kind for a task.")  # fmt: skip
         for index, source in enumerate(sources):
             table = open_table(source, (seed, index), process_index, num_processes)
@@ -81,7 +81,7 @@ class SourceMix:
     def read(self, number: int, convert: Callable[[RecordReader, dict, int], Any]) -> Any:
         """What `convert` makes of the number's record and its place in the source, or of the next candidate that it can read.
 
-        None if this process's share of a stream is empty. ValueError if nothing in 1000 tries can be read.
+        None if this process's share of a stream is empty. Raises ValueError if nothing in 1000 tries can be read.
         """
         index, own_number = self.place_of(number)
         table, place = self.tables[index], None
@@ -105,27 +105,27 @@ class SourceMix:
             self.num_skipped[key] += 1
         if self.num_skipped[key] == 1:
             reason = f"{error} ({error.__cause__})" if error.__cause__ else error
-            logger.warning("Record %d of %s is skipped, and so will be others: %s.", place, source.path, reason)
+            logger.warning("Record %d of %s is skipped, and others like it will be: %s.", place, source.path, reason)
 
     @property
     def is_streaming(self) -> bool:
         return any(source.is_stream for source in self.sources)
 
     def state_dict(self) -> dict:
-        """Where the streams of this process stand, for JSON; {} without streams."""
+        """The positions of this process's streams, as JSON values; {} without streams."""
         if not self.is_streaming:
             return {}
         streams = {index: stream.state_dict() for index, stream in self._streams().items()}
         return {"num_processes": self.num_processes, "streams": streams}
 
     def load_state_dict(self, state: dict) -> None:
-        """ValueError if the state is of other sources or of another number of processes."""
+        """Raises ValueError if the state is of other sources or of another number of processes."""
         streams = self._streams()
         saved = state.get("streams", {})
         if saved.keys() != streams.keys() or (saved and state["num_processes"] != self.num_processes):
             raise ValueError(
                 f"The position {state} is not one of the streams of {[source.path for source in self.sources]} in "
-                f"{self.num_processes} processes; a stream goes on only as it was shared out."
+                f"{self.num_processes} processes; a stream resumes only as it was divided."
             )
         for index, stream in streams.items():
             stream.load_state_dict(saved[index])
@@ -168,14 +168,14 @@ class TaskReader(SourceMix):
 
     @property
     def latent_channels(self) -> int | None:
-        """Of latents in the place of pixels."""
+        """C of the latents that replace pixels, None if there are pixels."""
         latents = self.readers[0].latents
         return None if latents is None else latents.latent_channels
 
     def _sample(self, reader: RecordReader, record: dict, place: int, number: int) -> Sample:
         rng = random.Random(key_of(self.seed, "sample", number))
         if reader.prompts:
-            prompt = choose_prompt(self.task, reader.prompts, self.seed, number)  # numbers count on through epochs
+            prompt = choose_prompt(self.task, reader.prompts, self.seed, number)  # numbers keep counting through epochs
             record = record | {PROMPT_COLUMN: prompt}
         sample = reader.sample(record, self.task, rng, place)
         messages = sample.messages
@@ -198,7 +198,7 @@ def create_readers(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> dict[str, TaskReader]:
-    """A reader for every task that has samples. ValueError for one without a source; sources of other tasks are not opened."""
+    """A reader for every task that has samples; sources of other tasks are not opened. Raises ValueError for a task without a source."""
     readers = {}
     for task in (task for task, count in tasks.items() if count):
         own = tuple(source for source in sources if source.task == task)
@@ -212,10 +212,10 @@ def create_readers(
 
 
 def check_painting(source: Source, table: Table | Stream, reader: RecordReader) -> None:
-    """Raises ValueError if images of a source have no target, and names the first ones, before any is asked for.
+    """Raises ValueError, before any sample is read, that names the first images of a source without a target.
 
-    Of records that hold their targets, it is the column that has to be there. Images that `hydra prepare unimrg` names as
-    failed may lack theirs: they are skipped and counted.
+    Where records hold their targets, the column has to exist. Images that `hydra prepare unimrg` names as failed may lack
+    theirs: they are skipped and counted.
     """
     size, patch_size = source.condition_image_size, reader.image_processor.patch_size
     if size is not None and size < patch_size:
@@ -240,7 +240,7 @@ def check_painting(source: Source, table: Table | Stream, reader: RecordReader) 
 
 
 def _image_paths(source: Source, table: Table, reader: RecordReader) -> Iterator[str]:
-    """Of all records that have one image, relative to the folder of images. ValueError for an image that is not below it."""
+    """Paths of the images of all records with one image, relative to the folder of images. Raises ValueError for an image that is not below it."""
     for index in range(len(table.rows)):
         try:
             with one_record():
@@ -301,7 +301,7 @@ def _places_in_block(seed: int, block: int, counts: tuple[int, ...]) -> list[tup
 
 
 def _columns_of(source: Source, table: Table | Stream) -> Columns:
-    """What some records have. ValueError if there are none."""
+    """The columns of some records. Raises ValueError if there are none."""
     records = list(islice(table.some_records(NUM_PROBES), NUM_PROBES))
     if not records and isinstance(table, Stream):
         raise ValueError(f"{source.path} has no records.")

@@ -1,4 +1,4 @@
-"""Records of data sets to samples: which columns say what, and what is wrong with a record."""
+"""Records of data sets to samples: which column holds what, and what is wrong with a record."""
 
 import base64
 import json
@@ -41,7 +41,7 @@ IMAGE_COLUMNS = (
     "tiff",
     "image",
     "images",
-)  # the first filled one counts
+)  # the first one that is not empty counts
 CAPTION_COLUMNS = ("txt", "caption", "captions", "text")
 CHAT_COLUMNS = ("messages", "conversations")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -52,7 +52,7 @@ MAX_IMAGES = 16  # of one record (our choice)
 
 @dataclass(frozen=True)
 class Columns:
-    """Where the records of a data set have what.
+    """Which columns of a data set hold what.
 
     Args:
         names: all columns.
@@ -82,7 +82,7 @@ class Columns:
 
 @contextmanager
 def one_record() -> Iterator[None]:
-    """Whatever is wrong with a record, as `UnreadableRecordError`: data can be wrong in ways that nobody foresaw."""
+    """Turns every error in reading a record into `UnreadableRecordError`: data can be wrong in ways that nobody foresaw."""
     try:
         yield
     except UnreadableRecordError:
@@ -94,7 +94,7 @@ def one_record() -> Iterator[None]:
 
 
 def find_columns(names: set[str], class_names: tuple[str, ...]) -> Columns:
-    """What is recognised among the columns; class names are a caption only if nothing else is."""
+    """The columns that are recognised; class names serve as captions only if there are no others."""
     images = tuple(name for name in IMAGE_COLUMNS if name in names)
     chat = next((name for name in CHAT_COLUMNS if name in names), "")
     caption = next((name for name in CAPTION_COLUMNS if name in names), "")
@@ -112,9 +112,9 @@ class RecordReader:
     """Records of one data set to samples, and to images alone. Whatever is wrong is an `UnreadableRecordError`.
 
     Args:
-        image_root: the folder of image paths.
-        latents: of the images, by the number of their record; they are then not decoded.
-        targets, prompts, condition_image_size: of painted images, as a `Source` has them; prompts are the texts.
+        image_root: the folder that image paths are relative to.
+        latents: those of the images, by the number of their record; images are then not decoded.
+        targets, prompts, condition_image_size: for painted images, as in `Source`; prompts are the texts themselves.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class RecordReader:
         image_processor.check_plain()
 
     def sample(self, record: dict, task: str, rng: random.Random | None = None, number: int | None = None) -> Sample:
-        """`rng` chooses among several captions; without it, it is the first. `number` is what latents are found by."""
+        """The sample of a record. `rng` chooses one of several captions, the first without it; `number` finds stored latents."""
         with one_record():
             row = TASKS[task]
             messages = row.read(self, self._with_one_caption(record, rng))
@@ -150,14 +150,14 @@ class RecordReader:
             return Sample(task=task, messages=messages)
 
     def _load(self, messages: list[dict]) -> None:
-        """Images, undecoded, to pixels."""
+        """Replaces undecoded images with their pixels."""
         for message in messages:
             pixels_of = self.generated_image if message["role"] == "assistant" else self.given_image
             for part in images_of([message]):
                 part["image"] = pixels_of(part["image"])
 
     def image(self, record: dict) -> Tensor:
-        """The record's first image (3, H, W) in [-1, 1], its middle part in the size for images to be generated."""
+        """The record's first image (3, H, W) in [-1, 1]: its middle part, in the size of images to be generated."""
         with one_record():
             images = self.images(record)
             if not images:
@@ -224,14 +224,14 @@ class RecordReader:
     # Painted images
 
     def painting(self, record: dict) -> list[dict]:
-        """The prompt in the record, or the first one, and the image as the user's turn, the place of what is painted as the assistant's."""
+        """The user's turn is the record's prompt, or the first one, and the image; the assistant's is an empty place for what is painted."""
         image = {"type": "image", "image": self._one_image(record)}
         painted = {"role": "assistant", "content": [{"type": "image", "image": None}]}
         prompt = record[PROMPT_COLUMN] if PROMPT_COLUMN in record else self.prompts[0]
         return [{"role": "user", "content": [_text(prompt), image]}, painted]
 
     def _paint(self, messages: list[dict], record: dict, task: Task) -> None:
-        """Pixels of the given image, undecoded, and of its target: the same part of both."""
+        """Fills in the pixels of the given image and of its target: the same part of both."""
         given, painted = images_of(messages)
         image = target = self._decode(given["image"], "an image")
         if task.target:
@@ -258,7 +258,7 @@ class RecordReader:
         return found[0]
 
     def _decode(self, value: bytes | str | dict, what: str) -> Image.Image:
-        """Bytes, a path or `{"bytes", "path"}` to an upright picture."""
+        """Bytes, a path or `{"bytes", "path"}` to an upright image."""
         try:
             image = Image.open(self._open(value))
             check_image_size(image.height, image.width, self.image_processor.max_input_pixels)
@@ -266,13 +266,13 @@ class RecordReader:
             return ImageOps.exif_transpose(image)
         except UnreadableRecordError:
             raise
-        except Exception as error:  # the decoders of damaged files raise nearly everything
+        except Exception as error:  # decoders raise nearly anything for damaged files
             raise UnreadableRecordError(f"{what} that cannot be decoded") from error
 
     # Images
 
     def images(self, record: dict) -> list:
-        """What the record has in its first filled image column, undecoded."""
+        """The images in the record's first image column that is not empty, undecoded."""
         values = [record[name] for name in self.columns.images if record.get(name) not in (None, "", b"", [])]
         if not values:
             return []
@@ -286,11 +286,11 @@ class RecordReader:
         return images[0]
 
     def given_image(self, value: bytes | str | dict) -> Tensor:
-        """Bytes, a path or `{"bytes", "path"}` to (3, H, W), seen whole: levels, or of floats pixels, see `Sample`."""
+        """Bytes, a path or `{"bytes", "path"}` to the whole image (3, H, W): uint8 levels, or float pixels, see `Sample`."""
         return self._pixels(value, self.image_processor.given_levels)
 
     def generated_image(self, value: bytes | str | dict) -> Tensor:
-        """As `given_image`, the middle part in the nearest aspect."""
+        """Like `given_image`, but the middle part in the nearest aspect ratio."""
         return self._pixels(value, self.image_processor.generated_levels)
 
     def _pixels(self, value: bytes | str | dict, levels_of: Callable[[Image.Image], Tensor]) -> Tensor:
@@ -299,7 +299,7 @@ class RecordReader:
             return levels if levels.dtype == torch.uint8 else normalize_levels(levels)
         except UnreadableRecordError:
             raise
-        except Exception as error:  # the decoders of damaged files raise nearly everything
+        except Exception as error:  # decoders raise nearly anything for damaged files
             raise UnreadableRecordError("an image that cannot be decoded") from error
 
     def _open(self, value: bytes | str | dict) -> BytesIO | Path:
@@ -320,7 +320,7 @@ class RecordReader:
 
 
 def _fetch(url: str) -> BytesIO:
-    """A file of the Hub or in an archive, under the names that `datasets` gives them."""
+    """A file on the Hub or in an archive, by the name that `datasets` gives it."""
     import fsspec
 
     try:
@@ -331,7 +331,7 @@ def _fetch(url: str) -> BytesIO:
 
 
 def _message(turn: dict) -> dict:
-    """A turn of LLaVA's or of OpenAI's form as a message; images that stand elsewhere are None."""
+    """A turn of LLaVA's or of OpenAI's form as a message; images that the record holds elsewhere are None."""
     if not isinstance(turn, dict):
         raise UnreadableRecordError("a turn that is not a dict")
     name = turn.get("from") or turn.get("role")
@@ -379,7 +379,7 @@ def _check_texts(texts: list[str]) -> None:
 
 
 def _list_in(value, start: str):
-    """The list that a string is the JSON of; anything else as it is."""
+    """The list that a string encodes as JSON; anything else unchanged."""
     if isinstance(value, str) and value.startswith(start):
         try:
             return json.loads(value)

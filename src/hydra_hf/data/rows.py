@@ -21,14 +21,14 @@ CACHED_ROWS = 2048  # of row groups that stay in memory
 
 
 class Rows(Protocol):
-    """Records by number. An item is a dict of columns; one that cannot be read raises `UnreadableRecordError`.
+    """Records by number. An item is a dict of columns; reading a bad one raises `UnreadableRecordError`.
 
     Attributes:
-        parts: ranges of numbers that lie together.
+        parts: ranges of numbers that are stored together.
         class_names: what the numbers in a column `label` mean, () if there is none.
-        lost: reason -> how much of the data has no number, since it is damaged or has no clear place.
-        digest: a text that another content of the data would change.
-        remark: what to know if no column can be used.
+        lost: reason -> how much of the data has no number, because it is damaged or has no clear place.
+        digest: file -> a text that changes with the contents of the file.
+        remark: a hint for the case that no column can be used.
     """
 
     parts: list[range]
@@ -46,16 +46,16 @@ def open_rows(path: str, files: list[str], in_place: bool) -> Rows:
     """The records of local files.
 
     Args:
-        in_place: Parquet is read where it is, by row groups, instead of copied into the cache.
+        in_place: Parquet is read where it is, by row groups, instead of being copied into the cache.
 
-    Raises ValueError for files of several kinds, that are not there or of which nothing can be read.
+    Raises ValueError for files that are of several kinds, missing or wholly unreadable.
     """
     rows = rows_class(path, files, in_place)
     return FolderRows(files[0]) if rows is FolderRows else rows(open_shards(files, rows.kind))
 
 
 def rows_class(path: str, files: list[str], in_place: bool) -> type:
-    """The kind of rows that files are read as. ValueError for files of several kinds."""
+    """The kind of rows that files are read as. Raises ValueError for files of several kinds."""
     if len(files) == 1 and Path(files[0]).is_dir():
         return FolderRows
     endings = {Path(file).suffix.lower() for file in files}
@@ -117,14 +117,14 @@ class ShardRows:
 
 
 def read_arrow(path: Path):
-    """A table that stays on the disk."""
+    """The table in an Arrow file, mapped into memory."""
     import pyarrow
 
     return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
 
 
 class ParquetRows(ShardRows):
-    """Copies in the cache: any row costs the same."""
+    """Parquet copied into the cache, where any row costs the same."""
 
     kind = "parquet"
 
@@ -163,7 +163,7 @@ class TarRows(ShardRows):
 
 
 class RowGroups(ShardRows):
-    """Parquet where it is. The last row groups stay in memory, so neighbours are cheap and jumps are not."""
+    """Parquet read where it is. The last row groups stay in memory, so neighbours are cheap and jumps are not."""
 
     kind = "row groups"
 
@@ -198,7 +198,7 @@ class RowGroups(ShardRows):
         return self.tables[shard, group].slice(place - first, 1).to_pylist()[0]
 
     def _forget(self, num_rows: int) -> None:
-        """The oldest groups, until `num_rows` more have room."""
+        """Forgets the oldest groups until there is room for `num_rows` more rows."""
         while self.tables and num_rows + sum(0 if t is None else len(t) for t in self.tables.values()) > CACHED_ROWS:
             del self.tables[next(iter(self.tables))]
 
@@ -231,7 +231,7 @@ def decode_text(content: bytes, reason: str) -> str:
 
 
 def json_value(content: bytes, reason: str):
-    """What JSON says."""
+    """The value of a JSON text. Raises UnreadableRecordError with `reason`."""
     try:
         return json.loads(decode_text(content, reason))
     except (ValueError, RecursionError) as error:
@@ -246,7 +246,7 @@ def parse_json(content: bytes, reason: str) -> dict:
 
 
 def unfold_json(record: dict) -> dict:
-    """The record with the fields of its column `json`; a column of its own goes before a field of the same name."""
+    """The record with the fields of its column `json`; a column takes precedence over a field of the same name."""
     fields = record.get("json")
     if not isinstance(fields, dict):
         return record
@@ -257,9 +257,9 @@ def unfold_json(record: dict) -> dict:
 
 
 class FolderRows:
-    """Images of a folder, with what their captions are: metadata.jsonl or metadata.csv (`file_name` and columns), a
-    .txt file with the name of the image, or the name of the folder that an image is in, where all images are in such
-    folders of one depth.
+    """The images of a folder. Captions come from metadata.jsonl or metadata.csv (`file_name` and columns), from a .txt
+    file with the name of the image, or from the name of the folder that an image is in, if all images are in folders of
+    one depth.
     """
 
     kind = "folder"
@@ -338,7 +338,7 @@ NO_CLASS = re.compile(
 
 
 def names_a_class(folder: str) -> bool:
-    """Whether a folder's name may say what is in its pictures: not "train2017", "images", "0012", "n01440764"."""
+    """Whether a folder's name may say what is in its images: not "train2017", "images", "0012", "n01440764"."""
     return not NO_CLASS.fullmatch(folder)
 
 

@@ -9,12 +9,12 @@ from .tasks import check_task
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """`messages` as the chat template takes them; an image part holds as `image` pixels (3, H, W), floats in [-1, 1]
-    or their levels 0 to 255 in uint8; or in their place the grid of the image, and as `latent_mean` its latents' mean
-    (N, C) before they are normalised.
+    """`messages` are those of the chat template. The `image` of an image part is its pixels (3, H, W), floats in [-1, 1]
+    or uint8 levels from 0 to 255; or it is the grid of the image, and `latent_mean` is the mean (N, C) of its latents
+    before they are normalised.
 
     Args:
-        encoding: what `HydraProcessor.encode_conversations` gives for the messages alone, (1, L) each, where it is known.
+        encoding: what `HydraProcessor.encode_conversations` gives for these messages, (1, L) each, if it is known.
     """
 
     task: str

@@ -1,5 +1,5 @@
-"""What is where in a file of records, kept in the cache: an index of a tar or a JSON file, a copy of a Parquet file that can
-be read by number. Each file has its own, so processes share the work, and a damaged file costs what is damaged in it.
+"""Where the records of a file are, kept in the cache: an index of a tar or a JSON file, or a copy of a Parquet file that can
+be read by number. Each file has its own, so processes share the work, and a damaged file costs only what is damaged in it.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from hydra_hf.files import write_file, write_text
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of what is kept: a change makes every file be indexed again
+FORMAT = 1  # of what is kept: changing it makes every file be indexed again
 BATCH = 65_536  # records of an index that are written together
 HEAD = 4096  # bytes of every member that its digest covers
 END_OF_TAR = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE  # zeros that may end a tar
@@ -29,11 +29,11 @@ KNOWN_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif",
 
 @dataclass
 class Contents:
-    """What is known of one file: records, a digest that its records decide, what is lost in it, and names of classes."""
+    """What is known of one file: its records, a digest of them, what is lost in it, and names of classes."""
 
     num_records: int = 0
     digest: str = ""
-    lost: Counter = field(default_factory=Counter)  # reason -> how often
+    lost: Counter = field(default_factory=Counter)  # reason -> count
     class_names: tuple[str, ...] = ()
 
 
@@ -47,15 +47,15 @@ class Shard:
 
 
 def cache_folder() -> Path:
-    """In the cache of `datasets`, so that HF_DATASETS_CACHE and HF_HOME place it."""
+    """A folder in the cache of `datasets`, so that HF_DATASETS_CACHE and HF_HOME decide where it is."""
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE) / "hydra_hf"
 
 
 def open_shards(files: list[str], kind: str) -> list[Shard]:
-    """The shards of `files`, each indexed first where it is not yet. Any number of processes may do so at the same time,
-    on any machines that share the cache: they divide the files among them, and none waits for another's whole work.
+    """The shards of `files`, each indexed first if it is not yet. Any number of processes may do so at the same time,
+    on any machines that share the cache: they divide the files among themselves, and none waits for all the work of another.
 
     Raises ValueError for a file that cannot be opened.
     """
@@ -63,7 +63,7 @@ def open_shards(files: list[str], kind: str) -> list[Shard]:
     missing = [file for file in files if find_shard(file, kind) is None]
     start = os.getpid() % max(1, len(missing))  # processes begin at different files
     progress = Progress(missing, kind)
-    for timeout in (0, 20):  # first what nobody is at, then what others are at
+    for timeout in (0, 20):  # first the files that nobody is indexing, then those that others are
         for file in missing[start:] + missing[:start]:
             while not _index(file, kind, timeout) and timeout:
                 progress.show(file)
@@ -72,7 +72,7 @@ def open_shards(files: list[str], kind: str) -> list[Shard]:
 
 
 def _index(file: str, kind: str, timeout: float) -> bool:
-    """Indexes a file unless another process is at it for longer than `timeout` seconds; whether it is indexed now."""
+    """Indexes a file unless another process holds it for longer than `timeout` seconds; returns whether it is indexed now."""
     from filelock import FileLock, Timeout
 
     if find_shard(file, kind) is not None:
@@ -106,7 +106,7 @@ class Progress:
 
 
 def _name_of(file: str, kind: str) -> Path:
-    """Where the cache keeps a file; a changed file has another name."""
+    """The path, without suffix, of a file in the cache; a changed file has another one. Raises ValueError for a file that cannot be read."""
     try:
         stat = os.stat(file)
     except OSError as error:
@@ -127,7 +127,7 @@ def find_shard(file: str, kind: str) -> Shard | None:
 
 
 def create_shard(file: str, kind: str) -> None:
-    """Writes the rows of a file into the cache, then its contents, whose presence says that all is there."""
+    """Writes the rows of a file into the cache, then its contents, whose presence says that the rows are complete."""
     import pyarrow
 
     contents = Contents()
@@ -189,7 +189,7 @@ def copy_parquet(path: str, contents: Contents) -> tuple:
 
 
 def _is_dictionary(field) -> bool:
-    """Whether a column holds numbers of a dictionary, which an Arrow file could not extend."""
+    """Whether a column is dictionary-encoded, with a dictionary that an Arrow file could not extend."""
     import pyarrow
 
     return pyarrow.types.is_dictionary(field.type)
@@ -206,7 +206,7 @@ def index_row_groups(path: str, contents: Contents) -> tuple:
 
 
 def _open_parquet(path: str, contents: Contents):
-    """The file, its footer as digest; None if it is none."""
+    """The file, with its footer as digest; None if it is not a Parquet file."""
     import pyarrow.parquet
 
     try:
@@ -235,11 +235,11 @@ def _short(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
 
 
-# JSON: a list of records, or one a line
+# JSON: a list of records, or one record per line
 
 
 def index_json(path: str, contents: Contents) -> tuple:
-    """Where each record is; whether it can be read, its reader sees."""
+    """Where each record is; whether it can be read turns out when it is."""
     import pyarrow
 
     schema = pyarrow.schema({"offset": pyarrow.int64(), "size": pyarrow.int64()})
@@ -271,10 +271,10 @@ NEXT_RECORD = re.compile(r"\}\s*,\s*(?=\{)")
 
 
 def _list_places(path: str, contents: Contents) -> Iterator[tuple[int, int]]:
-    """Offset and size of every element of one list; where one is malformed, it goes on behind the next `},{`."""
+    """Offset and size of every element of one list; after a malformed one, it resumes behind the next `},{`."""
     content = Path(path).read_bytes()
     contents.digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-    text = content.decode("latin-1")  # a character for each byte, and JSON's own signs are where they were
+    text = content.decode("latin-1")  # one character per byte, so the punctuation of JSON keeps its place
     decoder, position = json.JSONDecoder(strict=False), text.index("[") + 1
     while True:
         position = SPACE.match(text, position).end()
@@ -310,7 +310,7 @@ def index_tar(path: str, contents: Contents) -> tuple:
 
 
 def tar_members(path: str, contents: Contents) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of every file in a tar; what is between members that should not be is counted as lost."""
+    """Name, offset and size of every file in a tar; bytes between members that should not be there are counted as lost."""
     digest, size, lost = hashlib.blake2b(digest_size=16), os.path.getsize(path), contents.lost
     with open(path, "rb") as file:
         end, last = 0, None  # of the last member
@@ -337,7 +337,7 @@ def tar_members(path: str, contents: Contents) -> Iterator[tuple[str, int, int]]
         elif rest > END_OF_TAR or file.read(max(rest, 0)).strip(b"\0"):
             lost[_hole(end, size) if end else "not a tar file"] += 1
             last = _checked(file, last, lost)
-        elif end and rest < tarfile.BLOCKSIZE:  # a whole one ends in blocks of zeros
+        elif end and rest < tarfile.BLOCKSIZE:  # a complete tar ends in blocks of zeros
             lost[f"the end of a tar, after byte {end}"] += 1
         if last is not None:
             yield last
@@ -345,13 +345,13 @@ def tar_members(path: str, contents: Contents) -> Iterator[tuple[str, int, int]]
 
 
 def _headers(path: str) -> Iterator[tarfile.TarInfo]:
-    """The headers of a tar; what is no header is skipped, in steps of a block."""
+    """The headers of a tar; what is not a header is skipped, block by block."""
     size = os.path.getsize(path)
     try:
         with tarfile.open(path, "r:", ignore_zeros=True) as tar:
             while (member := _next_header(tar, size)) is not None:
                 yield member
-                tar.members = []  # TarFile keeps all it has seen
+                tar.members = []  # TarFile would keep all it has seen
     except tarfile.ReadError:  # empty, or no header in all of it
         return
 
@@ -386,9 +386,9 @@ def group_members(members: Iterator[tuple[str, int, int]], lost: Counter) -> Ite
     """Members (name, offset, size) to samples of (extension, offset, size).
 
     As in webdataset, neighbours whose names are the same up to the first dot are a sample, and what follows the dot is
-    the extension. Where that would merge samples, it is read otherwise: a number behind a dot belongs to the name
+    the extension. Where that would merge samples, other rules apply: a number after a dot belongs to the name
     (`v1.0.png`); if no extension of a group is a known one, the last dot counts (`a.final.png`); and members of one
-    name and extension, in regular turns, are samples of their own. What then has no clear place is lost, and counted.
+    name and extension, in regular turns, are samples of their own. What has no clear place even then is lost, and counted.
     """
     parts = []
     for name, offset, size in members:

@@ -18,14 +18,14 @@ class Source:
     Args:
         path: folder of images, *.json, *.jsonl, *.parquet or *.tar (globs, {000..123}), or hub:owner/name.
         weight: share of the task's samples, relative to the task's other sources.
-        split: of a data set on the Hub; of all others a slice, such as "train[:1000]".
-        image_root: folder of image paths in JSON and parquet; that of the first file when None.
-        latents: folder of what `hydra prepare latents` made of the images, which are then not decoded nor encoded again.
-        streaming: Parquet is read where it is, without a copy in the cache, files and row groups are shuffled as such and
-            inside; a data set on the Hub is read from front to back in shuffled blocks. For what is too large for a copy.
-        targets: folder of the pictures to be painted, under the relative paths of their images (also as .png or .jpg); None
-            where records hold them, in a column of the task's name.
-        prompts: text file of the prompts to paint by, one a line; `data.prompts.PROMPTS` when None.
+        split: that of a data set on the Hub; for all others a slice, such as "train[:1000]".
+        image_root: folder that image paths in JSON and Parquet are relative to; None is that of the first file.
+        latents: folder of what `hydra prepare latents` made of the images, which are then neither decoded nor encoded.
+        streaming: Parquet is read where it is, without a copy in the cache, with files and row groups shuffled, and the rows
+            inside them; a data set on the Hub is read from front to back in shuffled blocks. For what is too large to copy.
+        targets: folder of the images to be painted, under the relative paths of the given images (also as .png or .jpg); None
+            where records hold them, in a column with the name of the task.
+        prompts: text file with the prompts for painting, one per line; None is `data.prompts.PROMPTS`.
         condition_image_size: the given image has at most as many pixels as a square of this side, while the painted one keeps
             its size. A given image that holds every detail can be copied instead of understood.
     """
@@ -45,13 +45,13 @@ class Source:
         check_task(self.task, f"The source {self.path!r}")
         if TASKS[self.task].read is None:
             readable = [name for name, task in TASKS.items() if task.read is not None]
-            raise ValueError(f"task={self.task!r} comes later: data sets are read for {readable}.")
+            raise ValueError(f"task={self.task!r} is not supported yet: data sets are read for {readable}.")
         if not self.path.removeprefix(HUB):
             raise ValueError(f"The source of task {self.task!r} has an empty path.")
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise ValueError(f"{self.path}: weight={self.weight} must be a number above 0.")
         if self.latents is not None and self.is_stream:
-            raise ValueError(f"{self.path}: latents={self.latents} are kept by number, which a stream does not have.")
+            raise ValueError(f"{self.path}: latents={self.latents} are kept by number, and the records of a stream have none.")
         self._check_painting()
 
     def _check_painting(self) -> None:
@@ -74,12 +74,12 @@ class Source:
 
     @property
     def is_stream(self) -> bool:
-        """Whether it can only be read from front to back."""
+        """Whether the source can only be read from front to back."""
         return self.streaming and self.path.startswith(HUB)
 
 
 def parse_source(text: str) -> Source:
-    """The source written as `understand=llava.jsonl,image_root=images,weight=2`. ValueError for a malformed one."""
+    """The source written as `understand=llava.jsonl,image_root=images,weight=2`. Raises ValueError for a malformed one."""
     task, separator, rest = text.partition("=")
     path, *settings = rest.split(",")
     if not separator:
@@ -120,7 +120,7 @@ class Sources:
 
     @property
     def num_workers(self) -> int:
-        """Processes that read ahead: the CPU cores that each training process of this machine has besides its own, up to 8;
+        """Processes that read ahead: the CPU cores that each training process on this machine has besides its own, up to 8;
         none for streams, which are read in order."""
         num_cores = count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return 0 if self.is_streaming else min(8, max(0, num_cores - 1))
@@ -149,5 +149,5 @@ class Sources:
         return ImageBatches(self.sources, image_size, seed, batch_size=batch_size)
 
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
-        """() since data sets name no prompts of their own; a recipe does."""
+        """(), since data sets have no prompts of their own; a recipe has them."""
         return ()

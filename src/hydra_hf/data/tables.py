@@ -24,9 +24,9 @@ STREAM_BLOCK = 512  # records of a stream that are shuffled together
 
 
 def open_table(source: Source, key: tuple, process_index: int = 0, num_processes: int = 1):
-    """A `Table` of a source, or the `Stream` of what is streamed from the Hub.
+    """The `Table` of a source, or the `Stream` of one that is streamed from the Hub.
 
-    Raises ValueError for what is not there, has no records, is damaged as a whole, or cannot be reached.
+    Raises ValueError for a source that does not exist, has no records, is damaged as a whole, or cannot be reached.
     """
     if source.is_stream:
         return Stream(load_hub(source), source.path, key, process_index, num_processes)
@@ -39,7 +39,7 @@ def open_table(source: Source, key: tuple, process_index: int = 0, num_processes
 
 
 def open_source(source: Source) -> Rows:
-    """The records of a source by number. ValueError as for `open_table`."""
+    """The records of a source by number. Raises ValueError as `open_table` does."""
     if source.path.startswith(HUB):
         rows = HubRows(load_hub(source), source.path)
     else:
@@ -52,7 +52,7 @@ def open_source(source: Source) -> Rows:
 
 
 def load_hub(source: Source):
-    """The `datasets.Dataset` of a source, or its IterableDataset when it is streamed. ValueError if it has none."""
+    """The `datasets.Dataset` of a source, or its IterableDataset if it is streamed. Raises ValueError if it has none."""
     from datasets import load_dataset
 
     with reading(source.path):
@@ -61,7 +61,7 @@ def load_hub(source: Source):
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """What `datasets` raises for data sets and networks that fail, as ValueError with the path."""
+    """Turns what `datasets` raises for data sets and networks that fail into ValueError with the path."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -71,7 +71,7 @@ def reading(path: str) -> Iterator[None]:
 
 
 def find_files(path: str) -> list[str]:
-    """The files or the folder that a path with globs and number ranges names, in order. ValueError where none is."""
+    """The files or the folder that a path with globs and number ranges names, in order. Raises ValueError if there are none."""
     files = []
     for pattern in _expand_range(os.path.expanduser(path)):
         found = [pattern] if Path(pattern).exists() else sorted(glob(_escape_folders(pattern), recursive=True))
@@ -82,7 +82,7 @@ def find_files(path: str) -> list[str]:
 
 
 def _escape_folders(pattern: str) -> str:
-    """The pattern without a meaning for what is there literally: in `data[v2]/*.tar`, the folder."""
+    """The pattern with existing folders escaped: the `[v2]` of `data[v2]/*.tar` is part of a name."""
     parts = Path(pattern).parts
     for number in range(len(parts) - 1, 0, -1):
         folder = os.path.join(*parts[:number])
@@ -121,11 +121,11 @@ def _slice(rows: Rows, split: str) -> Rows:
 
 
 class Table:
-    """A data set with random access, as an endless row of shuffled epochs.
+    """A data set with random access, as an endless series of shuffled epochs.
 
     Args:
         key: what the shuffling depends on.
-        in_blocks: shuffled by files or row groups, and inside them, for what is read best piece by piece.
+        in_blocks: shuffle files or row groups, and the records inside them, for what is best read piece by piece.
     """
 
     def __init__(self, rows: Rows, key: tuple, in_blocks: bool = False):
@@ -134,7 +134,7 @@ class Table:
         self.orders: dict[int, OrderInBlocks] = {}
 
     def candidates(self, number: int) -> Iterator[int]:
-        """Place `number`, then others by chance, the same in every process, should it not be readable."""
+        """Place `number`; then random others, the same in every process, in case it cannot be read."""
         epoch, place = divmod(number, len(self.rows))
         key = key_of(*self.key, epoch)
         rng = random.Random(key_of(*self.key, "instead", number))
@@ -145,7 +145,7 @@ class Table:
         order = self._order(epoch, key)
         yield order[place]
         block, places = order.block_of(place)
-        while True:  # near by: a jump would open another file
+        while True:  # nearby: a jump would open another file
             for _ in range(4):
                 yield order[rng.choice(places)]
             block, places = order.block_of(places.stop % len(self.rows))
@@ -155,7 +155,7 @@ class Table:
         return unfold_json(self.rows[index])
 
     def some_records(self, count: int) -> Iterator[dict]:
-        """Records from all over the data that can be read, those at the beginning if these cannot."""
+        """Readable records from all over the data, then from its beginning."""
         spread = dict.fromkeys(number * len(self.rows) // count for number in range(count))
         for index in islice([*spread, *range(min(len(self.rows), MAX_TRIES))], MAX_TRIES):
             try:
@@ -164,7 +164,7 @@ class Table:
                 continue
 
     def _order(self, epoch: int, key: int) -> OrderInBlocks:
-        """The order of an epoch; two are kept, since a step may reach over the end of one."""
+        """The order of an epoch; two are kept, since a step may extend over the end of one."""
         order = self.orders.get(epoch)
         if order is None:
             order = OrderInBlocks(self.rows.parts, key)
@@ -173,9 +173,9 @@ class Table:
 
 
 class Stream:
-    """A data set that is read from front to back again and again: this process's share, in shuffled blocks.
+    """This process's share of a data set that is read from front to back again and again, in shuffled blocks.
 
-    A position is that of the block and the place in it, so a resumed stream reads its block again and is exact.
+    A position is that of the block and the place in it, so a resumed stream reads its block again and continues exactly.
     """
 
     remark, lost = "", Counter()
@@ -193,7 +193,7 @@ class Stream:
         self.block_start = self.share.state_dict()
 
     def candidates(self, number: int) -> Iterator[int]:
-        """How many records were read before, whatever the number; none if this process's share is empty."""
+        """The number of records read before, whatever `number` is; none if this process's share is empty."""
         while True:
             if self.next_place == len(self.block) and not self._read_block():
                 return
@@ -202,16 +202,16 @@ class Stream:
             yield self.num_read - 1
 
     def record(self, place: int) -> dict:
-        """The one that `candidates` is at."""
+        """The record that `candidates` gave last."""
         return unfold_json(self.block[self.next_place - 1])
 
     def some_records(self, count: int) -> Iterator[dict]:
-        """The first ones."""
+        """The first records."""
         with reading(self.path):
             yield from map(unfold_json, islice(self.dataset, count))
 
     def _read_block(self) -> bool:
-        """Whether there is a next block, of this round or of the next."""
+        """Reads the next block, of this round or the next; returns whether there is one."""
         for _ in range(2):
             if self.rows is None:
                 self.rows = iter(self.share)
@@ -230,10 +230,10 @@ class Stream:
     def _start(self, round_number: int) -> None:
         self.rows, self.block, self.next_place = None, [], 0
         self.round, self.num_blocks = round_number, 0
-        self.share.set_epoch(round_number)  # or a loaded position would be where every later round begins too
+        self.share.set_epoch(round_number)  # otherwise every later round would begin at a loaded position
 
     def state_dict(self) -> dict:
-        """The position, for JSON."""
+        """The position, as JSON values."""
         return {
             "round": self.round, "num_blocks": self.num_blocks, "num_read": self.num_read,
             "block_start": self.block_start, "next_place": self.next_place, "has_block": bool(self.block),

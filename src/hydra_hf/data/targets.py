@@ -1,4 +1,4 @@
-"""What a model learns to paint: depth maps and boundaries of segments, made of its images by other models. UniMRG, 3.1."""
+"""What a model learns to paint: depth maps and boundaries of segments, made from its images by other models. UniMRG, 3.1."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -36,11 +36,11 @@ class Painter(Protocol):
 
 @contextmanager
 def loading(model: str) -> Iterator[None]:
-    """Whatever is wrong with a model that is loaded, as ValueError with its name."""
+    """Turns every error in loading a model into ValueError with its name."""
     check_model_name(model)
     try:
         yield
-    except Exception as error:  # transformers raises nearly everything for files that are another model's
+    except Exception as error:  # transformers raises nearly anything for the files of another model
         raise ValueError(f"The model {model} cannot be loaded: {error}") from error
 
 
@@ -48,7 +48,7 @@ def loading(model: str) -> Iterator[None]:
 
 
 def depth_input_size(height: int, width: int, shortest: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """What Depth-Anything resizes an image to: both sides at least as `shortest` (height, width), each a multiple."""
+    """The (height, width) that Depth-Anything resizes an image to: each side at least that of `shortest`, and a multiple."""
     scale = max(shortest[0] / height, shortest[1] / width)
 
     def fit(side: float, least: int) -> int:
@@ -61,10 +61,10 @@ def depth_input_size(height: int, width: int, shortest: tuple[int, int], multipl
 class DepthPainter:
     """Nearness by a depth model, from black (farthest) to white over the whole image, in the image's size.
 
-    An image goes in as Depth-Anything's own code has it, which transformers' pipeline does not: the short side at least the
+    An image is resized as in Depth-Anything's own code, and not as in transformers' pipeline: the short side at least the
     model's, cubic without antialiasing; back to the image's size with corners aligned. Distances (metric models) are inverted.
 
-    Raises ValueError for a model of another kind than Depth-Anything and DPT, whose depth may mean something else.
+    Raises ValueError for a model that is neither Depth-Anything nor DPT: its depth may mean something else.
     """
 
     name = "depth"
@@ -90,7 +90,7 @@ class DepthPainter:
 
     @torch.inference_mode()
     def nearness(self, image: Image.Image) -> Tensor:
-        """(H, W) from 0 to 1, of the size of the RGB image; 0 everywhere where all is equally far."""
+        """Nearness (H, W) from 0 to 1, in the size of the RGB image; 0 everywhere if all is equally far."""
         pixel_values = self._pixel_values(image).to(self.model.device)
         depth = self.model(pixel_values=pixel_values).predicted_depth[:, None]  # (1, 1, h, w)
         if self.kind == "depth_anything" and self.model.config.depth_estimation_type == "metric":
@@ -103,14 +103,14 @@ class DepthPainter:
         return (depth - low) / (high - low) if high - low > 1e-6 else torch.zeros_like(depth)
 
     def _pixel_values(self, image: Image.Image) -> Tensor:
-        """(1, 3, h, w) as the model takes it: a DPT by its own processor."""
+        """The input (1, 3, h, w) of the model; that of a DPT is made by its own processor."""
         processor = self.image_processor
         if self.kind == "dpt":
             return processor(image, return_tensors="pt")["pixel_values"]
         shortest = (processor.size["height"], processor.size["width"])
         size = depth_input_size(image.height, image.width, shortest, processor.ensure_multiple_of)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-        pixels = torch.nn.functional.interpolate(pixels, size, mode="bicubic")  # OpenCV's cubic, to rounding
+        pixels = torch.nn.functional.interpolate(pixels, size, mode="bicubic")  # OpenCV's cubic, up to rounding
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
         return (pixels - mean) / std
 
@@ -119,9 +119,9 @@ class DepthPainter:
 
 
 def boundaries(instance_masks: Tensor) -> Tensor:
-    """Of each mask its pixels that touch, also by a corner, one outside of it: (N, H, W) bool to (H, W) bool.
+    """The pixels of each mask that touch one outside of it, also by a corner: (N, H, W) bool to (H, W) bool.
 
-    The lines are one pixel wide, inside the masks; there is none along the border of the picture.
+    The lines are one pixel wide, inside the masks; there is none along the border of the image.
     """
     outside = (~instance_masks).float()
     touches = torch.nn.functional.max_pool2d(outside[:, None], 3, stride=1, padding=1)[:, 0] > 0
@@ -146,11 +146,11 @@ def drawn_size(width: int, height: int, image_processor: HydraImageProcessor) ->
 
 
 class SegmentPainter:
-    """Boundaries of all masks that SAM finds, white on black, drawn in the size that training takes of the image: there,
-    lines are one pixel wide and whole.
+    """Boundaries of all masks that SAM finds, white on black, drawn in the size in which training uses the image: lines are
+    one pixel wide and whole there.
 
     Args:
-        image_processor: its `generated_size` says what training takes of an image.
+        image_processor: its `generated_size` is the size in which training uses an image.
     """
 
     name = "segment"
@@ -167,7 +167,7 @@ class SegmentPainter:
 
         with loading(model):
             kind = AutoConfig.from_pretrained(model).model_type
-        if kind not in MASK_MODELS:  # the pipeline only logs that
+        if kind not in MASK_MODELS:  # the pipeline would only log that
             raise ValueError(f"The segment model {model} is of type {kind!r}, expected one of {sorted(MASK_MODELS)}.")
         with loading(model):
             self.generator = pipeline("mask-generation", model=model, device=device, dtype=torch.float32)
@@ -192,9 +192,9 @@ class SegmentPainter:
 
 
 def image_policy(size: str, patch_size: int) -> HydraImageProcessor:
-    """What training takes of images: `448` is as many pixels as a square of this side, `448x336` this height and width.
+    """How training resizes images: `448` means as many pixels as a square of this side, `448x336` this height and width.
 
-    Raises ValueError for a size of another form, or of less than a patch.
+    Raises ValueError for a size of another form, or of less than one patch.
     """
     sides = [int(side) if side.isdecimal() else 0 for side in size.split("x")]
     if len(sides) > 2 or patch_size < 1 or min(sides) < patch_size:

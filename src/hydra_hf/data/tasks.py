@@ -1,4 +1,4 @@
-"""The table of tasks: everything that follows from a task's name. A new task is a row here, and what reads its records.
+"""The table of tasks: everything that follows from a task's name. A new task is a row here and a function that reads its records.
 
 Images of the user are given, images of the assistant are generated; text of the assistant is scored.
 """
@@ -34,8 +34,8 @@ class Task:
         fits: whether records with these columns can become samples; None where data sets are not read yet.
         read: the messages of a record, images undecoded. Raises `UnreadableRecordError`.
         drops_prompt: whether a share of the prompts is replaced by the empty one, for guidance.
-        paint: the generated image shows the given one: the same part of both is used, and this makes its pixels. None where
-            the generated image is on its own.
+        paint: makes the pixels of a generated image that shows the given one; the same part of both is used. None where the
+            generated image does not depend on a given one.
         target: what is painted: a column of a record, or a folder that `hydra prepare unimrg` makes. "" is the image itself.
     """
 
@@ -59,11 +59,11 @@ class Task:
 
     @property
     def num_images(self) -> int:
-        """Of a sample of one turn."""
+        """The number of images in a sample of one turn."""
         return (self.user + self.assistant).count("image")
 
     def blank_messages(self, image: Tensor) -> list[dict]:
-        """A sample of the task's form that says nothing, with `image` (3, H, W) wherever it has one."""
+        """Messages of the task's form without meaning, with `image` (3, H, W) wherever there is one."""
         parts = {"text": {"type": "text", "text": DESCRIBE}, "image": {"type": "image", "image": image}}
         return [
             {"role": role, "content": [parts[kind] for kind in getattr(self, role)]} for role in ("user", "assistant")
@@ -71,6 +71,7 @@ class Task:
 
 
 def images_of(messages: list[dict]) -> list[dict]:
+    """The image parts of messages, in order."""
     return [part for message in messages for part in message["content"] if part["type"] == "image"]
 
 
@@ -96,11 +97,11 @@ def read_generation(reader: "RecordReader", record: dict) -> list[dict]:
 
 
 def read_painting(reader: "RecordReader", record: dict) -> list[dict]:
-    """A prompt and an image, then what is painted of it; in this order, see `pipelines.painting`."""
+    """A prompt and an image, in this order (see `pipelines.painting`), then what is painted of it."""
     return reader.painting(record)
 
 
-TASKS = {  # the order numbers the tasks where their noise is drawn: new rows go to the end
+TASKS = {  # the order numbers the tasks for the seeds of their noise: new rows go to the end
     "text": Task(user=("text",), assistant=("text",), fits=lambda columns: bool(columns.chat), read=read_text),
     "understand": Task(
         user=("image", "text"), assistant=("text",),
@@ -134,6 +135,6 @@ def task_number(name: str) -> int:
 
 
 def check_task(name: str, where: str) -> None:
-    """Raises ValueError for a name that is no task."""
+    """Raises ValueError for a name that is not a task."""
     if name not in TASKS:
         raise ValueError(f"{where} has task={name!r}, expected one of {list(TASKS)}.")

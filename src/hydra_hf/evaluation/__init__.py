@@ -1,1 +1,1 @@
-"""How good a trained model is, measured."""
+"""Measures how good a trained model is."""

@@ -1,4 +1,4 @@
-"""Frozen pretrained networks that judge pictures, read from safetensors."""
+"""Frozen pretrained networks that judge images, read from safetensors."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def to_imagenet(pixel_values: Tensor) -> Tensor:
-    """Pixels (B, 3, H, W) in [-1, 1], not clamped -> ImageNet's statistics."""
+    """Pixels (B, 3, H, W) in [-1, 1] to ImageNet's statistics, without clamping."""
     mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((pixel_values + 1) / 2 - mean) / std
 
 
 def load_weights(path: str) -> dict[str, Tensor]:
-    """A state dict. Raises ValueError, with what to do, if the file is missing or not safetensors."""
+    """A state dict. Raises ValueError that says what to do if the file is missing or not safetensors."""
     from safetensors.torch import load_file
 
     if Path(path).suffix != ".safetensors":
@@ -31,7 +31,7 @@ def load_weights(path: str) -> dict[str, Tensor]:
 
 
 def load_timm(name: str, weights: str | None, **kwargs) -> nn.Module:
-    """The frozen timm model `name`, of "timm:NAME"; without `weights` timm fetches its own.
+    """The frozen timm model `name`, "timm:NAME"; without `weights`, timm downloads its own.
 
     Raises ValueError if timm has no such model, or if the weights do not fit it.
     """
@@ -49,7 +49,7 @@ def load_timm(name: str, weights: str | None, **kwargs) -> nn.Module:
 
 
 def load_strictly(model: nn.Module, weights: dict[str, Tensor], complaint: str) -> None:
-    """Every parameter of `model` from `weights`, which may hold more (a classifier, layers not built)."""
+    """Loads all of `model` from `weights`, which may hold more (a classifier, unused layers). Raises ValueError with `complaint` if they do not fit."""
     wanted = {name for name, _ in model.named_parameters()}
     wanted |= {name for name, _ in model.named_buffers() if not name.endswith("num_batches_tracked")}
     if missing := sorted(wanted - set(weights)):
@@ -65,7 +65,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 class PooledFeatures(nn.Module):
-    """Global features (B, d) of a timm model, for a Frechet distance; `name` says which; report it with the number."""
+    """Global features (B, d) of a timm model, for a Frechet distance; report `name` next to the number."""
 
     def __init__(self, backbone: str, weights: str | None):
         super().__init__()

@@ -5,12 +5,12 @@ from torch import Tensor, nn
 
 
 def foreground_of(depth: Tensor) -> Tensor:
-    """Where a depth map (B, 3, H, W) in [-1, 1] has an object, (B, H, W): nearer than a quarter of the range."""
+    """Where a depth map (B, 3, H, W) in [-1, 1] has an object, (B, H, W): above the farthest quarter of the range."""
     return depth.mean(dim=1) > -0.5
 
 
 def depth_similarity(depth: Tensor, truth: Tensor) -> Tensor:
-    """The paper's 1 - mean absolute error of maps (B, 3, H, W) in [-1, 1], read as [0, 1]; (B,). Black alone scores high."""
+    """The paper's score, 1 - mean absolute error, of maps (B, 3, H, W) in [-1, 1], read as [0, 1]; (B,). Even black scores high."""
     return 1 - (depth - truth).abs().flatten(1).mean(dim=1) / 2
 
 
@@ -22,13 +22,13 @@ def foreground_error(depth: Tensor, truth: Tensor) -> Tensor:
 
 
 def intersection_over_union(mask: Tensor, truth: Tensor) -> Tensor:
-    """Of masks (B, H, W), (B,); 1 where both are empty."""
+    """Intersection over union of masks (B, H, W); (B,), 1 where both are empty."""
     both, either = (mask & truth).flatten(1).sum(dim=1), (mask | truth).flatten(1).sum(dim=1)
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
 def order_accuracy(depth: Tensor, objects: Tensor, distances: Tensor) -> tuple[int, int]:
-    """Of one map (3, H, W): how many pairs of objects at different distances are in the right order, and how many there are.
+    """How many pairs of objects at different distances a map (3, H, W) has in the right order, and how many pairs there are.
 
     Args:
         objects: (n, H, W) bool, one mask for each object.
@@ -42,7 +42,7 @@ def order_accuracy(depth: Tensor, objects: Tensor, distances: Tensor) -> tuple[i
 def boundary_f(boundaries: Tensor, truth: Tensor, tolerance: int | None = None) -> Tensor:
     """F measure of white lines on black (B, 3, H, W) in [-1, 1], (B,); 1 where both are empty.
 
-    A line counts where one of the other map is at most `tolerance` pixels away, by default .0075 of the diagonal, at least 1.
+    A pixel of a line counts if one of the other map is at most `tolerance` pixels away, by default .0075 of the diagonal, at least 1.
     """
     height, width = truth.shape[-2:]
     tolerance = max(1, round(0.0075 * (height**2 + width**2) ** 0.5)) if tolerance is None else tolerance
@@ -59,6 +59,6 @@ def white_share(boundaries: Tensor) -> Tensor:
 
 
 def _share_near(lines: Tensor, others: Tensor, tolerance: int) -> Tensor:
-    """The share of `lines` (B, H, W) with one of `others` near, (B,)."""
+    """The share of the pixels of `lines` (B, H, W) that have one of `others` nearby, (B,)."""
     reach = nn.functional.max_pool2d(others.float()[:, None], 2 * tolerance + 1, stride=1, padding=tolerance)[:, 0] > 0
     return (lines & reach).flatten(1).sum(dim=1) / lines.flatten(1).sum(dim=1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Distances between pictures, and between sets of pictures."""
+"""Distances between images, and between sets of images."""
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,18 @@ def psnr(pixel_values: Tensor, others: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each pair (B, 3, H, W) in [-1, 1], both rounded to 8 bits; (B,)."""
     _check_shapes(pixel_values, others)
     error = ((to_8_bits(pixel_values) - to_8_bits(others)) ** 2).flatten(1).mean(dim=1)
-    return -10 * torch.log10(error.clamp(min=1e-10))  # equal pictures: 100 dB
+    return -10 * torch.log10(error.clamp(min=1e-10))  # equal images: 100 dB
 
 
 def ssim(pixel_values: Tensor, others: Tensor) -> Tensor:
     """Structural similarity of each pair (B, 3, H, W) in [-1, 1], both rounded to 8 bits; (B,), 1 is equal.
 
-    As scikit-image with `gaussian_weights=True, sigma=1.5, use_sample_covariance=False`: a Gaussian window of 11 pixels
-    that stays inside the picture, channels apart. Raises ValueError if the shapes differ or a side is below 11.
+    As in scikit-image with `gaussian_weights=True, sigma=1.5, use_sample_covariance=False`: a Gaussian window of 11 pixels
+    that stays inside the image, each channel alone. Raises ValueError if the shapes differ or a side is below 11.
     """
     _check_shapes(pixel_values, others)
     if min(pixel_values.shape[-2:]) < 11:
-        raise ValueError(f"Pictures {tuple(pixel_values.shape)} must be at least 11 pixels high and wide for SSIM.")
+        raise ValueError(f"Images {tuple(pixel_values.shape)} must be at least 11 pixels high and wide for SSIM.")
     first, second = to_8_bits(pixel_values).flatten(0, 1)[:, None], to_8_bits(others).flatten(0, 1)[:, None]
     offsets = torch.arange(-5.0, 6.0, device=first.device)
     weights = torch.softmax(-(offsets**2) / (2 * 1.5**2), dim=0)  # a Gaussian that sums to 1
@@ -44,7 +44,7 @@ def ssim(pixel_values: Tensor, others: Tensor) -> Tensor:
 def frechet_distance(features: Tensor, others: Tensor) -> float:
     """Squared Frechet distance of the Gaussians fitted to two feature sets (n, d) and (m, d), in fp64.
 
-    It is FID only for Inception features under FID's protocol; name the backbone with it. With n <= d the covariance is
+    It is FID only for Inception features under FID's protocol; report the backbone with it. With n <= d the covariance is
     singular and the distance too large. Raises ValueError if ranks or widths differ, or there are fewer than two features.
     """
     if features.ndim != 2 or others.ndim != 2 or features.shape[1] != others.shape[1]:
@@ -66,4 +66,4 @@ def _matrix_root(matrix: Tensor) -> Tensor:
 
 def _check_shapes(pixel_values: Tensor, others: Tensor) -> None:
     if pixel_values.shape != others.shape:
-        raise ValueError(f"Pictures {tuple(pixel_values.shape)} and {tuple(others.shape)} must have one shape.")
+        raise ValueError(f"Images {tuple(pixel_values.shape)} and {tuple(others.shape)} must have the same shape.")

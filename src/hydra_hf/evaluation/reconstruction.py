@@ -1,4 +1,4 @@
-"""How much of a picture survives the tokenizer."""
+"""How much of an image survives the tokenizer."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,7 +13,7 @@ from .metrics import frechet_distance, psnr, ssim
 
 @torch.no_grad()
 def reconstruct(model: HydraTokModel, pixel_values: Tensor, seed: int = 0, batch_size: int = 64) -> Tensor:
-    """Pixels (B, 3, H, W) through the mean of the posterior and back; the copies are where the originals are."""
+    """Pixels (B, 3, H, W) in [-1, 1], encoded to the mean of the posterior and decoded again, on the device of the originals."""
     generator = torch.Generator().manual_seed(seed)
     parts = [
         model.decode(model.encode(part.to(model.device)).latent, generator=generator).sample
@@ -27,9 +27,9 @@ def score_reconstructions(
     features: PooledFeatures | None = None,
     gather: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> dict[str, float]:
-    """Mean `psnr` in dB and `ssim` of batches of pictures and their copies; with `features`, `frechet/NAME` between the two.
+    """Mean `psnr` in dB and `ssim` of batches of images and their copies; with `features`, also `frechet/NAME` between the two.
 
-    `gather` gives the rows of all processes, each of which has batches of its own.
+    `gather` returns the rows of all processes, each of which has its own batches.
     """
     scores, pooled = {"psnr": [], "ssim": []}, ([], [])
     for originals, copies in pairs:
@@ -45,7 +45,7 @@ def score_reconstructions(
 
 
 def photo_crops(size: int) -> Tensor:
-    """Every whole tile of `size` px of the colour photographs inside scikit-image, halved; (B, 3, size, size)."""
+    """All whole tiles of `size` px of scikit-image's colour photographs, halved; (B, 3, size, size) in [-1, 1]."""
     import numpy as np  # with scikit-image: pip install hydra_hf[eval]
     from skimage import data
 

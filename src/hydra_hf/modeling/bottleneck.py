@@ -21,7 +21,7 @@ class Bottleneck(nn.Module):
     """D -> 2C -> a Gaussian per token -> D, with the statistics that normalise its latents.
 
     Sem-ViT reads the mean (deterministic), the decoder a sample; each has its own unprojection (our choice), so that
-    the later stages can train one and leave the other.
+    later stages can train one and leave the other unchanged.
     """
 
     def __init__(self, config):
@@ -34,11 +34,12 @@ class Bottleneck(nn.Module):
         self.register_buffer("latents_std", torch.ones(config.latent_channels))
 
     def init_statistics(self) -> None:
-        """The identity, until `set_latents_statistics` says otherwise."""
+        """Makes the normalisation the identity, until `set_latents_statistics` is called."""
         init.zeros_(self.latents_mean)
         init.ones_(self.latents_std)
 
     def forward(self, hidden_states: Tensor) -> BottleneckOutput:
+        """`hidden_states` (B, N, D) of Gen-ViT."""
         mean, logvar = self.down_proj(hidden_states).chunk(2, dim=-1)  # mu, rho in eq. 2
         return BottleneckOutput(
             mean=mean,
@@ -47,10 +48,11 @@ class Bottleneck(nn.Module):
         )
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Tokens (B, N, C) as the flow sees them: zero mean and unit variance in each channel."""
+        """Latents (B, N, C) with zero mean and unit variance in each channel, as the flow reads them."""
         return (latents - self.latents_mean) / self.latents_std
 
     def denormalize(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
         return latents * self.latents_std + self.latents_mean
 
 

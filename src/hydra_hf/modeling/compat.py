@@ -1,7 +1,7 @@
 """What differs between the supported versions of transformers, in one place; the oldest and the newest are in setup.cfg.
 
 Inside this package a cache of keys and values is `cache`, as in transformers 5.24. Up to 5.23 it is `past_key_values`, in the
-arguments of forwards and in the fields of outputs. `CACHE` is the installed library's word, for calls to the library.
+arguments of forwards and in the fields of outputs. `CACHE` is the installed library's name for it, for calls to the library.
 """
 
 import warnings
@@ -27,11 +27,11 @@ CHECKPOINTING = (
     if hasattr(PreTrainedModel, "activation_checkpointing_enable")
     else "gradient_checkpointing"
 )
-"""The library's word for computing activations twice: an argument of TrainingArguments."""
+"""The library's name for recomputing activations: an argument of TrainingArguments."""
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache, under whichever of its two names it came. Raises ValueError for both at once; warns of the library's old one."""
+    """The cache, whichever of its two names was used. Raises ValueError for both at once; warns if the old name is deprecated."""
     if cache is not None and past_key_values is not None:
         raise ValueError("Got both cache and past_key_values, expected one: they are two names of one argument.")
     if past_key_values is not None and CACHE == "cache":
@@ -40,7 +40,7 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
 
 
 def enable_checkpointing(model: PreTrainedModel, use_reentrant: bool | None = None) -> None:
-    """Has `model` compute its activations twice rather than keep them; None is the library's own choice."""
+    """Makes `model` recompute its activations rather than keep them; None leaves `use_reentrant` to the library."""
     options = {} if use_reentrant is None else {f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}}
     getattr(model, f"{CHECKPOINTING}_enable")(**options)
 
@@ -50,7 +50,7 @@ if hasattr(modeling_utils, "slice_logits_to_keep"):  # since 5.21
 else:
 
     def slice_logits_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-        """Hidden states (B, L, D) of the last `logits_to_keep` positions, 0 is all; or of those that a tensor names."""
+        """Hidden states (B, L, D) of the last `logits_to_keep` positions, of all for 0, or of those in a tensor of positions."""
         if isinstance(logits_to_keep, Tensor):
             return hidden_states[:, logits_to_keep]
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
@@ -131,17 +131,17 @@ if hasattr(ProcessorMixin, "return_mm_token_type_ids"):  # since 5.23, an attrib
 else:
 
     class TypedProcessingKwargs(ProcessingKwargs, total=False):
-        """What a processor takes; it gives `mm_token_type_ids` unless it is told not to."""
+        """The arguments of a processor, which returns `mm_token_type_ids` by default."""
 
         _defaults = {"text_kwargs": {"return_mm_token_type_ids": True}}
 
 
-if hasattr(ProcessorMixin, "return_mm_token_type_ids"):  # since 5.23, when generate too learnt of these
+if hasattr(ProcessorMixin, "return_mm_token_type_ids"):  # since 5.23, when `generate` too began to use these
     GenerationMixin = generation.GenerationMixin
 else:
 
     class GenerationMixin(generation.GenerationMixin):
-        """The library's, for images: their blocks in the masks of static caches, and their order in several answers."""
+        """The library's mixin, corrected for images: their blocks in the masks of static caches, their order in several answers."""
 
         def prepare_inputs_for_generation(self, input_ids, mm_token_type_ids=None, attention_mask=None, **kwargs):
             inputs = super().prepare_inputs_for_generation(
@@ -158,7 +158,7 @@ else:
             return inputs
 
         def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
-            """Every answer has all images of its row: [A, B] is [A, B, A, B], where 5.18 gives [A, A, B, B]."""
+            """Every answer gets all images of its row: [A, B] becomes [A, B, A, B], where 5.18 gives [A, A, B, B]."""
             images = mm_encoder_output.get("image")
             if images is not None:
                 embeds = images.pooler_output
@@ -170,7 +170,7 @@ else:
             return mm_encoder_output
 
     def _rows_of_images(lengths: list[int], placeholders: list[int]) -> list[list[int]]:
-        """Which images stand in each row, given the tokens of every image and the placeholders of every row."""
+        """Which images belong to each row, given the number of tokens of every image and of placeholders of every row."""
         rows, index = [], 0
         for num_tokens in placeholders:
             start = index

@@ -16,7 +16,7 @@ from .compat import ConfigOfParts, SubConfigSpec
 
 
 def _check_layers(name: str, config: PreTrainedConfig, multiple: int = 1) -> None:
-    """What every transformer here needs: heads that divide the width, and an activation that exists."""
+    """Raises ValueError unless the heads divide the width and the activation exists."""
     _check_positive(name, config)
     if config.hidden_size % (config.num_attention_heads * multiple):
         raise ValueError(
@@ -39,7 +39,7 @@ def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def _check_language_model(config: PreTrainedConfig) -> None:
-    """What transformers leaves to the moment when the model is built."""
+    """Checks what transformers checks only when the model is built. Raises ValueError."""
     _check_positive("text_config", config)
     values = config.to_dict()
     if values["num_attention_heads"] % values.get("num_key_value_heads", 1):
@@ -88,8 +88,8 @@ class PixelFlowDecoderConfig(HydraPreTrainedConfig):
     The sizes S, M and L have exactly the paper's 144.26M, 240.85M and 358.44M parameters; the wiring is our choice.
 
     Args:
-        prediction_type: "sample": the network's output is read as the clean pixels (our choice), or "velocity" (the paper).
-        num_inference_steps: Euler steps of `decode` when the caller names none; 1 is the paper's.
+        prediction_type: whether the network predicts the clean pixels ("sample", our choice) or the "velocity" (the paper).
+        num_inference_steps: Euler steps of `decode` by default; the paper has 1.
     """
 
     model_type = "hydra_pixel_flow_decoder"
@@ -155,16 +155,16 @@ class HydraTokConfig(HydraPreTrainedConfig):
     """One ViT cut in two by a bottleneck of `latent_channels`. HYDRA, section 3.
 
     Args:
-        image_size: size at which the learned position table was made; any multiple of `patch_size` runs.
-        position_interpolation: how that table bends to other grids: "bicubic" (InternViT and SigLIP), or "bilinear" with
-            antialias (SigLIP2 naflex).
-        image_mean, image_std: statistics that the ViT wants of pixels in [0, 1]; callers always give [-1, 1].
+        image_size: size for which the position table was learned; any multiple of `patch_size` works.
+        position_interpolation: how that table is resized to other grids: "bicubic" (InternViT and SigLIP), or "bilinear"
+            with antialias (SigLIP2 naflex).
+        image_mean, image_std: statistics that the ViT expects of pixels in [0, 1]; callers always give [-1, 1].
         layer_scale_init_value: None for a ViT without layer scale.
-        use_sem_positions: tell Sem-ViT where each token is, through a projection that starts at zero, so that a converted
-            ViT starts as it was (our choice). False is the papers' literal form: Sem-ViT is told by the latents alone, and
-            of noise it cannot tell one place from another.
-        decoder_config: None for an encoder without decoder.
-        scaling_factor, shift_factor: read by diffusers; the latents are normalised already, so 1 and 0.
+        use_sem_positions: add positions to the input of Sem-ViT, through a projection that starts at zero, so that a
+            converted ViT starts unchanged (our choice). False is the papers' literal form: only the latents say where a
+            token is, and in pure noise Sem-ViT cannot tell one place from another.
+        decoder_config: None for an encoder without a decoder.
+        scaling_factor, shift_factor: read by diffusers; 1 and 0, since the latents are normalised already.
     """
 
     model_type = "hydra_tok"
@@ -228,7 +228,7 @@ class HydraTokConfig(HydraPreTrainedConfig):
 
     @classmethod
     def siglip2_so400m(cls, **kwargs) -> "HydraTokConfig":
-        """SigLIP2-So400m/16 naflex cut 13 | 14 (our choice), with the ViT decoder of HYDRA-X unless `decoder_config` says else."""
+        """SigLIP2-So400m/16 naflex cut 13 | 14 (our choice), with the ViT decoder of HYDRA-X unless `decoder_config` is given."""
         so400m = {
             "hidden_size": 1152,
             "num_gen_layers": 13,
@@ -251,11 +251,11 @@ class HydraTokConfig(HydraPreTrainedConfig):
 
 @strict
 class VisionHeadConfig(HydraPreTrainedConfig):
-    """AdaLN-Zero transformer from the LLM's states to latent velocity. HYDRA, section 2.2; the sizes are our choice.
+    """AdaLN-Zero transformer from the LLM's states to the velocity of latents. HYDRA, section 2.2; the sizes are our choice.
 
     Args:
-        use_latent_skip: let the head read the noisy latents besides the LLM's states (our choice: without it the noise has to
-            come through Sem-ViT and the LLM, and much less is learnt). False is the papers' literal form.
+        use_latent_skip: the head also reads the noisy latents (our choice: otherwise the noise has to pass through Sem-ViT
+            and the LLM, and much less is learnt). False is the papers' literal form.
     """
 
     model_type = "hydra_vision_head"
@@ -278,17 +278,18 @@ class VisionHeadConfig(HydraPreTrainedConfig):
 
 @strict
 class HydraConfig(HydraPreTrainedConfig):
-    """A decoder-only language model that reads and draws through HYDRA-TOK. HYDRA, section 2.2.
+    """A decoder-only language model that reads and generates images through HYDRA-TOK. HYDRA, section 2.2.
 
     What the paper leaves open is a field here, and its default is our choice.
 
     Args:
-        llm_visual_input: "semantic": the LLM reads Sem-ViT's states (HYDRA-X, section 3); "latent": the bottleneck's.
-        use_time_token: put the noise level as one token in front of each image block.
-        sigma_shift: None shifts by sqrt(N C / 4096) within [3, 8], N tokens of C channels.
-        sigma_logit_std: spread of the logit-normal noise levels in training; at 1 the sampler's first steps would hardly ever
-            be trained for.
-        null_prompt_ids: the empty prompt up to <|vision_start|>, for guidance in `generate`; Qwen2.5's by default.
+        llm_visual_input: what the LLM reads of images: "semantic", the states of Sem-ViT (HYDRA-X, section 3), or "latent",
+            those of the bottleneck.
+        use_time_token: put a token with the noise level in front of each image block.
+        sigma_shift: shift of the noise levels; None is sqrt(N C / 4096), clamped to [3, 8], for N tokens of C channels.
+        sigma_logit_std: standard deviation of the logit-normal noise levels in training; with 1, the noise levels of the
+            sampler's first steps would hardly ever be trained.
+        null_prompt_ids: ids of the empty prompt up to <|vision_start|>, for guidance in `generate`; Qwen2.5's by default.
     """
 
     model_type = "hydra"
@@ -317,7 +318,7 @@ class HydraConfig(HydraPreTrainedConfig):
     def __post_init__(self, **kwargs):
         try:
             super().__post_init__(**kwargs)
-        except KeyError as error:  # how transformers says that rope_parameters lack one
+        except KeyError as error:  # what transformers raises if rope_parameters lack a field
             raise ValueError(f"text_config: {error.args[0]}") from error
         self.tie_word_embeddings = (
             self.text_config.tie_word_embeddings

@@ -13,7 +13,7 @@ def expand_sigma(sigma: Tensor, like: Tensor) -> Tensor:
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Data carried to noise level `sigma` (B,); at 0 it is the data itself, at 1 the noise."""
+    """Data at noise level `sigma` (B,), x_t = (1 - t) x + t eps; at 0 it is the data itself, at 1 the noise."""
     sigma = expand_sigma(sigma, clean)
     return (1 - sigma) * clean + sigma * noise
 
@@ -29,24 +29,24 @@ def predict_clean(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity_from_clean(noisy: Tensor, clean: Tensor, sigma: Tensor, min_sigma: float = 0.05) -> Tensor:
-    """The velocity that leads from an estimate of the data to `noisy`; `min_sigma` bounds the division."""
+    """The velocity from an estimate of the data to `noisy`, (x_t - x) / t; `min_sigma` bounds the division."""
     return (noisy - clean) / expand_sigma(sigma, noisy).clamp(min=min_sigma)
 
 
 def euler_step(noisy: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
-    """One step along the velocity, from `sigma` to the smaller `next_sigma`: scalars, or what broadcasts over `noisy`."""
+    """One step along the velocity, from `sigma` to the smaller `next_sigma`, which are scalars or broadcast over `noisy`."""
     return noisy + (next_sigma - sigma) * velocity
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """Noise levels moved towards noise (shift > 1), as much in training as in sampling."""
+    """Noise levels moved towards noise (shift > 1), s t / (1 + (s - 1) t), the same in training and in sampling."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def resolution_shift(num_values: int) -> float:
     """The shift that fits a latent of `num_values` numbers: sqrt(N C / 4096), between 3 and 8 (our choice, after RAE).
 
-    Where things are is decided at high noise, however few the tokens: at 1 the toy world's places are not learnt.
+    Where things are is decided at high noise, however few the tokens: with a shift of 1, the toy world's places are not learnt.
     """
     return min(max((num_values / 4096) ** 0.5, 3.0), 8.0)
 
@@ -54,14 +54,14 @@ def resolution_shift(num_values: int) -> float:
 def sample_sigma(
     num_samples: int, *, shift: float = 1.0, logit_std: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Logit-normal noise levels (num_samples,), shifted (our choice, after SD3)."""
+    """Logit-normal noise levels (num_samples,) in (0, 1), shifted (our choice, after SD3)."""
     return shift_sigma(torch.sigmoid(logit_std * torch.randn(num_samples, generator=generator)), shift)
 
 
 def inference_sigmas(num_inference_steps: int, shift: float = 1.0) -> Tensor:
-    """The noise levels at which a sampler evaluates, from 1 down; the step after the last one ends at 0.
+    """The noise levels at which a sampler evaluates, from 1 down; the step from the last one ends at 0.
 
-    The scheduler's own default spends its last step on 0.001, so pipelines pass these.
+    The scheduler's own default spends its last step on 0.001, so pipelines pass these. Raises ValueError below one step.
     """
     if num_inference_steps < 1:
         raise ValueError(f"{num_inference_steps=} must be at least 1.")

@@ -1,4 +1,4 @@
-"""Who sees whom in a sequence: causal over text, bidirectional inside an image, nothing across samples packed into one row."""
+"""Which tokens attend to which in a sequence: causal over text, bidirectional inside an image, nothing across samples packed into one row."""
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def create_masks(
 
 
 def full_mask(inputs_embeds: Tensor, cache: Cache | None) -> Tensor:
-    """Ones (B, past + L). Without a mask, transformers reads jumps in the positions as packed sequences and cuts attention
+    """Ones (B, past + L). Without a mask, transformers takes jumps in the positions for packed sequences and cuts attention
     there."""
     past_length = 0 if cache is None else cache.get_seq_length()
     batch_size, length = inputs_embeds.shape[:2]
@@ -34,21 +34,21 @@ def full_mask(inputs_embeds: Tensor, cache: Cache | None) -> Tensor:
 def create_packed_masks(
     config: PreTrainedConfig, inputs_embeds: Tensor, document_ids: Tensor, mm_token_type_ids: Tensor
 ):
-    """The masks of rows that hold several documents, see `document_positions`, none of which sees another."""
-    # That detection is what is wanted here. The ids of image blocks are unique in a row, so no block joins two documents.
+    """The masks of rows with several documents, see `document_positions`, none of which attends to another."""
+    # transformers finds the documents by these positions. Ids of image blocks are unique in a row, so no block joins documents.
     positions = document_positions(document_ids)
     return create_masks(config, inputs_embeds, None, None, positions, mm_token_type_ids)
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
-    """Positions (B, L) that start again from 0 where another document of a row begins."""
+    """Positions (B, L) that restart at 0 where another document of a row begins."""
     before = nn.functional.pad(document_ids, (1, 0), value=-1)[:, :-1]
     index = torch.arange(document_ids.shape[1], device=document_ids.device)
     return index - torch.where(document_ids != before, index, 0).cummax(dim=1).values
 
 
 def check_documents(document_ids: Tensor, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None):
-    """Raises ValueError for ids of another shape than the inputs (B, L, D), or next to a mask or a cache."""
+    """Raises ValueError for ids of another shape than the inputs (B, L, D), or together with a mask or a cache."""
     if document_ids.shape != inputs_embeds.shape[:2]:
         raise ValueError(
             f"document_ids {tuple(document_ids.shape)} must be {tuple(inputs_embeds.shape[:2])}, as input_ids."
