@@ -20,8 +20,12 @@ def parser(description: str, layers: int, runs: int = 3, dtype: str = "fp32") ->
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--runs", type=int, default=runs, help="timed runs, after one to warm up; the median is reported")
-    parser.add_argument("--layers", type=int, default=layers, help="layers of the language model, or of each half of the ViT")
+    parser.add_argument(
+        "--runs", type=int, default=runs, help="timed runs, after one to warm up; the median is reported"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=layers, help="layers of the language model, or of each half of the ViT"
+    )
     choices = list(DTYPES) if dtype in DTYPES else [*DTYPES, dtype]
     parser.add_argument("--dtype", choices=choices, default=dtype)
     parser.add_argument("--device", default="cpu", help="such as cuda")

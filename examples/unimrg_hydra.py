@@ -40,7 +40,9 @@ def create_recipe(options: argparse.Namespace) -> HydraRecipe:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--init", help="folder or Hub id of a trained HYDRA; without it, the embedded model and the toy world")
+    parser.add_argument(
+        "--init", help="folder or Hub id of a trained HYDRA; without it, the embedded model and the toy world"
+    )
     parser.add_argument("--annotations", type=Path, help="JSON in LLaVA's format")
     parser.add_argument("--images", type=Path, help="folder of its images")
     parser.add_argument("--targets", type=Path, help="folder that `hydra prepare unimrg` made")

@@ -270,7 +270,7 @@ def test_token_types_of_another_shape_are_refused(qwen, shape):
 @pytest.mark.parametrize("scale", [255.0, 2.0])
 def test_questions_about_pixels_outside_their_range_are_refused(qwen, scale):
     ids = torch.tensor([sequence(1, "image", 2)])
-    with pytest.raises(ValueError, match=r"reach from .* expected pixels in \[-1, 1\]"):
+    with pytest.raises(ValueError, match=r"range from .* expected pixels in \[-1, 1\]"):
         qwen(input_ids=ids, pixel_values=scale * torch.ones(1, 3, 8, 8))
 
 
@@ -747,7 +747,7 @@ def test_a_prefix_of_another_number_of_rows_is_refused(qwen, lengths):
 
 def test_a_prompt_that_does_not_open_an_image_is_refused(qwen):
     with pytest.raises(
-        ValueError, match=rf"ends with vision_start_token_id={START}; the last tokens are \[{START}, 3\]"
+        ValueError, match=rf"end with vision_start_token_id={START}; the last tokens are \[{START}, 3\]"
     ):
         qwen.prefill(torch.tensor([[1, START], [START, 3]]), torch.ones(2, 2).long())
 

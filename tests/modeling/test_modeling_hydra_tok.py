@@ -530,7 +530,7 @@ BAD_PIXELS = {
     "height": (torch.zeros(1, 3, 9, 8), "height=9.*multiples of the patch size 4"),
     "width": (torch.zeros(1, 3, 8, 6), "width=6.*multiples of the patch size 4"),
     "empty": (torch.zeros(1, 3, 0, 8), "height=0"),
-    "none": (torch.zeros(0, 3, 8, 8), "no picture"),
+    "none": (torch.zeros(0, 3, 8, 8), "no image"),
 }
 
 
@@ -545,7 +545,7 @@ def test_pixels_that_are_no_batch_of_pictures_are_refused(name):
 
 @pytest.mark.parametrize("scale", [255.0, 2.0])
 def test_pixels_outside_their_range_are_refused(scale):
-    with pytest.raises(ValueError, match=r"reach from .* expected pixels in \[-1, 1\]"):
+    with pytest.raises(ValueError, match=r"range from .* expected pixels in \[-1, 1\]"):
         tok_model().encode(scale * torch.ones(1, 3, 8, 8))
 
 

@@ -11,16 +11,21 @@ from .common import add_seed, check_out_folder
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--vision", required=True, help="InternViT, InternVL or SigLIP2: folder or Hub id")
-    command.add_argument("--language", help="Qwen2.5, Qwen3 or Llama: folder or Hub id; without it, only a tokenizer is made")
+    command.add_argument(
+        "--language", help="Qwen2.5, Qwen3 or Llama: folder or Hub id; without it, only a tokenizer is made"
+    )
     command.add_argument("--out", type=Path, required=True, help="the new folder")
     command.add_argument(
-        "--decoder", help="size of the flow decoder: S, M or L; by default S for InternViT, and a ViT decoder for SigLIP2"
+        "--decoder",
+        help="size of the flow decoder: S, M or L; by default S for InternViT, and a ViT decoder for SigLIP2",
+    )
+    command.add_argument("--num_gen_layers", type=int, help="layers of the ViT before the bottleneck; half by default")
+    command.add_argument(
+        "--dtype", help="such as bfloat16; by default the narrowest that holds all weights of the sources"
     )
     command.add_argument(
-        "--num_gen_layers", type=int, help="layers of the ViT before the bottleneck; half by default"
+        "--shard_size", default="5GB", help="largest size of a file, and of what is in memory at a time"
     )
-    command.add_argument("--dtype", help="such as bfloat16; by default the narrowest that holds all weights of the sources")
-    command.add_argument("--shard_size", default="5GB", help="largest size of a file, and of what is in memory at a time")
     add_seed(command, "for the weights that no source has")
     command.add_argument("--revision", help="of the vision model on the Hub")
     command.add_argument("--language_revision", help="of the language model on the Hub")

@@ -15,7 +15,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative_prompt", help="what to avoid; the empty prompt by default")
     add_seed(command)
     command.add_argument("--num_inference_steps", type=int, help="denoising steps; the model's own number by default")
-    command.add_argument("--guidance_scale", type=float, help="1 or less turns guidance off; the model's own by default")
+    command.add_argument(
+        "--guidance_scale", type=float, help="1 or less turns guidance off; the model's own by default"
+    )
     command.add_argument("--height", type=int, help="pixels, a multiple of the patch size")
     command.add_argument("--width", type=int, help="pixels, a multiple of the patch size")
     add_model(command, "--model")

@@ -79,11 +79,11 @@ def _latents(options: argparse.Namespace):
 def _add_unimrg(command: argparse.ArgumentParser) -> None:
     command.add_argument("--images", type=Path, required=True, help="folder of images, or LLaVA's JSON or JSONL")
     command.add_argument(
-        "--image_root", type=Path, help="for JSON: the folder that image paths are relative to; by default that of the file"
+        "--image_root",
+        type=Path,
+        help="for JSON: the folder that image paths are relative to; by default that of the file",
     )
-    command.add_argument(
-        "--out", type=Path, required=True, help="folder of the targets; run again, it is completed"
-    )
+    command.add_argument("--out", type=Path, required=True, help="folder of the targets; run again, it is completed")
     command.add_argument(
         "--depth_model",
         default="depth-anything/Depth-Anything-V2-Large-hf",

@@ -60,7 +60,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--save_every", type=int, help="steps from one checkpoint to the next")
     command.add_argument("--stage", help="train only this stage")
     command.add_argument("--lora_rank", type=int, help="for HYDRA: rank of adapters on the language model and Sem-ViT")
-    command.add_argument("--condition_grad_scale", type=float, help="for HYDRA: factor on gradients through given images")
+    command.add_argument(
+        "--condition_grad_scale", type=float, help="for HYDRA: factor on gradients through given images"
+    )
     command.add_argument(
         "--max_length", type=int, help="for HYDRA: most tokens of a sample; longer ones are skipped and counted"
     )

@@ -175,7 +175,9 @@ class TaskReader(SourceMix):
     def _sample(self, reader: RecordReader, record: dict, place: int, number: int) -> Sample:
         rng = random.Random(key_of(self.seed, "sample", number))
         if reader.prompts:
-            prompt = choose_prompt(self.task, reader.prompts, self.seed, number)  # numbers keep counting through epochs
+            prompt = choose_prompt(
+                self.task, reader.prompts, self.seed, number
+            )  # numbers keep counting through epochs
             record = record | {PROMPT_COLUMN: prompt}
         sample = reader.sample(record, self.task, rng, place)
         messages = sample.messages

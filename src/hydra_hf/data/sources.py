@@ -51,7 +51,9 @@ class Source:
         if not (self.weight > 0 and math.isfinite(self.weight)):
             raise ValueError(f"{self.path}: weight={self.weight} must be a number above 0.")
         if self.latents is not None and self.is_stream:
-            raise ValueError(f"{self.path}: latents={self.latents} are kept by number, and the records of a stream have none.")
+            raise ValueError(
+                f"{self.path}: latents={self.latents} are kept by number, and the records of a stream have none."
+            )
         self._check_painting()
 
     def _check_painting(self) -> None:

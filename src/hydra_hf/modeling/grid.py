@@ -1,8 +1,8 @@
 """Where visual tokens are: grids, positions, patches, and images of several sizes packed one after the other.
 
 A grid is (t, h, w) in tokens; an image has t = 1. Packed, the tokens of all images are one tensor (total_tokens, ...), image by
-image and row by row, and `image_grid_thw` (num_images, 3) says what belongs together, as in Qwen2-VL. Inside a network, tokens
-are in rows (B, N, ...): either every row is an image of one grid, or one row holds images of several grids, `grids` in both.
+image and row by row, and `image_grid_thw` (num_images, 3) says which belong together, as in Qwen2-VL. Inside a network, tokens
+are in rows (B, N, ...): either every row is an image of one grid, or one row holds images of several grids; `grids` has the grids in both cases.
 """
 
 import math
@@ -28,19 +28,19 @@ def num_tokens(grid: Grid) -> int:
 
 
 def is_one_grid(grids: Sequence[Grid]) -> bool:
-    """Whether all are the same; without a set, which the numbers of a compiled graph cannot be put in."""
+    """Whether all grids are the same; without a set, since the symbolic sizes of a compiled graph cannot be hashed."""
     return all(grid == grids[0] for grid in grids)
 
 
 def image_grid(height: int, width: int, patch_size: int) -> Grid:
-    """The grid of an image of `height` x `width` pixels. ValueError for a size that is not one of whole patches."""
+    """The grid of an image of `height` x `width` pixels. Raises ValueError unless the sides are whole patches."""
     if height % patch_size or width % patch_size or min(height, width) < 1:
         raise ValueError(f"{height=} and {width=} must be positive multiples of the patch size {patch_size}.")
     return (1, height // patch_size, width // patch_size)
 
 
 def image_grids(image_grid_thw: Tensor) -> list[Grid]:
-    """The grids of `image_grid_thw` (num_images, 3). ValueError for another shape, or what is no image."""
+    """The grids of `image_grid_thw` (num_images, 3). Raises ValueError for another shape, or a grid that is not an image's."""
     if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3 or not len(image_grid_thw):
         raise ValueError(
             f"image_grid_thw {tuple(image_grid_thw.shape)} must be (num_images, 3), of at least one image."
@@ -52,9 +52,9 @@ def image_grids(image_grid_thw: Tensor) -> list[Grid]:
 
 
 def aspect_buckets(max_tokens: int, max_aspect_ratio: float = 2.0) -> list[tuple[int, int]]:
-    """Grids (h, w) of at most `max_tokens`, none of which a row or a column more would fit, from tall to wide.
+    """Grids (h, w) of at most `max_tokens`, with no room for one more row or column, from tall to wide.
 
-    Batches of one bucket have one size, and all buckets cost about the same. ValueError for less than one token.
+    Batches of one bucket have one size, and all buckets cost about the same. Raises ValueError for less than one token.
     """
     if max_tokens < 1 or max_aspect_ratio < 1:
         raise ValueError(f"{max_tokens=} and {max_aspect_ratio=} must be at least 1.")
@@ -67,7 +67,7 @@ def aspect_buckets(max_tokens: int, max_aspect_ratio: float = 2.0) -> list[tuple
 
 
 def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
-    """(B, 3, H, W) -> (B, N, 3 p p), the channel first inside a patch, then its row, then its column."""
+    """(B, 3, H, W) -> (B, N, 3 p p); inside a patch, channel before row before column."""
     patches = pixel_values.unflatten(-1, (-1, patch_size)).unflatten(-3, (-1, patch_size))  # (B, 3, h, p, w, p)
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
@@ -111,7 +111,7 @@ def unpack_images(pixel_values: Tensor, image_grid_thw: Tensor, patch_size: int)
 
 
 def pack_latents(latents: Tensor, image_grid_thw: Tensor | None) -> tuple[Tensor, list[Grid]]:
-    """Tokens (total_tokens, C) and grids of latents that are dense (num_images, C, h, w), or packed already with their grids."""
+    """Tokens (total_tokens, C) and grids of latents, either dense (num_images, C, h, w) or already packed. Raises ValueError for another shape."""
     if image_grid_thw is not None:
         grids = image_grids(image_grid_thw)
         check_packed("latents", latents, grids)
@@ -133,7 +133,7 @@ def check_packed(name: str, packed: Tensor, grids: Sequence[Grid]) -> None:
 
 
 def split_images(packed: Tensor, grids: Sequence[Grid], num_leading: int = 0) -> tuple[Tensor, ...]:
-    """The tokens (N, ...) of each image, in front of which there may be `num_leading` others."""
+    """The tokens (N, ...) of each image, together with `num_leading` others in front of them."""
     return packed.split([num_leading + num_tokens(grid) for grid in grids])
 
 
@@ -146,7 +146,7 @@ def select_images(packed: Tensor, grids: Sequence[Grid], images: Tensor) -> Tens
 
 
 def per_token(values: Tensor, grids: Sequence[Grid]) -> Tensor:
-    """A value for each image (num_images, ...) as one for each of its tokens (total_tokens, ...)."""
+    """Values of images (num_images, ...) repeated for each of their tokens (total_tokens, ...)."""
     if is_one_grid(grids):
         return values.repeat_interleave(num_tokens(grids[0]), dim=0)
     counts = [num_tokens(grid) for grid in grids]
@@ -157,13 +157,13 @@ def run_by_grid(
     function: Callable[..., Tensor], grids: Sequence[Grid], packed: Sequence[Tensor], per_image: Sequence[Tensor] = (),
     config: PreTrainedConfig | None = None,
 ) -> Tensor:  # fmt: skip
-    """What `function(*rows, grids=...)` gives for images of any sizes, packed again in their order.
+    """What `function(*rows, grids=...)` returns for images of any sizes, packed again in their order.
 
-    Images of one grid are rows of one call. With the flash attention of `config` all images are one row of one call.
+    Images of one grid are rows of one call. If `config` uses flash attention, all images are one row of one call.
 
     Args:
         packed: tensors (total_tokens, ...), which `function` gets as rows (B, N, ...).
-        per_image: tensors (num_images, ...), which it gets as those of its images.
+        per_image: tensors (num_images, ...), of which each call gets those of its images.
     """
     if is_one_grid(grids):
         rows = [tensor.unflatten(0, (len(grids), -1)) for tensor in packed]
@@ -183,10 +183,10 @@ def noise_tokens(
     grids: Sequence[Grid], channels: int, generator: torch.Generator | list[torch.Generator] | None,
     device: torch.device | None = None,
 ) -> Tensor:  # fmt: skip
-    """Gaussian noise (total_tokens, C) for latents; images of one size are drawn at once, (num_images, C, h, w).
+    """Gaussian noise (total_tokens, C) for latents; for images of one size it is drawn at once, (num_images, C, h, w).
 
     Args:
-        generator: one, or one for each image; None is torch's global generator.
+        generator: one for all, or one for each image; None is torch's global generator.
     """
     from diffusers.utils.torch_utils import randn_tensor
 
@@ -202,7 +202,7 @@ def noise_tokens(
 
 
 def varlen_arguments(lengths: Sequence[int], device: torch.device) -> dict:
-    """What tells flash attention where the images of a row begin; nothing for one image a row."""
+    """Arguments that tell flash attention where the images of a row begin; {} for one image per row."""
     if len(lengths) == 1:
         return {}
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
@@ -212,12 +212,12 @@ def varlen_arguments(lengths: Sequence[int], device: torch.device) -> dict:
 
 
 def in_rows(values: Tensor, grids: Sequence[Grid]) -> Tensor:
-    """A value for each image (num_images, D) to broadcast over the tokens of its row: (B, 1, D), or (1, N, D) of several."""
+    """Values of images (num_images, D) that broadcast over rows: (B, 1, D), or (1, N, D) for a row of several images."""
     return values[:, None] if len(grids) == 1 else per_token(values, grids)[None]
 
 
 def prepend(hidden_states: Tensor, leading: Tensor, grids: Sequence[Grid]) -> Tensor:
-    """Rows (B, N, D) with one token more, of `leading` (num_images, D), in front of each image."""
+    """Rows (B, N, D) with one more token, from `leading` (num_images, D), in front of each image."""
     if len(grids) == 1:
         return torch.cat([leading[:, None], hidden_states], dim=1)
     pairs = zip(leading[:, None], split_images(hidden_states[0], grids))
@@ -242,7 +242,7 @@ def sinusoidal_positions_2d(grids: Sequence[Grid], hidden_size: int, like: Tenso
 
 
 def position_features(grids: Sequence[Grid], like: Tensor) -> Tensor:
-    """Sines and cosines (N, 128) of where each token is: in tokens from the top left, and as a share of its image.
+    """Sines and cosines (N, 128) of the position of each token: in tokens from the top left, and as a share of its image.
 
     The share is measured in sixteenths, so that both kinds have wavelengths from a few tokens up.
     """
@@ -258,7 +258,7 @@ def position_features(grids: Sequence[Grid], like: Tensor) -> Tensor:
 
 
 def rotary_positions_2d(grids: Sequence[Grid], head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (N, head_dim) that turn half of each head with the row and half with the column."""
+    """Cosines and sines (N, head_dim) that rotate half of each head by the row and half by the column."""
     quarter = head_dim // 4
     frequencies = 10_000 ** -(torch.arange(quarter, dtype=torch.float32, device=like.device) / quarter)
     angles = [position[:, None] * frequencies for position in grid_positions(grids, like.device)]
@@ -270,16 +270,16 @@ def rotary_positions_2d(grids: Sequence[Grid], head_dim: int, like: Tensor) -> t
 
 
 def get_image_block_ids(mm_token_type_ids: Tensor, past_length: int = 0) -> Tensor:
-    """k in picture k and -1 in text, (B, past + L): one block is bidirectional, all else causal.
+    """k in image k and -1 in text, (B, past + L): attention is bidirectional in a block and causal elsewhere.
 
-    The masks index by absolute position, so what the cache holds is filled up with -1.
+    The masks index by absolute position, so the positions in the cache are -1.
     """
     is_image = nn.functional.pad(mm_token_type_ids == 1, (past_length, 0), value=False)
     return torch.where(is_image, image_starts(is_image).int().cumsum(1) - 1, -1)
 
 
 def check_token_types(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> None:
-    """ValueError for token types of other rows than the inputs (B, L, D), or of fewer positions."""
+    """Raises ValueError for token types with another number of rows than the inputs (B, L, D), or with fewer positions."""
     batch_size, length = inputs_embeds.shape[:2]
     if mm_token_type_ids.ndim != 2 or len(mm_token_type_ids) != batch_size or mm_token_type_ids.shape[1] < length:
         raise ValueError(
@@ -288,13 +288,13 @@ def check_token_types(mm_token_type_ids: Tensor, inputs_embeds: Tensor) -> None:
 
 
 def run_lengths(is_image: Tensor) -> list[int]:
-    """How many positions each run of image tokens of a batch (B, L) has, row by row."""
+    """The length of each run of image tokens in a batch (B, L), row by row."""
     steps = nn.functional.pad(is_image, (1, 1), value=False).int().flatten().diff()
     return ((steps == -1).nonzero() - (steps == 1).nonzero()).flatten().tolist()
 
 
 def image_starts(is_image: Tensor) -> Tensor:
-    """Where an image begins in rows (B, L) whose image tokens are marked, (B, L) bool."""
+    """Where images begin, (B, L) bool, in rows whose image tokens are marked, (B, L) bool."""
     return is_image & ~nn.functional.pad(is_image, (1, 0), value=False)[:, :-1]
 
 
@@ -307,7 +307,7 @@ def count_images(mm_token_type_ids: Tensor, document_ids: Tensor | None = None) 
 
 
 def place_images(inputs_embeds: Tensor, image_mask: Tensor, image_embeds: Sequence[Tensor]) -> Tensor:
-    """Embeddings (B, L, D) with images (N, D) each at their placeholders (B, L). ValueError for a run that is no image's."""
+    """Embeddings (B, L, D) with each image (N, D) at its placeholders (B, L). Raises ValueError if runs and images do not match."""
     needed = [len(image) for image in image_embeds]
     if not torch.compiler.is_compiling() and (runs := run_lengths(image_mask)) != needed:
         raise ValueError(
@@ -319,7 +319,7 @@ def place_images(inputs_embeds: Tensor, image_mask: Tensor, image_embeds: Sequen
 
 
 def drop_leading(packed: Tensor, lengths: Sequence[int], num_leading: int) -> Tensor:
-    """Packed images of so many tokens each, without the `num_leading` in front of each."""
+    """Packed images of `lengths` tokens each, without the first `num_leading` of each."""
     if len(set(lengths)) == 1:
         return packed.unflatten(0, (len(lengths), -1))[:, num_leading:].flatten(0, 1)
     return torch.cat([image[num_leading:] for image in packed.split(lengths)])

@@ -1,4 +1,4 @@
-"""Drawing with HYDRA: the prompt once, then only image tokens, step by step. HYDRA, section 2.2."""
+"""Image generation with HYDRA: the prompt runs once, then only image tokens, step by step. HYDRA, section 2.2."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,19 +32,19 @@ from .prefix_cache import FrozenPrefixCache
 def guide(velocities: list[Tensor], weights: list[Tensor], rescale: Tensor) -> Tensor:
     """Guided velocity (B, ...) of the branches' velocities, each sample by itself; `weights` and `rescale` are (B,).
 
-    The sum over branches of weight (velocity - velocity of the branch before), where zero comes before the first. Two
-    branches of weights 1 and s are classifier-free guidance of scale s, the negative prompt first.
-    `rescale` in [0, 1] draws the spread of a guided sample back to that of the last branch (Lin et al. 2023, section 3.4).
+    The sum over branches of weight * (velocity - velocity of the previous branch), with zero before the first. Two branches
+    of weights 1 and s, the negative prompt first, are classifier-free guidance of scale s.
+    `rescale` in [0, 1] brings the spread of a guided sample back to that of the last branch (Lin et al. 2023, section 3.4).
     """
     guided = expand_sigma(weights[0], velocities[0]) * velocities[0]
     for before, velocity, weight in zip(velocities, velocities[1:], weights[1:]):
         guided = guided + expand_sigma(weight, velocity) * (velocity - before)
-    ratio = _spread(velocities[-1]) / _spread(guided).clamp(min=1e-8)  # a new head says 0 everywhere
+    ratio = _spread(velocities[-1]) / _spread(guided).clamp(min=1e-8)  # a new head gives 0 everywhere
     return guided * (1 + expand_sigma(rescale, guided) * (ratio - 1))
 
 
 def _guide_rows(*rows: Tensor, grids: Sequence[Grid]) -> Tensor:
-    """`guide` of as many velocities as weights, and the rescale."""
+    """`guide` with its arguments in a flat list: velocities, as many weights, and the rescale."""
     number = len(rows) // 2
     return guide(list(rows[:number]), list(rows[number : 2 * number]), rows[-1])
 
@@ -54,7 +54,7 @@ def _spread(samples: Tensor) -> Tensor:
 
 
 def _per_sample(value: float | Tensor, num_images: int, device: torch.device) -> Tensor:
-    """(B,) of a number or of as many; never a number, for each of which a compiled step would be compiled again."""
+    """(B,) from one number or B of them; a tensor, since a compiled step would be compiled again for every number."""
     value = torch.as_tensor(value, dtype=torch.float32, device=device)
     if value.numel() not in (1, num_images):
         raise ValueError(
@@ -65,7 +65,7 @@ def _per_sample(value: float | Tensor, num_images: int, device: torch.device) ->
 
 @dataclass
 class ImagePrefix:
-    """Prefilled prompts, one for each image: those to draw, or the negative ones that guidance leads away from."""
+    """Prefilled prompts, one for each image: those to generate, or the negative ones that guidance leads away from."""
 
     cache: FrozenPrefixCache
     attention_mask: Tensor  # (B, P)
@@ -77,19 +77,19 @@ class ImagePrefix:
 
 @dataclass
 class GuidanceBranch:
-    """Prompts and the weight of what they add to the branch before, one for all images or (B,); see `guide`."""
+    """Prompts, and the weight of what they add to the previous branch, one number or (B,); see `guide`."""
 
     prefix: ImagePrefix
     weight: float | Tensor = 1.0
 
 
 def classifier_free(prefix: ImagePrefix, negative_prefix: ImagePrefix, scale: float | Tensor) -> list[GuidanceBranch]:
-    """The branches of plain guidance: from the negative prompts to the prompts, `scale` times the way."""
+    """The branches of plain guidance: from the negative prompts `scale` times the way to the prompts."""
     return [GuidanceBranch(negative_prefix), GuidanceBranch(prefix, scale)]
 
 
 class ImageGenerationMixin:
-    """What `GenerationMixin` is for text: for a model with `model`, `vision_head` and a `HydraConfig`."""
+    """For images what `GenerationMixin` is for text; needs `model`, `vision_head` and a `HydraConfig`."""
 
     def get_sigma_shift(self, num_tokens: int) -> float:
         """The shift of the noise levels for latents of `num_tokens`, the same in training and in sampling."""
@@ -102,13 +102,13 @@ class ImageGenerationMixin:
         self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
     ) -> ImagePrefix:  # fmt: skip
-        """Reads prompts (B, P), left-padded, that end with <|vision_start|>; their cache is read-only from then on.
+        """Runs prompts (B, P), left-padded, that end with <|vision_start|>; their cache is read-only from then on.
 
-        `pixel_values` of given images, dense or packed: see `HydraModel.forward`.
+        `pixel_values` are given images, dense or packed, see `HydraModel.forward`. Raises ValueError for another last token.
         """
         if (input_ids[:, -1] != self.config.vision_start_token_id).any():
             raise ValueError(
-                f"A prompt to draw from ends with vision_start_token_id={self.config.vision_start_token_id};"
+                f"A prompt for an image must end with vision_start_token_id={self.config.vision_start_token_id};"
                 f" the last tokens are {input_ids[:, -1].tolist()}. Pad on the left."
             )
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -128,21 +128,21 @@ class ImageGenerationMixin:
         guidance_rescale: float | Tensor = 0.0,
         image_grid_thw: Tensor | None = None,
     ) -> Tensor:
-        """Velocity of latents (B, C, h, w), or packed (total_tokens, C) of any sizes, at `sigma` (B,), in the latents' form.
+        """The guided velocity at `sigma` (B,), in the form of the latents: (B, C, h, w), or packed (total_tokens, C), any sizes.
 
-        Guided from branch to branch, the whole condition last. Only image tokens run; Sem-ViT runs once for all branches and
-        the language head not at all. A branch is as long as its own prompts: an empty negative prompt reads no padding of a
-        long prompt.
+        Guidance goes from branch to branch, the full condition last. Only image tokens run; Sem-ViT runs once for all
+        branches and the language head not at all. A branch is as long as its own prompts: an empty negative prompt is not
+        padded to a long prompt.
 
         Args:
-            guidance_rescale: one for all, or (B,); see `guide`.
+            guidance_rescale: one number, or (B,); see `guide`.
             image_grid_thw: (B, 3), the grids of packed latents.
 
         Raises:
             ValueError: if there is no branch, or a prefix or weight has another number of rows than the latents.
         """
         if not branches:
-            raise ValueError("Got no branches, expected at least one prefix to draw from.")
+            raise ValueError("Got no branches, expected at least one.")
         tokens, grids = pack_latents(latents, image_grid_thw)
         prefixes = [branch.prefix for branch in branches]
         for prefix in prefixes:
@@ -160,7 +160,7 @@ class ImageGenerationMixin:
         return tokens_to_latents(velocity.unflatten(0, (len(grids), -1)), grids[0])
 
     def compile_denoise_step(self, **kwargs) -> None:
-        """Compiles what `denoise_step` computes, for drawing many pictures; `kwargs` are those of `torch.compile`.
+        """Compiles what `denoise_step` computes, to generate many images; `kwargs` are those of `torch.compile`.
 
         A graph serves all prompts of one padded length: let the tokenizer, or the pipeline, `pad_to_multiple_of` 64.
         """
@@ -176,7 +176,7 @@ class ImageGenerationMixin:
         return run_by_grid(_guide_rows, grids, velocities, [*weights, rescale])
 
     def _image_states(self, embeds: Tensor, grids: Sequence[Grid], prefix: ImagePrefix, mask: Tensor) -> Tensor:
-        """States of the images' patches, each image in a row of its own behind its prompt; shorter ones are padded."""
+        """States of the images' patches (total_tokens, D_llm); each image is a padded row of its own after its prompt."""
         num_leading, is_even = self.config.num_time_tokens, is_one_grid(grids)
         if is_even:
             rows = embeds.unflatten(0, (len(grids), -1))
@@ -193,9 +193,9 @@ class ImageGenerationMixin:
         return torch.cat([row[: num_tokens(grid)] for row, grid in zip(states, grids)])
 
     def _get_step_mask(self, prefix: ImagePrefix, lengths: tuple[int, ...]):
-        """Every token of an image, `lengths` of them in each row, sees the prompt and the image.
+        """Every token of an image, `lengths` of them in each row, attends to the prompt and the image.
 
-        A mask even where nothing is padded: without one, language models would mask causally.
+        There is a mask even without padding: otherwise language models would mask causally.
         """
         if lengths not in prefix.masks:
             prefix.masks[lengths] = self._create_step_mask(prefix, lengths)
@@ -214,7 +214,7 @@ class ImageGenerationMixin:
 
     @apply_forward_hook
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Tensor:
-        """Clean latents of pixels in [-1, 1], dense or packed: see `HydraModel.get_latents`."""
+        """Clean latents of pixels in [-1, 1], both dense or both packed: see `HydraModel.get_latents`."""
         return self.model.get_latents(pixel_values, image_grid_thw)
 
     @apply_forward_hook
@@ -222,7 +222,7 @@ class ImageGenerationMixin:
         self, latents: Tensor, image_grid_thw: Tensor | None = None, *, num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None, **kwargs,
     ) -> Tensor | list[Tensor]:  # fmt: skip
-        """Pixels (B, 3, H, W) of clean latents, see `HydraTokModel.decode`; of packed ones a list of (3, H, W)."""
+        """Pixels (B, 3, H, W) of clean latents, see `HydraTokModel.decode`; for packed latents, a list of (3, H, W)."""
         tower, options = self.model.vision_tower, {"num_inference_steps": num_inference_steps}
         if image_grid_thw is None:
             return tower.decode(latents, generator=generator, **options, **kwargs).sample
@@ -253,18 +253,18 @@ class ImageGenerationMixin:
         guidance_scale: float = 4.5,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor | list[Tensor]:
-        """Draws one image (3, H, W) in [-1, 1] for each prompt (B, P), left-padded; `HydraPipeline` has more options.
+        """One image (3, H, W) in [-1, 1] for each prompt (B, P), left-padded; `HydraPipeline` has more options.
 
         Args:
-            pixel_values, image_grid_thw: of images in the prompts, see `HydraModel.forward`.
-            height, width: in pixels, of all images, or of each; images of several sizes come as a list.
-            guidance_scale: 1 or less is no guidance, as in diffusers.
-            generator: one, or one for each image; it draws the latents, then the decoder's noise. None is torch's global
-                generator, as in `generate`.
+            pixel_values, image_grid_thw: those of the images in the prompts, see `HydraModel.forward`.
+            height, width: in pixels, one for all images or one for each; images of several sizes are returned as a list.
+            guidance_scale: 1 or less turns guidance off, as in diffusers.
+            generator: one for all, or one for each image; it draws the latents, then the decoder's noise. None is torch's
+                global generator, as in `generate`.
 
         Raises:
-            ValueError: if a prompt and its image do not fit the context, sizes are off the patch grid, or there is another
-                number of them than prompts.
+            ValueError: if a prompt and its image do not fit the context, or sizes are off the patch grid or not as many as
+                the prompts.
         """
         config, device = self.config, input_ids.device
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -293,7 +293,7 @@ class ImageGenerationMixin:
         return self.decode_latents(latents, generator=generator)
 
     def get_latent_grid(self, height: int | None, width: int | None) -> Grid:
-        """Of the latents of an image; None is the tokenizer's own size. ValueError off the patch grid."""
+        """The grid of an image's latents; None is the tokenizer's own size. Raises ValueError for sizes off the patch grid."""
         default = self.config.vision_config.image_size
         height, width = default if height is None else height, default if width is None else width
         return image_grid(height, width, self.config.vision_config.patch_size)

@@ -1,6 +1,7 @@
 """Images to packed `pixel_values` in [-1, 1], and back: which size they get, and what is cut off.
 
-Images that a user gives are seen whole. Images that the model learns to generate are cut to the nearest aspect of a few.
+Images that a user gives are seen whole. Images that the model learns to generate are cropped to the nearest of a few aspect
+ratios.
 """
 
 import base64
@@ -33,19 +34,19 @@ ORIENTATION = 0x0112  # tag of EXIF
 
 
 def as_pixel_values(image: Tensor) -> Tensor:
-    """Pixels in [-1, 1] of RGB levels 0 to 255, which are uint8; floats are pixels already. On the device that they are on."""
+    """Pixels in [-1, 1], on the device of `image`: computed if it holds uint8 RGB levels, unchanged if it holds floats."""
     return image if image.is_floating_point() else normalize_levels(image)
 
 
 def normalize_levels(levels: Tensor) -> Tensor:
-    """RGB levels 0 to 255 of any shape and type to [-1, 1] in fp32."""
+    """RGB levels from 0 to 255, of any shape and type, as fp32 pixels in [-1, 1]."""
     return levels.to(torch.float32, copy=True).sub_(WHITE / 2).div_(WHITE / 2)
 
 
 class HydraImageProcessorKwargs(ImagesKwargs, total=False):
     """
     Args:
-        patch_size: side of the tokenizer's patch; heights and widths have to be multiples of it.
+        patch_size: side of the tokenizer's patch; heights and widths must be multiples of it.
         max_input_pixels: an image with more pixels is refused before it is decoded.
     """
 
@@ -56,7 +57,7 @@ class HydraImageProcessorKwargs(ImagesKwargs, total=False):
 def read_image(source: str | os.PathLike, max_input_pixels: int) -> Image.Image:
     """The upright image behind a path, a URL or a base64 string, in its own mode.
 
-    Raises ValueError for what is no image, ConnectionError for a URL that cannot be fetched.
+    Raises ValueError for anything but an image, ConnectionError for a URL that cannot be fetched.
     """
     name = str(source)
     if len(name) > 80 and not os.path.isfile(source):  # a base64 string
@@ -69,7 +70,7 @@ def read_image(source: str | os.PathLike, max_input_pixels: int) -> Image.Image:
         raise
     except (OSError, SyntaxError, Image.DecompressionBombError, binascii.Error) as error:  # SyntaxError: a broken PNG
         if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError) and error.errno is not None:
-            raise  # the file system or the network, not the picture
+            raise  # the file system or the network, not the image
         raise ValueError(
             f"{name!r} cannot be read as an image ({error}), expected a path, a URL or a base64 string."
         ) from error
@@ -97,15 +98,15 @@ def check_image_size(height: int, width: int, max_input_pixels: int) -> None:
 
 
 def whole_size(height: int, width: int, patch_size: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size of whole patches for an image of `height` x `width` that is seen whole: its own where the limits allow it, else
-    in its aspect, each as near as patches allow. An aspect that the limits have no room for is lost."""
+    """The size, in whole patches, for an image of `height` x `width` that is seen whole: its own if the limits allow it,
+    otherwise one of its aspect ratio, as near as patches allow. An aspect ratio that does not fit the limits is lost."""
     scale = min(1.0, math.sqrt(max_pixels / (height * width)))
     scale = max(scale, math.sqrt(min_pixels / (height * width)))
     sides = [side * scale / patch_size for side in (height, width)]
     rounded = [{max(1, math.floor(side)), math.ceil(side)} for side in sides]
     budget = max_pixels // patch_size**2
     fitting = [(h, w) for h in rounded[0] for w in rounded[1] if h * w <= budget]
-    if not fitting:  # a strip that would be less than a patch high
+    if not fitting:  # a strip that would be thinner than a patch
         fitting = [(1, budget) if width > height else (budget, 1)]
 
     def distance(size: tuple[int, int]) -> tuple[bool, float]:
@@ -117,7 +118,7 @@ def whole_size(height: int, width: int, patch_size: int, min_pixels: int, max_pi
 
 
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The largest middle part whose sides are as `height` to `width`."""
+    """The largest part from the middle with the aspect ratio of `height` to `width`."""
     scale = min(image.height / height, image.width / width)
     crop_height, crop_width = max(1, round(height * scale)), max(1, round(width * scale))
     if (crop_height, crop_width) == (image.height, image.width):
@@ -127,7 +128,7 @@ def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image, turned if its file says that it lies on its side; `ImageOps.exif_transpose` would copy all others."""
+    """The image, rotated as its EXIF orientation says; `ImageOps.exif_transpose` would copy upright ones, too."""
     image.load()  # a PNG may say so at its end
     return image if image.getexif().get(ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
 
@@ -178,7 +179,7 @@ def array_to_levels(image: Tensor, float_range: tuple[float, float] = (-1, 1)) -
 
 
 def is_channels_last(shape: tuple[int, ...], default: ChannelDimension) -> bool:
-    """Which axis of three holds the channels; `default` decides where both could."""
+    """Whether the last of three axes holds the channels; `default` decides if either could. Raises ValueError if neither can."""
     first, last = shape[0], shape[-1]
     if default == ChannelDimension.LAST:
         order = [(last in (3, 4), True), (first in (3, 4), False), (last == 1, True), (first == 1, False)]
@@ -192,10 +193,10 @@ def is_channels_last(shape: tuple[int, ...], default: ChannelDimension) -> bool:
 
 class HydraImageProcessor(TorchvisionBackend):
     """
-    Images to `pixel_values` (total_patches, 3 p p) in [-1, 1] and `image_grid_thw` (num_images, 3), packed as Qwen2-VL's.
+    Images to `pixel_values` (total_patches, 3 p p) in [-1, 1] and `image_grid_thw` (num_images, 3), packed as in Qwen2-VL.
 
     Args:
-        size: `{"min_pixels": ..., "max_pixels": ...}` of the result; the aspect is kept, as near as patches allow. `{"height": ..., "width": ...}`: every image gets this size and loses its aspect.
+        size: `{"min_pixels": ..., "max_pixels": ...}` of the result, which keeps the aspect ratio as nearly as patches allow; or `{"height": ..., "width": ...}`, the size of every image, which loses its aspect ratio.
         patch_size: side of the tokenizer's patch; heights and widths of the result are multiples of it.
         max_input_pixels: an image with more pixels is refused before it is decoded.
     """
@@ -216,10 +217,10 @@ class HydraImageProcessor(TorchvisionBackend):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoImageProcessor") -> None:
-        """Does nothing: a mark on the installed class would make every later save copy this file into the folder."""
+        """Does nothing: marking the installed class would make every later save copy this file into the folder."""
 
     def fetch_images(self, image_url_or_urls: ImageInput | str | os.PathLike | list) -> ImageInput | list:
-        """Images as they are, paths, URLs and base64 strings opened; lists of these keep their nesting."""
+        """Opens paths, URLs and base64 strings and returns other images unchanged; lists keep their nesting. Raises ValueError for other types."""
         images = image_url_or_urls
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
@@ -264,7 +265,7 @@ class HydraImageProcessor(TorchvisionBackend):
         input_data_format: str | ChannelDimension | None,
         max_input_pixels: int,
     ) -> Tensor:
-        """RGB levels 0 to 255 of one image of a user: (3, H, W)."""
+        """RGB levels from 0 to 255 of one image, (3, H, W)."""
         if isinstance(image, Image.Image):
             check_image_size(image.height, image.width, max_input_pixels)
             if not do_convert_rgb and image.mode != "RGB":
@@ -284,14 +285,14 @@ class HydraImageProcessor(TorchvisionBackend):
         check_image_size(height, width, max_input_pixels)
         if num_channels not in ((1, 3, 4) if do_convert_rgb else (3,)):
             raise ValueError(f"Got {num_channels} channels and {do_convert_rgb=}, expected 3 (or 1 or 4 to convert).")
-        pixels = torch.from_numpy(np.array(image)) if is_numpy else image  # a copy: torch wants writable memory
+        pixels = torch.from_numpy(np.array(image)) if is_numpy else image  # a copy: torch requires writable memory
         pixels = pixels.movedim(-1, 0) if channels_last else pixels
         if is_numpy:
             return array_to_levels(pixels, float_range=(0, 1))
         if pixels.is_floating_point() and pixels.min() >= 0:
             logger.warning_once(
                 "A float tensor without a negative value is read as [-1, 1] like all tensors here; an image in [0, 1] "
-                "has to come as 2 * image - 1, as a numpy array or as uint8."
+                "must be passed as 2 * image - 1, as a numpy array or as uint8."
             )
         return array_to_levels(pixels)
 
@@ -314,8 +315,8 @@ class HydraImageProcessor(TorchvisionBackend):
         return whole_size(height, width, patch_size, size.min_pixels, size.max_pixels)
 
     def generated_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in which an image of `height` x `width` is learnt to be generated: of the sizes for the largest
-        number of pixels, the one of the nearest aspect."""
+        """Height and width at which an image of `height` x `width` is used as one to be generated: of the sizes with the largest
+        number of pixels, that of the nearest aspect ratio."""
         size = SizeDict(**self.size) if isinstance(self.size, dict) else self.size
         if size.height and size.width:
             return size.height, size.width
@@ -324,7 +325,7 @@ class HydraImageProcessor(TorchvisionBackend):
         return h * self.patch_size, w * self.patch_size
 
     def preprocess_generated(self, image: Image.Image, **kwargs) -> BatchFeature:
-        """What calling gives, for an image that the model is to learn to generate: its middle, in its `generated_size`."""
+        """Like a call, but for an image that the model learns to generate: its middle part, at its `generated_size`."""
         image, height, width = self._crop_generated(image)
         return self(image, size={"height": height, "width": width}, **kwargs)
 
@@ -337,7 +338,7 @@ class HydraImageProcessor(TorchvisionBackend):
     # Levels: what training keeps in memory, a quarter of the pixels
 
     def check_plain(self) -> None:
-        """ValueError for settings under which calling does other things than to resize, and to normalise to [-1, 1]."""
+        """Raises ValueError for settings under which a call does more than resize and normalise to [-1, 1]."""
         plain, own = HydraImageProcessor().to_dict(), self.to_dict()
         for name in set(plain) - {"size", "patch_size", "max_input_pixels", "resample"}:
             if own[name] != plain[name]:
@@ -346,12 +347,12 @@ class HydraImageProcessor(TorchvisionBackend):
                 )
 
     def given_levels(self, image: Image.Image) -> Tensor:
-        """The RGB levels 0 to 255, (3, H, W), that calling a plain processor normalises; floats where a level has a fraction."""
+        """The RGB levels from 0 to 255, (3, H, W), that a call of a plain processor normalises; floats if levels have fractions."""
         levels = self._levels(image, True, None, self.max_input_pixels)
         return self._resized_levels(levels, *self.output_size(*levels.shape[-2:]))
 
     def generated_levels(self, image: Image.Image) -> Tensor:
-        """As `given_levels`, of `preprocess_generated`."""
+        """As `given_levels`, for `preprocess_generated`."""
         image, height, width = self._crop_generated(image)
         return self._resized_levels(self._levels(image, True, None, self.max_input_pixels), height, width)
 
@@ -396,7 +397,7 @@ class HydraImageProcessor(TorchvisionBackend):
         self, pixel_values: Tensor | list[Tensor], output_type: str = "pil"
     ) -> list[Image.Image] | list[np.ndarray] | list[Tensor] | np.ndarray | Tensor:
         """
-        Pictures from `pixel_values` (B, 3, H, W) in [-1, 1], or a list from a list of (3, H, W) of any sizes.
+        Images from `pixel_values` (B, 3, H, W) in [-1, 1], or a list of images from a list of (3, H, W) of any sizes.
 
         Args:
             output_type: "pil": a list; "np": (B, H, W, 3) in [0, 1]; "pt": (B, 3, H, W) in [0, 1].

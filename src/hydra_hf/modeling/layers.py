@@ -28,14 +28,14 @@ class LayerScale(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, which warns under a CPU's autocast, where bf16 meets an fp32 weight; computed in the weight's type here."""
+    """torch's RMSNorm, computed in the type of the weight: under autocast on a CPU, torch's warns of bf16 inputs and an fp32 weight."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return super().forward(hidden_states.to(self.weight.dtype)).to(hidden_states.dtype)
 
 
 def init_layer(module: nn.Module, std: float) -> None:
-    """First values of the layers of this file; for the `_init_weights` of the models that use them."""
+    """Initialises the layers of this file, for the `_init_weights` of the models that use them."""
     if isinstance(module, ZeroLinear):
         init.zeros_(module.weight)
         init.zeros_(module.bias)
@@ -105,6 +105,8 @@ class ViTAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with an activation between them, (B, N, D) -> (B, N, D)."""
+
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -139,7 +141,7 @@ def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class AdaLNZeroLayer(GradientCheckpointingLayer):
-    """Transformer layer whose norms and branches the noise level modulates; it starts as the identity."""
+    """Transformer layer whose norms and branches are modulated by the noise level; it starts as the identity."""
 
     def __init__(self, config):
         super().__init__()
@@ -150,7 +152,7 @@ class AdaLNZeroLayer(GradientCheckpointingLayer):
         self.modulation = ZeroLinear(config.hidden_size, 6 * config.hidden_size)
 
     def forward(self, hidden_states: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor], **kwargs) -> Tensor:
-        """`hidden_states` (B, N, D), `condition` (B, 1, D), or (1, N, D) where a row holds several images."""
+        """`hidden_states` (B, N, D), `condition` (B, 1, D), or (1, N, D) if a row holds several images."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition).chunk(6, dim=-1)
         attended, _ = self.attention(modulate(self.norm_1(hidden_states), shift_1, scale_1), rotary=rotary, **kwargs)
         hidden_states = hidden_states + gate_1 * attended
@@ -177,16 +179,16 @@ class TimestepEmbedding(nn.Module):
 
 
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys (B, heads, N, head_dim) turned by their positions."""
+    """Queries or keys (B, heads, N, head_dim) rotated by their positions."""
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def first_set(mask: Tensor, number: int) -> Tensor:
-    """Where the first `number` True of `mask` (L,) are, in order: (number,). Indexing by the mask has no shape to compile."""
+    """The positions (number,) of the first `number` True of `mask` (L,), in order. Indexing by a mask could not be compiled."""
     return mask.int().argsort(descending=True, stable=True)[:number]
 
 
 def scale_gradient(x: Tensor, scale: float | Tensor) -> Tensor:
-    """`x` itself, whose gradient is multiplied by `scale`."""
+    """`x` itself; its gradient is multiplied by `scale`."""
     return x.detach() + scale * (x - x.detach())

@@ -13,7 +13,7 @@ def create_masks(
     config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None = None,
     position_ids: Tensor | None = None, mm_token_type_ids: Tensor | None = None,
 ):  # fmt: skip
-    """transformers' masks with image blocks; `mm_token_type_ids` are of the current chunk only."""
+    """transformers' masks with image blocks; `mm_token_type_ids` cover only the current chunk."""
     block_ids = None
     if mm_token_type_ids is not None and (torch.compiler.is_compiling() or (mm_token_type_ids == 1).any()):
         past_length = 0 if cache is None else int(cache.get_seq_length())

@@ -2,7 +2,7 @@
 
 noisy latents -> Sem-ViT -> projector -.                .-> lm_head     -> next token
                                         >-> LLM states -<
-                 text -> embeddings ---'                `-> vision_head -> latent velocity
+                 text -> embeddings ---'                `-> vision_head -> velocity of latents
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ class HydraPreTrainedModel(HydraPreTrainedMixin, PreTrainedModel):
 
 
 class HydraModel(HydraPreTrainedModel):
-    """Tokenizer, projector and language model; the heads are on `HydraForConditionalGeneration`."""
+    """Vision tower, projector and language model; the heads are in `HydraForConditionalGeneration`."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head", r"^vision_head"]
 
@@ -85,8 +85,8 @@ class HydraModel(HydraPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_latents(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Tensor:
-        """Clean latents: the posterior's mean, normalised. (num_images, C, h, w) of pixels (num_images, 3, H, W); of packed
-        ones, see `forward`, (total_tokens, C)."""
+        """Clean latents, the normalised mean of the posterior: (num_images, C, h, w) for pixels (num_images, 3, H, W) in
+        [-1, 1], (total_tokens, C) for packed ones, see `forward`."""
         if image_grid_thw is None:
             return self.vision_tower.encode(pixel_values).latent_dist.mode()
         grids = image_grids(image_grid_thw)
@@ -95,8 +95,8 @@ class HydraModel(HydraPreTrainedModel):
         return run_by_grid(self.vision_tower.encode_rows, grids, [pixel_values], config=self.vision_tower.config)
 
     def get_image_embeds(self, tokens: Tensor, sigma: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """What the LLM reads of packed latents (total_tokens, C) at noise levels `sigma` (num_images,): packed, D_llm wide,
-        each image's time token in front of it."""
+        """The LLM's input for packed latents (total_tokens, C) at noise levels `sigma` (num_images,): packed, D_llm wide,
+        with each image's time token in front of it."""
         return run_by_grid(self._embed_rows, grids, [tokens], [sigma], config=self.vision_tower.config)
 
     def _embed_rows(self, tokens: Tensor, sigma: Tensor, *, grids: Sequence[Grid]) -> Tensor:
@@ -118,10 +118,10 @@ class HydraModel(HydraPreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
-        """What the vision tower says of given images; `pooler_output` are their embeddings, time token included.
+        """The vision tower's output for given images; `pooler_output` are their embeddings, time token included.
 
-        Of dense pixels: states (num_images, N, D), embeddings (num_images, [1 +] N, D_llm); `kwargs` are the tower's, such as
-        `output_hidden_states`. Of packed pixels: states that the projector reads (total_tokens, D), and a tuple of embeddings
+        For dense pixels: states (num_images, N, D), embeddings (num_images, [1 +] N, D_llm); `kwargs` go to the tower, such as
+        `output_hidden_states`. For packed pixels: the input of the projector (total_tokens, D), and a tuple of embeddings
         ([1 +] N, D_llm), one for each image.
         """
         if image_grid_thw is not None:
@@ -149,7 +149,7 @@ class HydraModel(HydraPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=visual_states, pooler_output=images)
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """Where images stand, (B, L) bool; found by embedding when there are no ids."""
+        """Where the placeholders of images are, (B, L) bool; found by their embedding if there are no ids."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
@@ -175,20 +175,20 @@ class HydraModel(HydraPreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> HydraModelOutput:
-        """Causal over text, bidirectional inside each image. A given image is a generated one at sigma 0.
+        """Attention is causal over text, bidirectional inside each image. A given image is a generated one at sigma 0.
 
         Args:
             input_ids: (B, L) with one placeholder for each image token, the time token included.
             pixel_values: in [-1, 1], in the order of their placeholders; read at sigma 0. (num_images, 3, H, W), or packed
-                (total_patches, 3 p p), see `image_grid_thw`: patches row by row, in each the channel first, then its row,
-                then its column. That is Qwen2-VL's order with one frame a patch and no merging.
-            image_grid_thw: (num_images, 3), the grids (1, h, w) of packed pixels or latents, which then have any sizes.
+                (total_patches, 3 p p), see `image_grid_thw`: patches row by row, and in each, channel before row before
+                column. That is Qwen2-VL's order with one frame per patch and no merging.
+            image_grid_thw: (num_images, 3), the grids (1, h, w) of packed pixels or latents, which may have any sizes.
             latents, sigma: instead of pixels, latents already at noise levels (num_images,): (num_images, C, h, w), or
                 packed (total_tokens, C).
-            mm_token_type_ids: (B, L), 1 where images stand; found from `input_ids` when missing.
-            document_ids: (B, L), which of several samples packed into a row a token belongs to, numbered from 0. None sees
-                another, and positions start again with each; instead of `attention_mask`.
-            condition_grad_scale: what the gradient into Sem-ViT is multiplied by where it comes through images at sigma 0.
+            mm_token_type_ids: (B, L), 1 at image tokens; None finds them in `input_ids`.
+            document_ids: (B, L), which of several samples packed into a row a token belongs to, numbered from 0; instead of
+                `attention_mask`. No sample attends to another, and positions restart with each.
+            condition_grad_scale: factor on the gradient that reaches Sem-ViT through images at sigma 0.
             past_key_values: the older name of `cache`.
 
         Raises:
@@ -266,7 +266,7 @@ class HydraModel(HydraPreTrainedModel):
 
 
 class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, GenerationMixin):
-    """HYDRA with its two heads: answers with `generate`, draws with `generate(generation_mode="image")`."""
+    """HYDRA with its two heads: `generate` answers, `generate(generation_mode="image")` generates images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -309,13 +309,16 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> HydraOutput:
-        """L = L_NTP + L_FM, each where its target is given. See `HydraModel.forward` for the inputs.
+        """L = L_NTP + L_FM, each if its target is given. See `HydraModel.forward` for the inputs.
 
         Args:
-            is_generated: (num_images,) bool, the images whose velocity the vision head gives; needs `latents`.
-            labels: (B, L), -100 where nothing is to be learnt. The language head then runs at labelled positions alone.
+            is_generated: (num_images,) bool, the images whose velocity the vision head predicts; needs `latents`.
+            labels: (B, L), -100 where nothing is to be learnt. The language head then runs only at labelled positions.
             velocity_target: noise - latents of the generated images, dense or packed as the latents are. The flow loss is
-                its mean squared error over the tokens and channels of all of them.
+                the mean squared error over all their tokens and channels.
+
+        Raises:
+            ValueError: as `HydraModel.forward`, or for a `velocity_target` without `is_generated` or of another shape.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -383,9 +386,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         if num_generated is None or not torch.compiler.is_compiling():
             num_generated = int(is_generated.sum())
         if num_generated == 0:
-            raise ValueError(
-                f"is_generated marks none of {len(grids)} images; leave it out where nothing is generated."
-            )
+            raise ValueError(f"is_generated marks none of {len(grids)} images; leave it out if nothing is generated.")
         images = first_set(is_generated, num_generated)
         packed = [select_images(tensor, grids, images) for tensor in (image_hidden_states, tokens)]
         if is_one_grid(grids):
@@ -398,13 +399,13 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         return tokens_to_latents(velocity.unflatten(0, (num_generated, -1)), grids[0])
 
     def _draw(self, states: Tensor, noisy_tokens: Tensor, sigma: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """The vision head on packed states (total_tokens, D_llm) and noisy latents: packed velocity (total_tokens, C)."""
+        """The packed velocity (total_tokens, C) that the vision head predicts from packed states (total_tokens, D_llm) and noisy latents."""
         config = self.config.vision_head_config
         return run_by_grid(self.vision_head, grids, [states, noisy_tokens], [sigma], config=config)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_mode: str = "text", **kwargs):
-        """Token ids, or with `generation_mode="image"` pixels (B, 3, H, W): see `generate_images`."""
+        """Token ids, or with `generation_mode="image"` pixels (B, 3, H, W) in [-1, 1]: see `generate_images`."""
         if generation_mode == "image":
             # transformers' pipelines add their defaults for text, such as max_new_tokens, to every call
             text_only = ({*vars(GenerationConfig())} | {"generation_config"}) - {"guidance_scale"}
@@ -442,7 +443,7 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         config, inputs_embeds, attention_mask, cache=None, position_ids=None, mm_token_type_ids=None,
         past_key_values=None, **kwargs,
     ):  # fmt: skip
-        """transformers' masks with image blocks; `mm_token_type_ids` are of the current chunk only."""
+        """transformers' masks with image blocks; `mm_token_type_ids` cover only the current chunk."""
         cache = one_cache(cache, past_key_values)
         return create_masks(config, inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids)
 

@@ -43,7 +43,7 @@ from .pretrained import HydraPreTrainedMixin
 
 
 class Embeddings(nn.Module):
-    """Patches, a class token and a learned position table that bends to any grid."""
+    """Patches, a class token and a learned position table that is interpolated to any grid."""
 
     def __init__(self, config: HydraTokConfig):
         super().__init__()
@@ -57,7 +57,7 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_cls + self.grid_size**2, config.hidden_size))
 
     def interpolate_positions(self, grid: Grid) -> Tensor:
-        """The table (1, cls + N, D) at a grid of one frame; computed in fp32 as the original code does."""
+        """The table (1, cls + N, D) for a grid of one frame, computed in fp32 as in the original code."""
         own_grid = (1, self.grid_size, self.grid_size)
         if grid == own_grid:
             return self.position_embeddings
@@ -88,10 +88,10 @@ class GenViT(nn.Module):
     def forward(
         self, pixel_values: Tensor | Sequence[Tensor], layer_outputs: list[Tensor] | None = None, **kwargs
     ) -> Tensor:
-        """Normalised pixels (B, 3, H, W) -> (B, N, D); the class token stays behind, or it would leak past the bottleneck.
+        """Normalised pixels (B, 3, H, W) -> (B, N, D); the class token is dropped, or it would leak past the bottleneck.
 
-        Several such tensors, of one B, give rows of several images, for flash attention alone. The list `layer_outputs` gets
-        the outputs (B, cls + N, D) of all layers: recording by hooks ends where FSDP replaces the class.
+        Several such tensors with the same B give rows of several images, only for flash attention. The outputs
+        (B, cls + N, D) of all layers are appended to `layer_outputs`: FSDP replaces the class that hooks would record.
         """
         images = [pixel_values] if isinstance(pixel_values, Tensor) else pixel_values
         embeddings = [self.embeddings(image) for image in images]
@@ -124,7 +124,7 @@ class SemViT(nn.Module):
     def forward(
         self, hidden_states: Tensor, grids: Sequence[Grid], layer_outputs: list[Tensor] | None = None, **kwargs
     ) -> Tensor:
-        """Unprojected latents (B, N, D), rows of images of `grids`, see `grid.py` -> (B, N, D)."""
+        """Unprojected latents (B, N, D) -> (B, N, D), in rows of images with `grids`, see `grid.py`."""
         if self.position_proj is not None:
             hidden_states = hidden_states + self.position_proj(position_features(grids, hidden_states))
         kwargs |= varlen_arguments([num_tokens(grid) for grid in grids], hidden_states.device)
@@ -168,7 +168,7 @@ class HydraTokPreTrainedModel(HydraPreTrainedMixin, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in transformers; a HYDRA checkpoint gives its vision tower. Raises ValueError for weights that do not fit."""
+        """As in transformers; of a HYDRA checkpoint, the vision tower is loaded. Raises ValueError for weights that do not fit."""
         kwargs.setdefault("key_mapping", {r"^model\.vision_tower\.": ""})
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
@@ -196,9 +196,9 @@ class HydraTokModel(HydraTokPreTrainedModel):
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> HydraTokOutput:
-        """Understanding path on `pixel_values` (B, 3, H, W) in [-1, 1].
+        """Understanding path for `pixel_values` (B, 3, H, W) in [-1, 1].
 
-        Raises ValueError for another rank, type, range or a size the patch does not divide.
+        Raises ValueError for another rank, type or range, or sides that are not multiples of the patch size.
         """
         grid = self.get_grid(pixel_values)
         self.check_range(pixel_values)
@@ -216,7 +216,7 @@ class HydraTokModel(HydraTokPreTrainedModel):
     def encode(self, pixel_values: Tensor, return_dict: bool = True) -> HydraTokEncoderOutput | tuple:
         """Normalised latents (B, C, h, w) of `pixel_values` (B, 3, H, W) in [-1, 1], as a Gaussian (eq. 2-3).
 
-        Raises ValueError for another rank, type, range or a size the patch does not divide.
+        Raises ValueError for another rank, type or range, or sides that are not multiples of the patch size.
         """
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -235,15 +235,15 @@ class HydraTokModel(HydraTokPreTrainedModel):
         return self.sem_vit(self.get_bottleneck_states(latents_to_tokens(latents)), [(1, *latents.shape[-2:])])
 
     def get_bottleneck_states(self, tokens: Tensor) -> Tensor:
-        """What Sem-ViT reads of the tokens (B, N, C) of normalised latents: denormalised and unprojected, (B, N, D)."""
+        """The input (B, N, D) of Sem-ViT for normalised latents as tokens (B, N, C): denormalised and unprojected."""
         return self.bottleneck.semantic_up_proj(self._denormalize(tokens))
 
     def encode_rows(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """The mode of normalised latents as tokens (B, N, C), of pixels in [-1, 1] as patches (B, N, 3 p p): see `grid.py`."""
+        """The mode of normalised latents as tokens (B, N, C), for pixels in [-1, 1] as patches (B, N, 3 p p), see `grid.py`."""
         return self.bottleneck.normalize(self.encode_means(patches, grids))
 
     def encode_means(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """As `encode_rows`, before the latents are normalised: the posterior's mean."""
+        """As `encode_rows`, but the mean of the posterior, before latents are normalised."""
         parts = zip(patches.split([num_tokens(grid) for grid in grids], dim=1), grids)
         images = [self.normalize_pixels(unpatchify(part, self.config.patch_size, grid)) for part, grid in parts]
         return self.bottleneck(self.gen_vit(images)).mean
@@ -258,10 +258,10 @@ class HydraTokModel(HydraTokPreTrainedModel):
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> HydraTokDecoderOutput | tuple:
-        """Pixels (B, 3, H, W) of normalised latents (B, C, h, w).
+        """Pixels (B, 3, H, W), near [-1, 1], of normalised latents (B, C, h, w).
 
         Args:
-            num_inference_steps: Euler steps of a flow decoder; None for the number in its config.
+            num_inference_steps: Euler steps of a flow decoder; None is the number in its config.
             generator: draws the starting noise of a flow decoder; None is torch's global generator, as in diffusers.
             noise: the starting noise itself, (B, 3, H, W).
 
@@ -291,7 +291,7 @@ class HydraTokModel(HydraTokPreTrainedModel):
         grids: Sequence[Grid],
         num_inference_steps: int | None = None,
     ) -> Tensor:
-        """Pixels as patches (B, N, 3 p p) of the tokens (B, N, C) of normalised latents, see `grid.py`; `noise` as patches."""
+        """Pixels as patches (B, N, 3 p p) of normalised latents as tokens (B, N, C), see `grid.py`; `noise` is patches, too."""
         patches = self.pixel_decoder.decode(
             self.bottleneck.decoder_up_proj(self._denormalize(tokens)), grids,
             noise=noise, num_inference_steps=num_inference_steps,
@@ -300,7 +300,7 @@ class HydraTokModel(HydraTokPreTrainedModel):
         return self.denormalize_pixels(patches.unflatten(-1, (-1, patch, patch))).flatten(-3)
 
     def set_latents_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Per-channel statistics (C,) of sampled latents, as `encode` and `decode` use them from now on.
+        """Sets the per-channel statistics (C,) of sampled latents that `encode` and `decode` normalise with.
 
         Raises ValueError for another shape or a standard deviation that is not positive and finite.
         """
@@ -313,30 +313,31 @@ class HydraTokModel(HydraTokPreTrainedModel):
         self.bottleneck.latents_std.copy_(std)
 
     def normalize_pixels(self, pixel_values: Tensor) -> Tensor:
-        """[-1, 1] -> the statistics that the ViT was trained on."""
+        """Pixels (B, 3, H, W) in [-1, 1] with the statistics that the ViT was trained with."""
         mean, std = self._pixel_statistics(pixel_values)
         return ((pixel_values + 1) / 2 - mean) / std
 
     def denormalize_pixels(self, pixel_values: Tensor) -> Tensor:
+        """The inverse of `normalize_pixels`."""
         mean, std = self._pixel_statistics(pixel_values)
         return (pixel_values * std + mean) * 2 - 1
 
     def get_grid(self, pixel_values: Tensor) -> Grid:
-        """Of each image; ValueError for a tensor that is no batch of images of a legal size."""
+        """The grid of each image. Raises ValueError for anything but a batch of images whose sides are multiples of the patch size."""
         channels, patch = self.config.num_channels, self.config.patch_size
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
             raise ValueError(
                 f"pixel_values {tuple(pixel_values.shape)} of {pixel_values.dtype} must be floats (B, {channels}, H, W)."
             )
         if not len(pixel_values):
-            raise ValueError(f"pixel_values {tuple(pixel_values.shape)} hold no picture, expected at least one.")
+            raise ValueError(f"pixel_values {tuple(pixel_values.shape)} hold no image, expected at least one.")
         return image_grid(*pixel_values.shape[-2:], patch)
 
     def check_range(self, pixel_values: Tensor) -> None:
-        """ValueError for pixels that are clearly not in [-1, 1]; not in a compiled graph, which cannot branch on data."""
+        """Raises ValueError for pixels clearly outside [-1, 1], except in a compiled graph, which cannot branch on data."""
         if not torch.compiler.is_compiling() and pixel_values.detach().abs().amax() > 1.5:
             raise ValueError(
-                f"pixel_values reach from {pixel_values.min().item():.3g} to {pixel_values.max().item():.3g};"
+                f"pixel_values range from {pixel_values.min().item():.3g} to {pixel_values.max().item():.3g};"
                 " expected pixels in [-1, 1]."
             )
 
@@ -349,14 +350,14 @@ class HydraTokModel(HydraTokPreTrainedModel):
             raise ValueError(f"latents {tuple(latents.shape)} must be (B, {self.config.latent_channels}, h, w).")
 
     def _denormalize(self, tokens: Tensor) -> Tensor:
-        """In the dtype of the weights that read them, whatever that of the statistics."""
+        """Denormalised tokens, in the dtype of the weights that read them rather than that of the statistics."""
         return self.bottleneck.denormalize(tokens).to(self.bottleneck.semantic_up_proj.weight.dtype)
 
     def get_decoder_noise(
         self, grids: Sequence[Grid], device: torch.device, generator: torch.Generator | list[torch.Generator] | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """What a flow decoder starts from, as patches (B, N, 3 p p) of images of one grid: drawn, or `noise` (B, 3, H, W)."""
+        """The initial noise of a flow decoder, as patches (B, N, 3 p p) for images of one grid: drawn, or from `noise` (B, 3, H, W)."""
         from diffusers.utils.torch_utils import randn_tensor
 
         patch = self.config.patch_size
@@ -369,7 +370,7 @@ class HydraTokModel(HydraTokPreTrainedModel):
 
 
 class HydraTokForPreTraining(HydraTokPreTrainedModel):
-    """The tokenizer as its training sees it: one call, so that DDP and FSDP see it whole. `save_pretrained` its `.model`."""
+    """The tokenizer for training: one call, so that DDP and FSDP wrap all of it. Save its `.model` with `save_pretrained`."""
 
     def __init__(self, config: HydraTokConfig):
         super().__init__(config)
@@ -384,13 +385,13 @@ class HydraTokForPreTraining(HydraTokPreTrainedModel):
         sigma: Tensor | None = None,
         distill_layers: tuple[int, ...] = (),
     ) -> HydraTokForPreTrainingOutput:
-        """Reconstruction path (eq. 1-7), and as much of the understanding path as `distill_layers` reach.
+        """Reconstruction path (eq. 1-7), and as much of the understanding path as `distill_layers` need.
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1].
-            latent_noise: (B, N, C), draws the latents from their posterior; zeros give the mean.
-            pixel_noise, sigma: (B, N, 3 p p) and (B,), for a flow decoder; its noisy patches.
-            distill_layers: blocks, counted from 1, whose outputs a teacher judges (L_dist).
+            latent_noise: (B, N, C), the noise that samples the latents from their posterior; zeros give the mean.
+            pixel_noise, sigma: (B, N, 3 p p) and (B,), the noise of a flow decoder's patches and its level.
+            distill_layers: blocks, counted from 1, whose outputs are compared with a teacher's (L_dist).
         """
         model, patch = self.model, self.config.patch_size
         grid = model.get_grid(pixel_values)
@@ -399,7 +400,7 @@ class HydraTokForPreTraining(HydraTokPreTrainedModel):
         gen_states = model.gen_vit(normalized, layer_outputs)  # (B, N, D)
         bottleneck = model.bottleneck(gen_states)  # mean, logvar: (B, N, C)
         if max(distill_layers, default=0) > self.config.num_gen_layers:
-            model.sem_vit(bottleneck.hidden_states, [grid], layer_outputs)  # (B, N, D), not used beyond its layers
+            model.sem_vit(bottleneck.hidden_states, [grid], layer_outputs)  # (B, N, D), only its layers are used
         latents = sample_posterior(bottleneck.mean, bottleneck.logvar, latent_noise)  # (B, N, C)
         decoder_states = model.bottleneck.decoder_up_proj(latents.to(gen_states.dtype))  # (B, N, D)
         velocity = target = None

@@ -1,4 +1,4 @@
-"""What the models give back."""
+"""What the models return."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class HydraTokOutput(ModelOutput):
-    """`last_hidden_state` (B, N, D) are the semantic states; `latents` (B, C, h, w) the normalised mean; `mean` and
-    `logvar` (B, N, C) the posterior; `hidden_states` the embeddings and every layer, Gen-ViT's with its class token."""
+    """`last_hidden_state` (B, N, D): the semantic states; `latents` (B, C, h, w): the normalised mean; `mean` and `logvar`
+    (B, N, C): the posterior; `hidden_states`: the embeddings and the outputs of every layer, Gen-ViT's with the class token."""
 
     last_hidden_state: Tensor | None = None
     latents: Tensor | None = None
@@ -41,8 +41,8 @@ class HydraTokDecoderOutput(ModelOutput):
 
 @dataclass
 class HydraTokForPreTrainingOutput(ModelOutput):
-    """What the losses of the tokenizer read; `velocity` and its target (B, N, 3 p p) only with a flow decoder,
-    `hidden_states` the outputs of `distill_layers`, Gen-ViT's with its class token."""
+    """The inputs of the tokenizer's losses. `clean_pixel_values` (B, 3, H, W); `velocity` and its target (B, N, 3 p p) only
+    with a flow decoder; `hidden_states`: the outputs of `distill_layers`, Gen-ViT's with the class token."""
 
     clean_pixel_values: Tensor | None = None
     velocity: Tensor | None = None
@@ -57,7 +57,7 @@ class HydraTokForPreTrainingOutput(ModelOutput):
 @dataclass
 class HydraModelOutput(BaseModelOutputWithPast):
     """`last_hidden_state` (B, L, D); `image_hidden_states` (total_tokens, D): the part of it at the images' patches, packed;
-    `image_outputs`: what `get_image_features` gave for images that came as pixels."""
+    `image_outputs`: what `get_image_features` returned for images passed as pixels."""
 
     image_hidden_states: Tensor | None = None
     image_outputs: BaseModelOutputWithPooling | None = None
@@ -65,11 +65,11 @@ class HydraModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class HydraOutput(CausalLMOutputWithPast):
-    """`loss` is the sum of the losses that the call's targets allow.
+    """`loss` is the sum of the losses whose targets were passed.
 
-    `logits` are (B, L, V), and with labels (num_labelled, V): of the positions whose next token is a label, row by row; but
-    (B, L, V) in a compiled graph.
-    `velocity` is (num_generated, C, h, w), or packed as the latents are, (total_tokens of the generated images, C).
+    `logits` are (B, L, V); with labels they are (num_labelled, V), for the positions whose next token is a label, row by row,
+    except in a compiled graph.
+    `velocity` is (num_generated, C, h, w), or packed if the latents are: (total_tokens of the generated images, C).
     """
 
     velocity: Tensor | None = None

@@ -1,7 +1,7 @@
 """From latents to pixels: the flow decoder of HYDRA (section 3.2) and the ViT decoder of HYDRA-X (section 2).
 
-Both take conditions (B, N, D), rows of images of `grids` (see `grid.py`), and give pixels through `decode`; `patches` are
-pixels in the ViT's statistics, (B, N, 3 p p).
+Both take conditions (B, N, D), rows of images with `grids` (see `grid.py`), and return pixels from `decode`; `patches` are
+pixels with the ViT's statistics, (B, N, 3 p p).
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class FlowMLPBlock(GradientCheckpointingLayer):
 
 
 class PixelFlowDecoder(nn.Module):
-    """Velocity of noisy pixels. Attention is global in the conditions and absent between noisy patches."""
+    """Velocity of noisy pixels. Attention is global in the conditions; noisy patches do not attend to each other."""
 
     def __init__(self, config: PixelFlowDecoderConfig):
         super().__init__()
@@ -74,7 +74,7 @@ class PixelFlowDecoder(nn.Module):
     def decode(
         self, hidden_states: Tensor, grids: Sequence[Grid], *, noise: Tensor, num_inference_steps: int | None = None
     ) -> Tensor:
-        """Patches (B, N, 3 p p) by Euler steps from `noise` of that shape."""
+        """Patches (B, N, 3 p p), by Euler steps from `noise` of the same shape."""
         conditions = self.get_conditions(hidden_states, grids)
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
@@ -88,7 +88,7 @@ class PixelFlowDecoder(nn.Module):
 
 
 class PixelViTDecoder(nn.Module):
-    """Regresses the pixels; needs no noise and one pass."""
+    """Regresses the pixels in one pass, without noise."""
 
     def __init__(self, config: PixelViTDecoderConfig):
         super().__init__()
@@ -108,7 +108,7 @@ class PixelViTDecoder(nn.Module):
     def decode(
         self, hidden_states: Tensor, grids: Sequence[Grid], *, noise: Tensor | None = None, num_inference_steps: int | None = None
     ) -> Tensor:  # fmt: skip
-        """The same call as the flow decoder's; a regression has neither noise nor steps, so naming steps is an error."""
+        """The same call as the flow decoder's, with `noise` unused. Raises ValueError for more than one step."""
         if num_inference_steps not in (None, 1):
             raise ValueError(f"{num_inference_steps=}: the ViT decoder regresses pixels in one step.")
         return self(hidden_states, grids)

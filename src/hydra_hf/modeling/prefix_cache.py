@@ -1,4 +1,4 @@
-"""A prompt's keys and values, read at every denoising step and never written.
+"""The keys and values of a prompt, which every denoising step reads and none writes.
 
 Works for any language model that takes a transformers `Cache`; the tensors are shared, not copied.
 """
@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 
 class FrozenLayer(DynamicLayer):
-    """`update` answers with prefix and new states, and keeps only the prefix."""
+    """`update` returns the prefix followed by the new states, and keeps only the prefix."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
@@ -20,7 +20,7 @@ class FrozenPrefixCache(Cache):
 
     @classmethod
     def from_cache(cls, cache: DynamicCache) -> "FrozenPrefixCache":
-        """Freezes a prefilled cache. Raises ValueError for layers that forget (sliding windows)."""
+        """Freezes a prefilled cache. Raises ValueError for layers that drop old states (sliding windows)."""
         layers = []
         for layer in cache.layers:
             if type(layer) is not DynamicLayer:

@@ -9,7 +9,7 @@ from transformers.modeling_utils import is_local_dist_rank_0
 
 
 class HydraPreTrainedMixin:
-    """In front of `PreTrainedModel`: weights that do not fit the config are an error."""
+    """Goes before `PreTrainedModel` in the bases: makes weights that do not fit the config an error."""
 
     @classmethod
     def from_pretrained(
@@ -20,9 +20,9 @@ class HydraPreTrainedMixin:
         ignore_mismatched_sizes: bool = False,
         **kwargs,
     ):
-        """As in transformers, except that no weight stays random in silence.
+        """As in transformers, except that no weight silently stays random.
 
-        `output_loading_info`, `ignore_mismatched_sizes` or no folder at all (None) say that missing weights are wanted.
+        Missing weights are allowed with `output_loading_info`, `ignore_mismatched_sizes`, or None instead of a folder.
 
         Raises:
             ValueError: for weights that are missing, belong to layers that the config does not have, or are not finite.
@@ -42,7 +42,7 @@ class HydraPreTrainedMixin:
         return model
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
-        """As in transformers; the parts with a config that are plain modules, such as decoders, follow without its warning."""
+        """As in transformers, without its warning about parts that have a config but are plain modules, such as decoders."""
         transformers_logger = logging.getLogger("transformers.modeling_utils")
         transformers_logger.addFilter(_is_not_about_plain_modules)
         try:
@@ -52,7 +52,7 @@ class HydraPreTrainedMixin:
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
-        """Off: loading through a shim would mark the installed class and rewrite `auto_map` on the next save."""
+        """Does nothing: loading through a shim would mark the installed class and rewrite `auto_map` on the next save."""
 
 
 def _is_not_about_plain_modules(record: logging.LogRecord) -> bool:
@@ -65,11 +65,13 @@ def _check_keys(model: nn.Module, name: str, info: dict) -> None:
     parts = [key.removeprefix("model.").split(".")[0] for key in others]
     surplus = [key for key, part in zip(others, parts) if hasattr(base, part) or hasattr(model, part)]
     if getattr(base, "pixel_decoder", True) is None:
-        surplus = [key for key in surplus if "pixel_decoder" not in key]  # an encoder may leave the decoder behind
+        surplus = [
+            key for key in surplus if "pixel_decoder" not in key
+        ]  # an encoder may be loaded without its decoder
     if missing or surplus:
         raise ValueError(
             f"The weights in {str(name)!r} do not fit the config of {type(model).__name__}: {_list(missing)} missing,"
-            f" {_list(others)} not expected. Load with output_loading_info=True to have the model all the same, with random"
+            f" {_list(others)} not expected. Load with output_loading_info=True to get the model anyway, with random"
             " values where weights are missing."
         )
 
@@ -82,7 +84,7 @@ def _check_values(model: nn.Module, name: str) -> None:
     if is_fsdp_enabled() and not is_local_dist_rank_0():
         return  # the first process has read the weights and sends them
     for key, tensor in model.state_dict().items():
-        is_plain = type(tensor) is torch.Tensor and not tensor.is_meta  # neither quantised nor left on the disk
+        is_plain = type(tensor) is torch.Tensor and not tensor.is_meta  # neither quantised nor offloaded to disk
         if not is_plain or not tensor.is_floating_point() or not tensor.numel():
             continue
         if not torch.stack(tensor.aminmax()).isfinite().all():

@@ -1,4 +1,4 @@
-"""Chat messages with images to the model's inputs, and its outputs to text and pictures."""
+"""Chat messages with images to the model's inputs, and its outputs to text and images."""
 
 import re
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from .image_processing_hydra import HydraImageProcessor
 
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
-WORD_JOINER = "\u2060"  # invisible, no line break: the reader sees the same text
-IMAGE_KEYS = ("image", "url", "path", "base64")  # where transformers looks for the picture of an image part
+WORD_JOINER = "\u2060"  # invisible and without a line break: the text looks the same
+IMAGE_KEYS = ("image", "url", "path", "base64")  # where transformers looks for the image of an image part
 
 
 def check_unicode(name: str, text: str) -> None:
@@ -47,14 +47,14 @@ class HydraProcessor(ProcessorMixin):
     Image processor and tokenizer in one.
 
     Text in chat messages (`apply_chat_template`, `build_image_prompt`, `encode_conversations`) is read as text: a special
-    token written there is broken up by a word joiner, whoever's message it is. `processor(text=...)` is trusted, as
-    everywhere in transformers: it is where rendered templates go, so never pass it what a stranger typed.
+    token in it is broken up by a word joiner, whoever wrote the message. `processor(text=...)` is trusted, as everywhere in
+    transformers: it takes rendered templates, so never pass it what a stranger typed.
 
     Args:
         patch_size: side of the tokenizer's patch in pixels; the image processor has the same.
-        num_time_tokens: positions in front of the patches of every image that tell its noise level.
-        known_words: all words, in lower case, that a model of a small world has ever read; None is any word.
-        chat_template: ChatML with images (`chat_template.jinja` in this folder) when None.
+        num_time_tokens: positions for the noise level in front of the patches of every image.
+        known_words: all words, in lower case, that a model of a small world has ever read; None means any word.
+        chat_template: None is ChatML with images (`chat_template.jinja` in this folder).
     """
 
     return_mm_token_type_ids = True
@@ -82,14 +82,14 @@ class HydraProcessor(ProcessorMixin):
         self.patch_size = patch_size
         self.num_time_tokens = num_time_tokens
         self.known_words = known_words
-        tokenizer.padding_side = "left"  # generation goes on at the right end
+        tokenizer.padding_side = "left"  # generation continues at the right end
         if chat_template is None:
             chat_template = CHAT_TEMPLATE.read_text(encoding="utf-8")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
-        """Does nothing: a mark on the installed class would make every later save copy this file into the folder."""
+        """Does nothing: marking the installed class would make every later save copy this file into the folder."""
 
     @property
     def model_input_names(self) -> list[str]:
@@ -102,7 +102,7 @@ class HydraProcessor(ProcessorMixin):
         return self.image_token * self.image_length(grid)
 
     def image_length(self, grid: Grid) -> int:
-        """How many positions an image takes."""
+        """How many positions an image of `grid` takes in the sequence."""
         return self.num_time_tokens + num_tokens(grid)
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
@@ -125,7 +125,7 @@ class HydraProcessor(ProcessorMixin):
         super().validate_inputs(images=images, text=text, **kwargs)
 
     def _check_placeholders(self, texts: list[str], images: ImageInput | None) -> None:
-        """As many placeholders as images, which transformers checks itself since 5.23."""
+        """Raises ValueError unless there are as many placeholders as images; transformers checks this itself since 5.23."""
         num_placeholders = sum(text.count(self.image_token) for text in texts)
         if images is None and num_placeholders:
             raise ValueError(f"Got {num_placeholders} {self.image_token} tokens, but no images were passed.")
@@ -138,14 +138,14 @@ class HydraProcessor(ProcessorMixin):
     # Chats
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of `text` that the model has never read, in their order; none where `known_words` is None."""
+        """The words of `text` that the model has never read, in order; none if `known_words` is None."""
         if self.known_words is None:
             return []
         known = set(self.known_words)
         return [word for word in dict.fromkeys(re.findall(r"\w+", text.lower())) if word not in known]
 
     def escape_special_tokens(self, text: str) -> str:
-        """`text` with a word joiner inside everything that the tokenizer would read as a special token. ValueError if it is not Unicode."""
+        """`text` with a word joiner inside everything that the tokenizer would read as a special token. Raises ValueError if it is not valid Unicode."""
         check_unicode("text", text)
         tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         tokens |= {*self.tokenizer.all_special_tokens, *self.all_special_multimodal_tokens}
@@ -180,7 +180,7 @@ class HydraProcessor(ProcessorMixin):
         )
 
     def _readable_conversations(self, conversation) -> tuple[list[list[dict]], bool]:
-        """A copy whose texts cannot be mistaken for special tokens, as a batch, and whether it came as one."""
+        """A batch, copied, whose texts cannot be mistaken for special tokens, and whether `conversation` was a batch."""
         if not conversation:
             raise ValueError("Got no messages, expected at least one.")
         conversation = _as_dicts(conversation)
@@ -219,7 +219,7 @@ class HydraProcessor(ProcessorMixin):
                 raise ValueError(f"Got a text part with {part.get('text')!r}, expected a string under 'text'.")
             text = part["text"]
             if readable and readable[-1]["type"] == "text":
-                text = readable.pop()["text"] + text  # two neighbours may hold half a special token each
+                text = readable.pop()["text"] + text  # two neighbours may each hold half a special token
             readable.append({**part, "text": text})
         return [
             {**part, "text": self.escape_special_tokens(part["text"])} if part["type"] == "text" else part
@@ -228,7 +228,7 @@ class HydraProcessor(ProcessorMixin):
 
     def build_image_prompt(self, prompt: str, num_images: int = 0) -> str:
         """
-        The text that makes the model draw `prompt`: a user's turn, and the assistant's up to `<|vision_start|>`.
+        The text that makes the model generate an image of `prompt`: the user's turn, and the assistant's up to `<|vision_start|>`.
 
         Args:
             prompt: may be empty, the null condition of guidance.
@@ -246,13 +246,13 @@ class HydraProcessor(ProcessorMixin):
         padding_side: str = "left",
     ) -> dict[str, Tensor]:
         """
-        What `apply_chat_template` gives for a batch with images that are pixels in [-1, 1] already, without these pixels:
-        `input_ids`, `attention_mask`, `mm_token_type_ids`, `assistant_masks`, each (B, L), and where there are images
+        What `apply_chat_template` returns for a batch whose images are already pixels in [-1, 1], without the pixels:
+        `input_ids`, `attention_mask`, `mm_token_type_ids`, `assistant_masks`, each (B, L), and, if there are images,
         `image_grid_thw` (num_images, 3).
 
         Args:
-            images: (3, H, W) each, or only the grid of one, in the order of the image parts; None for those in the parts.
-            max_length: longer conversations lose their end, unless it is a piece of an image.
+            images: tensors (3, H, W) or only their grids, in the order of the image parts; None takes those in the parts.
+            max_length: longer conversations lose their end; cutting an image is a ValueError.
         """
         if padding_side not in ("left", "right"):
             raise ValueError(f"Got {padding_side=}, expected 'left' or 'right'.")
@@ -307,7 +307,7 @@ class HydraProcessor(ProcessorMixin):
         lengths_of_images: Iterator[int],
         max_length: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """Token ids and assistant mask (L,) of one conversation, every image at its length."""
+        """Token ids and assistant mask (L,) of one conversation, with every image expanded to its length."""
         starts, ends = torch.tensor(offsets, dtype=torch.long).reshape(-1, 2).T
         is_generated = torch.zeros(len(ids), dtype=torch.bool)
         for span_start, span_end in generated_spans:
@@ -329,7 +329,7 @@ class HydraProcessor(ProcessorMixin):
         **kwargs,
     ) -> list[str] | list[Image.Image]:
         """
-        What the model generated, for people.
+        What the model generated, as text or images.
 
         Args:
             generated_outputs: token ids, or `pixel_values` (B, 3, H, W) when `generation_mode` is "image".
@@ -345,7 +345,7 @@ class HydraProcessor(ProcessorMixin):
 
 
 def _as_dicts(value: Any) -> Any:
-    """Messages and their parts that are objects of an API's client, dataclasses or pydantic's, as dicts."""
+    """Messages and their parts as dicts, if they are objects of an API client: dataclasses or pydantic models."""
     if isinstance(value, (list, tuple)):
         return [_as_dicts(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):

@@ -14,5 +14,5 @@ class MultiModalProjector(nn.Module):
         self.linear = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
 
     def forward(self, semantic_states: Tensor) -> Tensor:
-        """States (B, N, D) -> (B, N, D_llm); where a token is, Sem-ViT has said."""
+        """States (B, N, D) -> (B, N, D_llm), without positions, which Sem-ViT has added."""
         return self.linear(self.norm(semantic_states))

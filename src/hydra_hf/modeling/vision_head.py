@@ -1,4 +1,4 @@
-"""Vision head: AdaLN-Zero blocks that turn the LLM's states of an image into latent velocity. HYDRA, section 2.2."""
+"""Vision head: AdaLN-Zero blocks that turn the LLM's states of an image into the velocity of its latents. HYDRA, section 2.2."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from .layers import AdaLNZeroLayer, TimestepEmbedding, ZeroLinear, modulate
 
 
 class VisionHead(nn.Module):
-    """States (B, N, D_llm) of image tokens and their noise level -> velocity (B, N, C); a token sees its own image, no text."""
+    """States (B, N, D_llm) of image tokens and their noise level -> velocity (B, N, C); tokens attend to their own image only."""
 
     def __init__(self, config: HydraConfig):
         super().__init__()
@@ -28,9 +28,9 @@ class VisionHead(nn.Module):
         self.out_proj = ZeroLinear(size, channels)
 
     def forward(self, hidden_states: Tensor, noisy_tokens: Tensor, sigma: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Rows of images of `grids`, see `grid.py`, at `sigma` (num_images,); the velocity is fp32.
+        """`hidden_states` are rows of images with `grids`, see `grid.py`, at `sigma` (num_images,); the velocity is fp32.
 
-        `noisy_tokens` (B, N, C) are read only with the latent skip.
+        `noisy_tokens` (B, N, C) are used only with the latent skip.
         """
         condition = in_rows(nn.functional.silu(self.time_embedding(sigma)), grids)  # (B, 1, D)
         hidden_states = self.in_proj(self.in_norm(hidden_states))  # (B, N, D)

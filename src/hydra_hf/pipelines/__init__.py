@@ -1,1 +1,1 @@
-"""How a trained model is used: diffusers' pipelines around HYDRA and HYDRA-TOK."""
+"""Uses of a trained model: pipelines of diffusers for HYDRA and HYDRA-TOK."""

@@ -30,7 +30,7 @@ def answer(
     if isinstance(questions, str):
         raise ValueError(f"Got questions={questions!r:.100}, expected a list of strings.")
     if len(images) != len(check_texts("questions", questions)):
-        raise ValueError(f"Got {len(images)} images and {len(questions)} questions, expected as many.")
+        raise ValueError(f"Got {len(images)} images and {len(questions)} questions, expected as many of each.")
     if empty := [index for index, question in enumerate(questions) if not question.strip()]:
         raise ValueError(f"The questions {empty} are empty.")
     turns = [
@@ -47,7 +47,7 @@ def answer(
 def encode_turns(
     model: HydraForConditionalGeneration, processor: HydraProcessor, turns: list[list[dict]]
 ) -> BatchFeature:
-    """The user's turns, each a list of parts, up to where the assistant's begins, padded, as the model takes them."""
+    """The model's inputs for user turns, each a list of parts, up to where the assistant's turn begins; padded."""
     return processor.apply_chat_template(
         [[{"role": "user", "content": parts}] for parts in turns], add_generation_prompt=True, tokenize=True,
         return_dict=True, return_tensors="pt", processor_kwargs={"padding": True},

@@ -1,4 +1,4 @@
-"""Checks of what callers pass: ValueError says what came and what was expected."""
+"""Checks of what callers pass. Each ValueError says what came and what was expected."""
 
 import os
 from collections.abc import Sequence

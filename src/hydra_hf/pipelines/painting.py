@@ -1,7 +1,7 @@
-"""Pictures made of pictures: a prompt and an image in, an image out. UniMRG, section 3.1.
+"""Images painted from images: a prompt and an image in, an image out. UniMRG, section 3.1.
 
-The prompt comes first (our choice): a patch of the image and the same patch of what is painted are then always as far apart, and
-the image is read with its task in mind.
+The prompt comes first (our choice): the distance from a patch of the image to the same patch of what is painted is then always
+the same, and the image is read with its task in mind.
 """
 
 import torch
@@ -23,13 +23,13 @@ def paint(
     num_inference_steps: int = 24,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
-    """What each prompt asks for of its image, such as a depth map: (3, H, W) in [-1, 1] each, as large as the image is read.
+    """What each prompt asks for, such as a depth map of its image: (3, H, W) in [-1, 1] each, at the size at which the image is read.
 
     Raises ValueError if the lists differ in length or the processor does not belong to the model.
     """
     check_processor(model, processor)
     if len(images) != len(check_texts("prompts", prompts)):
-        raise ValueError(f"Got {len(images)} images and {len(prompts)} prompts, expected as many.")
+        raise ValueError(f"Got {len(images)} images and {len(prompts)} prompts, expected as many of each.")
     turns = [
         [{"type": "text", "text": prompt}, {"type": "image", "image": image}] for image, prompt in zip(images, prompts)
     ]

@@ -3,7 +3,7 @@
 negative prompt -> prefill, once -> branch -.
 prompt          -> prefill, once -> branch -+
                           noise -> latents -+-> denoise_step -> scheduler -> latents, step by step
-                                                             last of the latents -> decode -> picture
+                                                                  final latents -> decode -> image
 """
 
 import math
@@ -44,11 +44,11 @@ from .arguments import (
 )
 
 
-MAX_STEPS, MAX_IMAGES, MAX_GUIDANCE = 10_000, 10_000, 1000.0  # more is a mistake
+MAX_STEPS, MAX_IMAGES, MAX_GUIDANCE = 10_000, 10_000, 1000.0  # more must be a mistake
 SCHEDULER_OPTIONS = {
     "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "invert_sigmas": False,
     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
-}  # fmt: skip  # the options under which the noise levels stay the pipeline's
+}  # fmt: skip  # options that leave the noise levels to the pipeline
 
 
 class HydraDiffusionPipeline(DiffusionPipeline):
@@ -62,14 +62,14 @@ class HydraDiffusionPipeline(DiffusionPipeline):
         if os.path.isdir(path):
             expected = ["model_index.json", *sorted(set(components) - set(kwargs))]
             if missing := [name for name in expected if not (Path(path) / name).exists()]:
-                raise ValueError(f"{path!r} is no {cls.__name__}: it has no {missing}, expected {expected}.")
+                raise ValueError(f"{path!r} is not a {cls.__name__}: it has no {missing}, expected {expected}.")
         else:
             check_model_name(path)
         return super().from_pretrained(path, **kwargs)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:
-        """The folder of a repo's snapshot; diffusers' own refuses components of other libraries."""
+        """The folder of a repo's snapshot; diffusers' own method refuses components of other libraries."""
         options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         components, _ = cls._get_signature_keys(cls)
         patterns = ["model_index.json", *(f"{name}/*" for name in components)]
@@ -93,11 +93,11 @@ class HydraDiffusionPipeline(DiffusionPipeline):
 
 class HydraPipeline(HydraDiffusionPipeline):
     """
-    Draws pictures from prompts.
+    Generates images from prompts.
 
     Args:
-        scheduler: Euler steps, without a shift of its own: the noise levels come shifted as in training.
-        default_num_inference_steps, default_guidance_scale: what a call without them means; saved with the pipeline.
+        scheduler: Euler steps without a shift of its own: it gets noise levels that are shifted as in training.
+        default_num_inference_steps, default_guidance_scale: used in calls without them; saved with the pipeline.
     """
 
     model_cpu_offload_seq = "model"
@@ -163,25 +163,26 @@ class HydraPipeline(HydraDiffusionPipeline):
         pad_to_multiple_of: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """
-        Pictures of the prompts, `num_images_per_prompt` of the first, then of the second.
+        Images for the prompts: `num_images_per_prompt` for the first, then for the second, and so on.
 
         Args:
             prompt: may be an empty string.
             negative_prompt: what guidance leads away from; None is the empty prompt, a string applies to every prompt.
             height, width: in pixels; None is the size at which the tokenizer was trained.
-            num_inference_steps, guidance_scale: None is the pipeline's default; a scale of 1 or less is no guidance.
-            guidance_interval: (low, high): guidance only while low < sigma <= high, noise being sigma 1.
+            num_inference_steps, guidance_scale: None is the pipeline's default; a scale of 1 or less turns guidance off.
+            guidance_interval: (low, high): guidance only while low < sigma <= high; sigma is 1 for noise, 0 for data.
             guidance_rescale: from 0, plain guidance, to 1, as much contrast as without guidance (Lin et al. 2023, 3.4).
-            generator: one, or one for each picture; it draws the latents, then the decoder's noise.
+            generator: one for all, or one for each image; it draws the latents, then the decoder's noise.
             latents: noise to start from, (B, C, h, w), torch or numpy, instead of the generator's.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called with pipeline, step, timestep and the requested tensors; returns a dict of those that
                 change, or None.
-            max_sequence_length: longest prompt in tokens, the chat around it included; None is what the context leaves.
-            pad_to_multiple_of: prompts of several lengths then share a compiled step, see `model.compile_denoise_step`.
+            max_sequence_length: longest prompt in tokens, the chat around it included; None is what fits the context.
+            pad_to_multiple_of: pads prompts so that those of similar lengths share a compiled step, see
+                `model.compile_denoise_step`.
 
         Raises:
-            ValueError: as `check_inputs`, or if latents or pictures are not finite.
+            ValueError: as `check_inputs`, or if latents or images are not finite.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -221,7 +222,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    # The stages of a call, which an engine may run by itself
+    # The stages of a call, which an engine may also call one by one
 
     def check_inputs(
         self, prompt, negative_prompt=None, height=None, width=None, num_inference_steps=1, guidance_scale=1.0,
@@ -229,13 +230,13 @@ class HydraPipeline(HydraDiffusionPipeline):
         output_type="pil", return_dict=True, callback_on_step_end=None, callback_on_step_end_tensor_inputs=("latents",),
         max_sequence_length=None, pad_to_multiple_of=None,
     ) -> None:  # fmt: skip
-        """Raises ValueError, with what came and what was expected, for arguments of `__call__` that cannot be drawn."""
+        """Raises ValueError, with what came and what was expected, for wrong arguments of `__call__`."""
         num_prompts = len(check_texts("prompt", prompt))
         if negative_prompt is not None:
             num_negative = len(check_texts("negative_prompt", negative_prompt))
             if not isinstance(negative_prompt, str) and num_negative != num_prompts:
                 raise ValueError(
-                    f"Got {num_negative} negative prompts for {num_prompts} prompts, expected negative_prompt to be as many."
+                    f"Got {num_negative} negative prompts for {num_prompts} prompts, expected as many in negative_prompt."
                 )
         batch_size = num_prompts * check_integer("num_images_per_prompt", num_images_per_prompt, MAX_IMAGES)
         check_integer("num_inference_steps", num_inference_steps, MAX_STEPS)
@@ -257,7 +258,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         _check_scheduler(self.scheduler)
 
     def get_grid(self, height: int | None, width: int | None) -> Grid:
-        """Of the latents of a picture. Raises ValueError off the patch grid, and for one larger than the context."""
+        """The grid of an image's latents. Raises ValueError for a size off the patch grid or larger than the context."""
         config = self.model.config
         patch_size = config.vision_config.patch_size
         for name, value in {"height": height, "width": width}.items():
@@ -272,7 +273,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         if num_tokens(grid) > room:
             side = math.isqrt(max(room, 0)) * patch_size
             raise ValueError(
-                f"Got {height=} and {width=}, a picture of {num_tokens(grid)} tokens, expected at most {room}: the context"
+                f"Got {height=} and {width=}, an image of {num_tokens(grid)} tokens, expected at most {room}: the context"
                 f" has {context}. The largest square that fits is {side}x{side} pixels."
             )
         return grid
@@ -286,7 +287,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         max_sequence_length: int | None = None,
         pad_to_multiple_of: int | None = None,
     ) -> ImagePrefix:
-        """Prompts, or negative prompts, read once, each row repeated for its pictures. Raises ValueError for a text that is too long."""
+        """The prefilled prompts, or negative prompts, each row repeated for its images. Raises ValueError for a text that is too long."""
         config = self.model.config
         num_image_tokens = config.num_time_tokens + num_tokens(grid)
         longest = config.text_config.max_position_embeddings - num_image_tokens
@@ -299,7 +300,7 @@ class HydraPipeline(HydraDiffusionPipeline):
             if length > longest:
                 raise ValueError(
                     f"Got a prompt of {length} tokens (with its chat), expected at most {longest}: the context has"
-                    f" {config.text_config.max_position_embeddings}, the picture needs {num_image_tokens} of them and"
+                    f" {config.text_config.max_position_embeddings}, the image needs {num_image_tokens} of them and"
                     f" {max_sequence_length=}. The prompt starts with {text[:60]!r}."
                 )
         device = self._execution_device
@@ -316,7 +317,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Noise (B, C, h, w) to start from, in fp32 whatever the weights are."""
+        """Initial noise (B, C, h, w), in fp32 whatever the dtype of the weights."""
         device, shape = self._execution_device, self._latents_shape(batch_size, grid)
         if latents is not None:
             return check_tensor("latents", latents, shape).to(device, torch.float32)
@@ -324,7 +325,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
     def prepare_sigmas(self, num_inference_steps: int, grid: Grid) -> list[float]:
-        """The noise levels of the steps, from 1 down; the scheduler is set to them."""
+        """Noise levels of the steps, from 1 down, which the scheduler is set to."""
         _check_scheduler(self.scheduler)
         sigmas = inference_sigmas(num_inference_steps, self.model.get_sigma_shift(num_tokens(grid))).tolist()
         self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
@@ -333,7 +334,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         return sigmas
 
     def get_branches(self, prefixes: list[ImagePrefix], is_guided: bool) -> list[GuidanceBranch]:
-        """What a step is drawn from: the prompt, which comes last in `prefixes`; guided, from the negative prompt to it."""
+        """The branches of a step: the prompt, which is last in `prefixes`; with guidance, the negative prompt before it."""
         if not is_guided or not self.do_classifier_free_guidance:
             return [GuidanceBranch(prefixes[-1])]
         if len(prefixes) == 1:
@@ -349,7 +350,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         branches: list[GuidanceBranch],
         guidance_rescale: float = 0.0,
     ) -> Tensor:
-        """Latents (B, C, h, w) at the scheduler's next noise level, from those at `sigma`, its `timestep`."""
+        """Latents (B, C, h, w) at the scheduler's next noise level, from those at `sigma`, whose number is `timestep`."""
         sigmas = latents.new_full((len(latents),), sigma)
         velocity = self.model.denoise_step(latents, sigmas, branches, guidance_rescale)
         return self.scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
@@ -361,7 +362,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         output_type: str = "pil",
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> list[Image.Image] | np.ndarray | Tensor:
-        """Pictures of clean latents (B, C, h, w). Raises ValueError for latents or pictures that are not finite."""
+        """Images of clean latents (B, C, h, w). Raises ValueError for latents or images that are not finite."""
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
         if not isinstance(latents, Tensor) or latents.ndim != 4 or not latents.is_floating_point():
             raise ValueError(f"Got latents={latents!r:.100}, expected floats (B, C, h, w) as a torch tensor.")
@@ -369,7 +370,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         if output_type == "latent":
             return latents
         images = self.model.decode_latents(latents, generator=check_generator(generator, len(latents)))
-        return self.image_processor.postprocess(check_finite("pictures", images.float()), output_type=output_type)
+        return self.image_processor.postprocess(check_finite("images", images.float()), output_type=output_type)
 
     def _check_callback(self, callback, tensor_inputs) -> None:
         if callback is not None and not callable(callback):

@@ -1,4 +1,4 @@
-"""Pictures through the tokenizer and back, in the form of diffusers. HYDRA, section 3.2."""
+"""Images encoded by the tokenizer and decoded again, in the form of diffusers. HYDRA, section 3.2."""
 
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -13,7 +13,7 @@ from .pipeline_hydra import MAX_STEPS, HydraDiffusionPipeline
 
 
 class HydraReconstructionPipeline(HydraDiffusionPipeline):
-    """What a tokenizer keeps of a picture: encoded (mode of the posterior) and decoded."""
+    """What a tokenizer keeps of an image: it is encoded (mode of the posterior) and decoded."""
 
     model_cpu_offload_seq = "vision_tower"
 
@@ -42,16 +42,16 @@ class HydraReconstructionPipeline(HydraDiffusionPipeline):
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
         """
-        The reconstructions, at the size that the image processor gives; a list where images differ in size.
+        The reconstructions, at the size that the image processor gives; a list if the images differ in size.
 
         Args:
-            image: one or a list of what `HydraImageProcessor` reads; torch tensors in [-1, 1].
+            image: one image or a list, of any kind that `HydraImageProcessor` reads; torch tensors in [-1, 1].
             num_inference_steps: Euler steps of a flow decoder; None is the number in its config.
-            generator: one, or one for each picture; it draws the noise of a flow decoder.
+            generator: one for all, or one for each image; it draws the noise of a flow decoder.
             output_type: "pil", "np" or "pt".
 
         Raises:
-            ValueError: for wrong arguments, or if the pictures are not finite.
+            ValueError: for wrong arguments, or if the images are not finite.
         """
         if num_inference_steps is not None:
             num_inference_steps = check_integer("num_inference_steps", num_inference_steps, MAX_STEPS)
@@ -69,7 +69,7 @@ class HydraReconstructionPipeline(HydraDiffusionPipeline):
                 for original, one in zip(originals, generators)
             ]
         for reconstruction in images:
-            check_finite("pictures", reconstruction)
+            check_finite("images", reconstruction)
         images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -1,1 +1,1 @@
-"""A small world with exact truth: pictures, words, a checker, a teacher, batches. A guest: no other package imports it but recipes."""
+"""A small world with exact truth: images, words, a checker, a teacher, batches. Only recipes and the command line import it."""

@@ -1,4 +1,4 @@
-"""The toy world as training data: the pictures and conversations of any step, made from its number."""
+"""The toy world as training data: the images and conversations of any step, made from its number."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,16 +20,16 @@ from .world import CANVAS, ToyWorld
 
 @dataclass(frozen=True, kw_only=True)
 class ToyData:
-    """The toy world as the data of a stage, in the place of data sets.
+    """The toy world as the data of a stage, instead of data sets.
 
     Args:
-        max_objects: scenes have at most so many objects (a curriculum).
-        canvases: (height, width) of the pictures. A step has one, the less often the larger it is, since a step takes as
-            many pictures of any.
+        max_objects: the most objects in a scene (a curriculum).
+        canvases: sizes (height, width) of the images. A step has one of them, large ones less often, since a step has the
+            same number of images of any size.
         first_canvas_share: how often it is the first of them.
-        questions_per_image: at most so many turns about one picture.
-        question_weights: type -> how often it is asked; None is every type alike.
-        unknown_share: so many prompts have a word that nobody knows, and a picture of known things.
+        questions_per_image: the most turns about one image.
+        question_weights: type -> how often it is asked; None asks every type equally often.
+        unknown_share: share of prompts with an unknown word, and an image of known things.
         is_held_out: images that training never shows; for the vision tower the same at every step.
     """
 
@@ -51,14 +51,14 @@ class ToyData:
         return ToyBundles(self, processor, stage, seed, **place)
 
     def images(self, image_size: int, batch_size: int, seed: int) -> Batches:
-        """Pictures to train a vision tower on, or to measure it on."""
+        """Images to train a vision tower on, or to measure it on."""
         world = ToyWorld(self.difficulty)
         if self.is_held_out:
             return ToyHeldOut(world, batch_size, seed)
         return ToyBatches(world, batch_size, seed, self.canvases, self.first_canvas_share)
 
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
-        """Held-out prompts to draw while training."""
+        """Held-out prompts to generate images of while training."""
         generator = hashed_generator(seed, 0)
         prompts, _ = ToyLanguage(ToyWorld(self.difficulty)).sample_prompts(24, generator, split="test")
         return tuple(prompt.text for prompt in prompts)
@@ -117,7 +117,7 @@ class ToyHeldOut:
 
 
 class ToyBundles(Dataset):
-    """What `data.bundles.Bundles` is to data sets: bundle `index` of a stage of the toy world, the same for every asker.
+    """For the toy world what `data.bundles.Bundles` is for data sets: bundle `index` of a stage, the same for whoever asks.
 
     The whole batch of the step is made, and of each task every (num_processes x accumulation)-th row is kept.
     """
@@ -150,16 +150,17 @@ class ToyBundles(Dataset):
             samples = self.samples(task, generator, canvas)
             first = self.process_index + micro_step * self.num_processes
             mine = list(range(first, count, self.num_processes * self.accumulation))
-            rows[task] = mine or [count]  # a blank one, so that every process runs the same forwards
+            rows[task] = mine or [count]  # a blank sample, so that every process runs the same forwards
             bundle[task] = collate([samples[row] for row in mine or [0]], self.processor)
             bundle[task]["num_samples"] = len(mine)
         return {**bundle, "rows": rows, "step": step, "micro_step": micro_step, "skipped": {}}
 
     def state_dict(self, step: int) -> dict:
-        """Nothing: the step is all that a resumed run needs."""
+        """{}: the step is all that a resumed run needs."""
         return {}
 
     def samples(self, task: str, generator: torch.Generator, canvas: tuple[int, int] = CANVAS) -> list[Sample]:
+        """All samples of one task for a step. Raises ValueError for a task that the toy world does not have."""
         data, count = self.data, self.stage.tasks[task]
         split = "test" if data.is_held_out else "train"
         if task == "generate":
@@ -179,4 +180,4 @@ class ToyBundles(Dataset):
         if task == "edit":
             return self.edits.samples(count, generator, max_objects=data.max_objects, canvas=canvas, split=split)
         tasks = ", ".join(("generate", "understand", *PAINTED, "edit"))
-        raise ValueError(f"{task=} of stage {self.stage.name!r} is not one that the toy world has: {tasks}.")
+        raise ValueError(f"{task=} of stage {self.stage.name!r} is not a task of the toy world, expected one of {tasks}.")

@@ -1,4 +1,4 @@
-"""Judges pictures of the toy world by matching every sprite at every place. Nothing is learned."""
+"""Judges images of the toy world by matching every sprite at every place. Nothing is learned."""
 
 import torch
 from torch import Tensor
@@ -7,23 +7,23 @@ from .language import Prompt
 from .world import SPRITE, ToyWorld, check_canvas, sprite_size
 
 
-STEP = 2  # pixels between two places that are tried
-THRESHOLD = 0.25  # of the error that an empty place has; a sprite mixed half and half with the background reaches it
+STEP = 2  # pixels between neighbouring places that are tried
+THRESHOLD = 0.25  # of the error at an empty place; that of a sprite mixed half and half with the background
 
 
 class ToyChecker:
-    """Finds near objects in a picture of any canvas, and says whether they are what a prompt asked for."""
+    """Finds near objects in an image of any canvas, and says whether they are what a prompt asked for."""
 
     def __init__(self, world: ToyWorld):
         self.world = world
 
     def detect(self, pixel_values: Tensor) -> list[tuple[int, tuple[int, int]]]:
-        """(object, (x, y) of its top left corner) of everything in a picture (3, H, W) in [-1, 1], best match first.
+        """(object, (x, y) of its top left corner) for everything in an image (3, H, W) in [-1, 1], best match first.
 
-        Raises ValueError for a picture that is not of the toy world's canvases.
+        Raises ValueError for an image that does not have the size of one of the toy world's canvases.
         """
         if pixel_values.ndim != 3 or len(pixel_values) != 3:
-            raise ValueError(f"A picture of the toy world is (3, H, W), got {tuple(pixel_values.shape)}.")
+            raise ValueError(f"An image of the toy world is (3, H, W), got {tuple(pixel_values.shape)}.")
         canvas = tuple(pixel_values.shape[1:])
         check_canvas(canvas)
         size = sprite_size(canvas)
@@ -38,7 +38,7 @@ class ToyChecker:
         sprites = empty * (1 - alpha) + colors  # (V, 3 * size * size)
         windows = torch.nn.functional.unfold(pixels[None], size, stride=STEP)[0].T  # (places, 3 * size * size)
         errors = torch.cdist(windows, sprites) ** 2  # (places, V)
-        errors = errors / ((sprites - empty) ** 2).sum(dim=1)  # 1 where nothing is
+        errors = errors / ((sprites - empty) ** 2).sum(dim=1)  # 1 where there is nothing
         return self._pick(errors, size, columns=(canvas[1] - size) // STEP + 1)
 
     def _pick(self, errors: Tensor, size: int, columns: int) -> list[tuple[int, tuple[int, int]]]:
@@ -55,7 +55,7 @@ class ToyChecker:
         return found
 
     def check(self, pixel_values: Tensor, prompt: Prompt) -> bool:
-        """Exactly the prompt's objects, and where it names a place, there."""
+        """Whether the image has exactly the prompt's objects, in the right places if the prompt names any."""
         found = self.detect(pixel_values)
         if sorted(index for index, _ in found) != sorted(prompt.objects):
             return False

@@ -1,4 +1,4 @@
-"""How well a model knows the toy world: pictures of prompts, answers to questions, reconstructions, all held out.
+"""How well a model knows the toy world: images of prompts, answers to questions, reconstructions, all held out.
 
 Text to image has six categories after GenEval, judged by a checker without learned weights.
 """
@@ -27,7 +27,7 @@ from .world import CANVASES, Scenes, ToyWorld
 def evaluate_generation(
     pipeline: HydraPipeline, language: ToyLanguage, prompts_per_category: int, seed: int = 0, **kwargs
 ) -> dict[str, float]:
-    """Share of held-out prompts drawn right: `t2i/<category>` and `t2i/mean`, the mean of the six.
+    """Share of held-out prompts with a right image: `t2i/<category>` and `t2i/mean`, the mean of the six.
 
     `kwargs` go to the pipeline.
     """
@@ -42,9 +42,9 @@ def evaluate_generation(
 def evaluate_phrasing(
     pipeline: HydraPipeline, language: ToyLanguage, prompts_per_kind: int, seed: int = 0, **kwargs
 ) -> dict[str, float]:
-    """`t2i_phrasing/<kind>`, the same for wordings that training never shows, `plain` being what to compare with.
+    """`t2i_phrasing/<kind>`, the same for wordings that training never shows; `plain` is for comparison.
 
-    `t2i_phrasing/unknown_word` is how often a word that nobody knows gives a picture of known things.
+    `t2i_phrasing/unknown_word` is how often a prompt with an unknown word gives an image of known things.
     """
     scores = {}
     for index, kind in enumerate(KINDS):
@@ -83,7 +83,7 @@ def _drawn_right(
 def _draw(
     pipeline: HydraPipeline, prompts: list[Prompt], generator: torch.Generator, batch_size: int = 64, **kwargs
 ) -> Iterator[Tensor]:
-    """A picture (3, H, W) in [-1, 1] of each prompt."""
+    """An image (3, H, W) in [-1, 1] of each prompt."""
     for start in range(0, len(prompts), batch_size):
         texts = [prompt.text for prompt in prompts[start : start + batch_size]]
         yield from pipeline(texts, generator=generator, output_type="pt", **kwargs).images.cpu() * 2 - 1
@@ -97,10 +97,10 @@ def evaluate_understanding(
     seed: int = 0,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Exact answers: `vqa/<type>`, and `vqa/mean` over all questions.
+    """Share of exact answers: `vqa/<type>`, and `vqa/mean` over all questions.
 
-    `vqa_majority/<type>` and `vqa/majority` are what always giving the type's commonest answer would get. Only one
-    question is asked about an image: no earlier turn gives anything away.
+    `vqa_majority/<type>` and `vqa/majority` are what the commonest answer of each type would get. Only one question is
+    asked about an image, so that no earlier turn gives anything away.
     """
     generator = torch.Generator().manual_seed(seed)
     scenes, questions = language.sample_questions(num_questions, generator, split="test")
@@ -153,7 +153,7 @@ def evaluate_unimrg(
     num_scenes: int,
     seed: int = 0,
 ) -> dict[str, float]:
-    """What UniMRG is judged by: text to image, questions with `vqa/spatial`, the mean of three types, and painted maps."""
+    """The scores of UniMRG: text to image, questions with `vqa/spatial`, the mean of three types, and painted maps."""
     model, processor = pipeline.model, pipeline.processor
     scores = evaluate_understanding(model, processor, language, num_questions, seed)
     if spatial := [scores[name] for name in (f"vqa/{kind}" for kind in SPATIAL) if name in scores]:
@@ -173,7 +173,7 @@ def evaluate_painting(
     seed: int = 0,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """What a model paints of held-out scenes, see `score_maps`, and next to it what maps that say nothing would get:
+    """Scores of what a model paints of held-out scenes, see `score_maps`, next to those of maps without information:
     `black`, the `mean` map, `another` scene's map.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -199,7 +199,7 @@ def paint_scenes(
     generator: torch.Generator,
     batch_size: int = 64,
 ) -> dict[str, Tensor]:
-    """What a model paints of scenes for each task of `PAINTED`, (B, 3, H, W) in [-1, 1], asked in turn by its `PROMPTS`."""
+    """What a model paints of scenes for each task of `PAINTED`, (B, 3, H, W) in [-1, 1]; the task's `PROMPTS` take turns."""
     images = processor.image_processor.postprocess(world.render(scenes), output_type="pil")
     painted = {}
     for task in PAINTED:
@@ -217,7 +217,7 @@ def paint_scenes(
 def score_maps(
     painted: dict[str, Tensor], truth: dict[str, Tensor], world: ToyWorld, scenes: Scenes
 ) -> dict[str, float]:
-    """Means over scenes of pictures (B, 3, H, W) of each task of `PAINTED` against the truth; `order` over pairs of objects."""
+    """Mean scores over scenes of images (B, 3, H, W) of each task of `PAINTED` against the truth; `order` is over pairs of objects."""
     objects, right, pairs = world.object_masks(scenes), 0, 0
     for index, masks in enumerate(objects):
         present = masks.flatten(1).any(dim=1)

@@ -27,13 +27,17 @@ from .world import CANVAS, COLORS, MAX_OBJECTS, NEAR, SHAPES, Scenes, ToyWorld, 
 
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 QUESTION_TYPES = ("what", "color", "count", "exist", "horizontal", "vertical", "nearer")
-PAINTED = {"reconstruct": "render", "depth": "render_depth", "segment": "render_segmentation"}  # task -> its painter
-TRAINING_TYPES = (*QUESTION_TYPES, "place", "distance", "describe")  # the last three make up what the others need
+PAINTED = {
+    "reconstruct": "render",
+    "depth": "render_depth",
+    "segment": "render_segmentation",
+}  # task -> the method of `ToyWorld` that makes its images
+TRAINING_TYPES = (*QUESTION_TYPES, "place", "distance", "describe")  # the last three teach what the others need
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`objects` in reading order; `relation` of the first-named object to the second, for the category position."""
+    """`objects` are in reading order; `relation` is that of the object named first to the second, in the category position."""
 
     category: str
     text: str
@@ -83,18 +87,20 @@ class ToyLanguage:
         unknown_share: float = 0.0,
         canvas: tuple[int, int] = CANVAS,
     ) -> tuple[list[Prompt], Scenes]:
-        """Prompts of one split, and for each a scene that fulfils it; given the prompt only the background is open.
+        """Prompts of one split, and for each a scene that matches it; only the background is left open.
 
         Args:
             phrasings: kinds of `phrasing.KINDS`, each in the forms of the split. None is plain captions and all other
-                kinds, half and half, in the forms of training; kinds of one category alone come there more often.
-            unknown_share: so often a word that nobody knows replaces an object in the text, and not in the scene.
+                kinds, half and half, in the forms of training, with kinds for a single category more often.
+            unknown_share: how often an unknown word replaces an object in the text, but not in the scene.
+
+        Raises ValueError for an unknown split, category or kind, and if no kind fits a category.
         """
         check_split(split)
         if unknown := set(categories) - set(CATEGORIES):
             raise ValueError(f"categories {sorted(unknown)} are not among {CATEGORIES}.")
         if phrasings and not any(fits(kind, category) for kind in phrasings for category in categories):
-            raise ValueError(f"{phrasings=} say nothing of {categories=}.")
+            raise ValueError(f"{phrasings=} fit none of {categories=}.")
         rng = random_from(generator)
         prompts = []
         while len(prompts) < num_prompts:
@@ -106,14 +112,16 @@ class ToyLanguage:
             if self._is_test(prompt, is_new=split == "test" and phrasings is not None) == (split == "test"):
                 prompts.append(prompt)
         scenes = self.scenes_of(prompts, generator, canvas)
-        while split == "train" and (held_out := self.world.is_test(scenes)).any():  # as pictures of the other task
+        while (
+            split == "train" and (held_out := self.world.is_test(scenes)).any()
+        ):  # the other task must not see their images
             scenes = self.scenes_of(prompts, generator, canvas).where(held_out, scenes)
         return prompts, scenes
 
     def _choose_phrasing(
         self, category: str, kinds: tuple[str, ...] | None, split: str, rng: random.Random
     ) -> Phrasing | None:
-        """None where no kind says anything of the category."""
+        """A phrasing for the category, None if no kind fits it."""
         if kinds is None:
             split = "train"
             kinds = (*PHRASINGS, *3 * tuple(ONLY_OF)) if rng.random() < 0.5 else ("plain",)
@@ -153,7 +161,7 @@ class ToyLanguage:
         return first, second
 
     def _is_test(self, prompt: Prompt, is_new: bool) -> bool:
-        """Whether a prompt is of the test split; of one object only the wording is held out, all of it where `is_new`."""
+        """Whether a prompt is of the test split. For one object only the wording is held out, and always if `is_new`."""
         first, *others = prompt.objects
         if prompt.category == "counting":
             return bool(self.world.test_counts[first, len(prompt.objects)])
@@ -163,7 +171,7 @@ class ToyLanguage:
         return is_new or (text != PLAIN.one(self.world.names[first]) and is_held_out(text, share=4))
 
     def unknown_word(self, rng: random.Random) -> str:
-        """A word that can be said and means nothing."""
+        """A pronounceable word that means nothing."""
         while True:
             syllables = [rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3))]
             word = "".join(syllables) + rng.choice(["", "n", "r", "l", "s", "x", "t", "ph", "nt", "mp"])
@@ -172,14 +180,14 @@ class ToyLanguage:
 
     @cached_property
     def known_words(self) -> frozenset[str]:
-        """Every word that is ever said, in lower case."""
+        """Every word of the corpus, in lower case."""
         return frozenset(re.findall(r"\w+", " ".join(self.corpus()).lower()))
 
     def _differ_in_color_and_shape(self, first: int, second: int) -> bool:
         return all(a != b for a, b in zip(self.world.names[first].split(), self.world.names[second].split()))
 
     def scenes_of(self, prompts: list[Prompt], generator: torch.Generator, canvas: tuple[int, int] = CANVAS) -> Scenes:
-        """Near objects in the layout that the prompts ask for."""
+        """Scenes of near objects in the layout that the prompts ask for."""
         objects = torch.tensor([[*prompt.objects, *[-1] * (MAX_OBJECTS - len(prompt.objects))] for prompt in prompts])
         is_column = torch.tensor([prompt.relation in ("above", "below") for prompt in prompts])
         distances = torch.full(objects.shape, NEAR)
@@ -196,7 +204,7 @@ class ToyLanguage:
         *,
         weights: dict[str, int] | None = None,
     ) -> list[Question]:
-        """Questions about scene `index`, of the types that it allows, each as often as `weights` says; None is `QUESTION_TYPES`.
+        """Questions about scene `index`, of the types that fit it, as often as `weights` says; None is `QUESTION_TYPES` equally.
 
         Raises ValueError for types that are not among `TRAINING_TYPES`.
         """
@@ -212,9 +220,9 @@ class ToyLanguage:
         return [makers[name](scene, rng) for name in types]
 
     def _ask_describe(self, scene: "_SceneFacts", rng: random.Random) -> Question:
-        """All things in any order: "a red circle far on the right and a cat near on the left".
+        """All objects in any order: "a red circle far on the right and a cat near on the left".
 
-        The name comes first, so that its distance and place must be looked up by it.
+        The name comes first, so that the model has to look up distance and place by the name.
         """
         parts = [
             f"{with_article(name)} {'near' if distance == NEAR else 'far'} {place_of(center, scene.canvas)}"
@@ -264,7 +272,7 @@ class ToyLanguage:
         return self._ask_of_one("distance", "is the {} near or far?", answers, scene, rng)
 
     def _ask_of_one(self, kind: str, question: str, answers: list[str], scene: "_SceneFacts", rng: random.Random):
-        """A question about an object that is the only one of its name; `answers` of every object."""
+        """A question about an object that is the only one of its name, None if there is none; `answers` are those for every object."""
         unique = [i for i, name in enumerate(scene.names) if scene.names.count(name) == 1]
         if not unique:
             return None
@@ -308,7 +316,7 @@ class ToyLanguage:
         split: str = "train",
         canvas: tuple[int, int] = CANVAS,
     ) -> list[Sample]:
-        """Text to image; the prompt is empty with probability `drop_prompt`, see `sample_prompts` for the rest."""
+        """Text-to-image samples; the prompt is empty with probability `drop_prompt`, see `sample_prompts` for the rest."""
         categories = CATEGORIES if max_objects > 1 else ("single_object", "colors")
         prompts, scenes = self.sample_prompts(
             num_samples, generator, split=split, categories=categories, unknown_share=unknown_share, canvas=canvas
@@ -332,8 +340,8 @@ class ToyLanguage:
     ) -> list[Sample]:
         """Conversations about one image each, of at most `questions_per_image` turns: nothing is asked twice.
 
-        `weights` is as in `questions`, None all of `TRAINING_TYPES`; a scene that allows none of them is described. Half
-        of the scenes are scattered, else the place of a lone object would be known unseen.
+        `weights` is as in `questions`; None is all of `TRAINING_TYPES`. A scene that none of them fits is described. Half of
+        the scenes are scattered: otherwise the place of a single object would be known without looking.
         """
         scenes = self.world.sample_scenes(
             num_samples, generator, split=split, max_objects=max_objects, scattered=0.5, canvas=canvas
@@ -358,7 +366,7 @@ class ToyLanguage:
         split: str = "train",
         canvas: tuple[int, int] = CANVAS,
     ) -> list[Sample]:
-        """One of `PROMPTS` and a picture from the user, the map that `task` of `PAINTED` asks for from the assistant."""
+        """The user's turn is one of `PROMPTS` and an image, the assistant's the map that `task`, one of `PAINTED`, asks for."""
         scenes = self.world.sample_scenes(
             num_samples, generator, split=split, max_objects=max_objects, scattered=0.5, canvas=canvas
         )
@@ -378,7 +386,7 @@ class ToyLanguage:
         return scenes, [self.questions(scenes, index, 1, rng)[0] for index in range(num_questions)]
 
     def corpus(self) -> list[str]:
-        """Texts with every word that is ever said, for a tokenizer."""
+        """Texts with every word that the toy world uses, for a tokenizer."""
         names = self.world.names
         texts = [with_article(name) for name in names] + [f"{n} {plural(name)}" for n in NUMBERS for name in names]
         for phrasing in (PLAIN, *(p for forms in PHRASINGS.values() for split in forms for p in split)):
@@ -410,7 +418,7 @@ class _SceneFacts:
         self.axis = self._axis() if len(objects) == 2 else None
 
     def _axis(self) -> int | None:
-        """0 for two objects in a row, 1 in a column, None askew."""
+        """0 for two objects in a row, 1 in a column, otherwise None."""
         is_apart = [abs(a - b) > 12 for a, b in zip(*self.centers[:2])]
         return is_apart.index(True) if sum(is_apart) == 1 else None
 
@@ -421,7 +429,7 @@ class _SceneFacts:
 
 
 def random_from(generator: torch.Generator) -> random.Random:
-    """Python's generator, seeded from torch's: choices among strings are its trade."""
+    """Python's generator, seeded from torch's, which cannot choose among strings."""
     return random.Random(int(torch.randint(2**62, (), generator=generator)))
 
 

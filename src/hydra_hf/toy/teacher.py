@@ -9,13 +9,13 @@ from hydra_hf.toy.world import BACKGROUNDS, FAR, NEAR, SPRITE, Scenes, ToyWorld
 
 
 class ToyTeacher(nn.Module):
-    """Knows every patch of the toy world at difficulty 1 and says what it is part of, how far and where.
+    """Knows every patch of the toy world at difficulty 1: which object it is part of, at what distance, and where.
 
-    A state holds half its channels for the words of the object's name, a sixth for its distance and a third for the place
-    of the patch, as a share of the picture. A patch of no scene (of a depth map, say) has the place alone.
+    Half the channels of a state encode the words of the object's name, a sixth its distance, and a third the place of the
+    patch, as a share of the image. A patch that belongs to no scene (of a depth map, say) has only its place.
 
     Args:
-        image_mean, image_std: the statistics that it is given pixels in; None are the presets'.
+        image_mean, image_std: statistics of the pixels that it gets; None is those of the presets.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ToyTeacher(nn.Module):
 
 
 def place_codes(grid: tuple[int, int], width: int) -> Tensor:
-    """Directions (N, width) that say where each token of a (h, w) grid is, as a share of the picture."""
+    """Directions (N, width) that encode where each token of a (h, w) grid is, as a share of the image."""
     frequencies = 16 ** -(torch.arange(width // 4) / (width // 4))
     row, column = (4 * (torch.arange(size) + 0.5) / size for size in grid)
     row, column = row.repeat_interleave(grid[1]), column.repeat(grid[0])
@@ -78,7 +78,7 @@ def _directions(count: int, width: int, generator: torch.Generator) -> Tensor:
 
 
 def _every_object(world: ToyWorld, size: int) -> Scenes:
-    """One scene for each object, distance and background, the object of `size` pixels in the top left corner."""
+    """One scene for each object, distance and background, with the object, `size` pixels large, in the top left corner."""
     objects, distances, backgrounds = torch.cartesian_prod(
         torch.arange(len(world.names)), torch.tensor([NEAR, FAR]).long(), torch.arange(len(BACKGROUNDS))
     ).unbind(1)

@@ -1,4 +1,4 @@
-"""The tokenizer of the embedded model: byte-level BPE whose vocabulary holds every word of a small corpus whole."""
+"""The text tokenizer of the embedded model: byte-level BPE with every word of a small corpus as one token."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ SPECIAL_TOKENS = (
     "<|vision_end|>",
     "<|image_pad|>",
     "<|video_pad|>",
-)  # by Qwen's names, so that one chat template serves both
+)  # with Qwen's names, so that one chat template serves both
 LINE_BREAK = "\n"
 CHAT_WORDS = "user assistant system"
 
@@ -23,7 +23,9 @@ CHAT_WORDS = "user assistant system"
 def train_toy_tokenizer(corpus: list[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """
     A lower-case tokenizer in which every word of `corpus` is one token, the same at the start of a text, after a line
-    break, after a special token and after a space. Other words become pieces; but for upper case, nothing is lost.
+    break, after a special token and after a space. Other words become pieces; nothing is lost except upper case.
+
+    Raises ValueError if `vocab_size` is too small for the words.
     """
     lines = [line for text in (*corpus, CHAT_WORDS) for line in text.splitlines() if line]
     tokenizer = _untrained_tokenizer(models.BPE())
@@ -45,10 +47,12 @@ def train_toy_tokenizer(corpus: list[str], vocab_size: int = 1024) -> PreTrained
     for word in words:
         vocab.setdefault(word, len(vocab))
     merges = [tuple(merge) for merge in pieces["merges"]]
-    # a word that is in the vocabulary is taken whole: merges alone would need all its intermediate pieces too
+    # a word in the vocabulary is matched whole: merges alone would also need all its intermediate pieces
     tokenizer = _untrained_tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(LINE_BREAK, normalized=False)])  # alone, so that a line starts like a text
+    tokenizer.add_tokens(
+        [AddedToken(LINE_BREAK, normalized=False)]
+    )  # a token of its own, so that a line starts like a text
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",
@@ -62,7 +66,7 @@ def train_toy_tokenizer(corpus: list[str], vocab_size: int = 1024) -> PreTrained
 
 def _untrained_tokenizer(model: models.BPE) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    # always one space in front, and one taken away again: with ByteLevel's own add_prefix_space " cat" would become "cat"
+    # always one space in front, and one removed again: with ByteLevel's own add_prefix_space, " cat" would become "cat"
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Prepend(" ")])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     starts = "|".join([LINE_BREAK, *(token.replace("|", r"\|") for token in SPECIAL_TOKENS)])
@@ -73,7 +77,7 @@ def _untrained_tokenizer(model: models.BPE) -> Tokenizer:
 
 
 def _words(tokenizer: Tokenizer, lines: list[str]) -> list[str]:
-    """The pre-tokens of the corpus in byte-level spelling, frequent ones first."""
+    """The pre-tokens of the corpus in byte-level characters, frequent ones first."""
     counts = Counter(
         word
         for line in lines
