@@ -284,9 +284,9 @@ def test_weights_of_nan_draw_nothing(tiny_pipeline, part):
 
 def test_a_decoder_of_nan_paints_nothing(tiny_pipeline, reconstruction):
     tiny_pipeline.model.model.vision_tower.pixel_decoder.out_proj.bias.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="pictures that the model computed are not finite"):
+    with pytest.raises(ValueError, match="images that the model computed are not finite"):
         tiny_pipeline("a cat")
-    with pytest.raises(ValueError, match="pictures that the model computed are not finite"):
+    with pytest.raises(ValueError, match="images that the model computed are not finite"):
         reconstruction(PICTURE)
 
 

@@ -92,5 +92,5 @@ def test_a_sharded_checkpoint_is_refused_by_one_process(folder, sharded, tmp_pat
     (tmp_path / "stage1" / "checkpoint-2").symlink_to(runs / "hydra" / "whole" / "stage1" / "checkpoint-2")
     recipe = hydra_run.recipe(folder / "one" / "hydra", hydra_run.RUNS["even"][0], **sharded_run.STAGE)
     launcher = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}[name]
-    with pytest.raises(ValueError, match=f"was saved under {launcher}, and this run is under DDP"):
+    with pytest.raises(ValueError, match=f"was saved under {launcher}, and this run uses DDP"):
         train_hydra(recipe, tmp_path, only="stage1")

@@ -193,7 +193,7 @@ def test_a_folder_without_a_record_is_resumed_with_a_warning(tmp_path, caplog):
     (tmp_path / "run.json").unlink()
     with caplog.at_level(logging.WARNING):
         assert run(RECIPE, tmp_path) == []
-    assert "what it was made with is not known" in caplog.text
+    assert "so it is not known what it was made with" in caplog.text
 
 
 def test_other_versions_are_said_and_not_refused(tmp_path, caplog):

@@ -147,7 +147,7 @@ def test_a_layer_that_the_teacher_does_not_have_is_refused(tmp_path, layers):
 
 
 def test_weights_beside_a_folder_are_refused():
-    with pytest.raises(ValueError, match="'folder' brings its own"):
+    with pytest.raises(ValueError, match="'folder' has its own"):
         load_teacher("folder", "x.safetensors")
 
 
@@ -176,7 +176,7 @@ def test_the_class_token_does_not_count():
 
 
 def test_a_teacher_of_another_width_is_refused():
-    with pytest.raises(ValueError, match=r"\(2, 4, 7\) must be as the student's \(2, 4, 6\)"):
+    with pytest.raises(ValueError, match=r"\(2, 4, 7\) must have the shape of the student's, \(2, 4, 6\)"):
         distill_loss([states(2, 4, 6, seed=0)], [states(2, 4, 7, seed=0)], 4)
 
 

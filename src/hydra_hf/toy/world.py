@@ -1,9 +1,8 @@
-"""The toy world: scenes of 1 to 4 objects that know everything about themselves.
+"""The toy world: scenes of 1 to 4 objects with exact truth.
 
-Objects are Fluent emoji and coloured shapes on whole patches of 16 px and in layouts with few modes, so that a small model
-can learn the world: 32 px where both sides of the canvas have room for two, 16 px elsewhere. The difficulty loosens this:
-1 has 24 emoji on flat backgrounds, 2 has 48 emoji and graded backgrounds, 3 moves objects off the grid and makes distant
-ones smaller.
+Objects are Fluent emoji and coloured shapes on whole patches of 16 px, in layouts with few modes, so that a small model can
+learn the world. They are 32 px large where both sides of the canvas have room for two, 16 px elsewhere. Difficulty 1 has 24
+emoji on flat backgrounds, 2 has 48 emoji and graded backgrounds, 3 moves objects off the grid and makes far ones smaller.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from torch import Tensor
 
 ASSETS = Path(__file__).parents[1] / "assets" / "sprites"
 PATCH, SPRITE, TILE = 16, 32, 64  # pixels: a patch, an object, a tile of the atlas
-CANVAS = (64, 64)  # height and width of a picture unless another is named
+CANVAS = (64, 64)  # default height and width of an image
 SIDES = range(48, 129, PATCH)
 CANVASES = (CANVAS, *((h, w) for h in SIDES for w in SIDES if max(h, w) <= 2 * min(h, w) and (h, w) != CANVAS))
 SHAPES = ("circle", "square", "triangle", "diamond")
@@ -158,7 +157,7 @@ class ToyWorld:
         self, num_scenes: int, generator: torch.Generator, *, split: str = "train", max_objects: int = MAX_OBJECTS,
         scattered: float = 0.0, canvas: tuple[int, int] = CANVAS,
     ) -> Scenes:  # fmt: skip
-        """Scenes of one split, with 1 to `max_objects` objects, near and far, some of a kind; see `arrange`."""
+        """Scenes of one split, with 1 to `max_objects` objects, near and far, some of them alike; see `arrange`."""
         check_split(split)
         if not 1 <= max_objects <= MAX_OBJECTS:
             raise ValueError(f"{max_objects=} must be between 1 and {MAX_OBJECTS}.")
@@ -174,7 +173,7 @@ class ToyWorld:
     ) -> Scenes:
         counts = torch.randint(1, max_objects + 1, (num_scenes,), generator=generator)
         objects = torch.randint(len(self.names), (num_scenes, MAX_OBJECTS), generator=generator)
-        again = torch.rand(num_scenes, MAX_OBJECTS, generator=generator) < 0.35  # like the object before
+        again = torch.rand(num_scenes, MAX_OBJECTS, generator=generator) < 0.35  # the same as the previous object
         for slot in range(1, MAX_OBJECTS):
             objects[:, slot] = torch.where(again[:, slot], objects[:, slot - 1], objects[:, slot])
         objects[torch.arange(MAX_OBJECTS) >= counts[:, None]] = -1
@@ -191,9 +190,9 @@ class ToyWorld:
         scattered: float = 0.0,
         canvas: tuple[int, int] = CANVAS,
     ) -> Scenes:
-        """Objects (B, 4) in the layout of their number on random backgrounds; two stand in a row or a column.
+        """Objects (B, 4) in the layout for their number, on random backgrounds; two are in a row or a column.
 
-        A share `scattered` of the scenes leaves places of a larger layout empty: a cat alone may stand at the bottom right.
+        A share `scattered` of the scenes leaves places of a larger layout empty: a single cat may be at the bottom right.
         """
         counts, places, size = (objects >= 0).sum(1), places_on(canvas), sprite_size(canvas)
         positions = places[torch.where((counts == 2) & is_column, 4, counts - 1)]
@@ -209,7 +208,7 @@ class ToyWorld:
         return Scenes(objects, positions, distances, sizes, backgrounds, canvas)
 
     def _scatter(self, counts: Tensor, places: Tensor, generator: torch.Generator) -> Tensor:
-        """Positions (B, 4, 2): random places, in reading order, of a random layout that has as many."""
+        """Positions (B, 4, 2): random places, in reading order, of a random layout with enough places."""
         layouts = torch.multinomial((counts[:, None] <= NUM_PLACES).float(), 1, generator=generator)  # (B, 1)
         slots = torch.arange(MAX_OBJECTS)
         order = torch.rand(len(counts), MAX_OBJECTS, generator=generator)
@@ -229,10 +228,10 @@ class ToyWorld:
         single = torch.tensor([n == 1 and is_held_out(f"{self.names[o]} {b} {d}") for o, b, d, n in keys])
         return torch.where(counts == 1, single, pairs.flatten(1).any(1) | (same & self.test_counts[first, counts]))
 
-    # Pictures
+    # Images
 
     def render(self, scenes: Scenes) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1]; a far object is half as strong against the background."""
+        """Pixels (B, 3, H, W) in [-1, 1]; a far object is blended half and half with the background."""
         background = self._background(scenes)  # (B, 3, H, W)
         canvas = background.clone()
         for _, place, sprites, distances in self._placed(scenes):
@@ -242,7 +241,7 @@ class ToyWorld:
         return canvas * 2 - 1
 
     def render_depth(self, scenes: Scenes) -> Tensor:
-        """Nearness (B, 3, H, W): -1 background, 0 far, 1 near."""
+        """Depth maps as nearness (B, 3, H, W): -1 background, 0 far, 1 near."""
         depth = torch.full((len(scenes), 1, *scenes.canvas), -1.0)
         for _, place, sprites, distances in self._placed(scenes):
             nearness = torch.where(distances == FAR, 0.0, 1.0)[:, None, None, None]
@@ -250,7 +249,7 @@ class ToyWorld:
         return depth.expand(-1, 3, -1, -1)
 
     def render_segmentation(self, scenes: Scenes) -> Tensor:
-        """Boundaries of the objects (B, 3, H, W), white (1) on black (-1): UniMRG's form."""
+        """Boundaries of the objects (B, 3, H, W), white (1) on black (-1), as in UniMRG."""
         labels = torch.zeros(len(scenes), 1, *scenes.canvas)
         for slot, place, sprites, _ in self._placed(scenes):
             labels[place] = torch.where(sprites[..., 3:] > 0.5, float(slot + 1), labels[place])
@@ -261,7 +260,7 @@ class ToyWorld:
         return torch.where(boundary, 1.0, -1.0).expand(-1, 3, -1, -1)
 
     def object_masks(self, scenes: Scenes) -> Tensor:
-        """Where each object is seen, (B, 4, H, W) bool."""
+        """Where each object is visible, (B, 4, H, W) bool."""
         masks = torch.zeros(len(scenes), MAX_OBJECTS, *scenes.canvas, dtype=torch.bool)
         for slot, (rows, _, y, x), sprites, _ in self._placed(scenes):
             masks[rows, slot, y, x] = sprites[..., 3] > 0.5
@@ -277,7 +276,7 @@ class ToyWorld:
         return torch.where(is_graded, flat * shade, flat)
 
     def _placed(self, scenes: Scenes):
-        """Slot by slot and size by size: the slot, an index of the canvas, the sprites (n, size, size, 4) there, their distances."""
+        """Yields, by slot and size: the slot, an index into the canvas, the sprites (n, size, size, 4) there, their distances."""
         for slot in range(MAX_OBJECTS):
             objects, sizes = scenes.objects[:, slot], scenes.sizes[:, slot]
             for size, sprites in self.sprites_of_size.items():
@@ -300,7 +299,7 @@ def check_split(split: str) -> None:
 
 
 def _premultiplied(pictures: list[Image.Image]) -> Tensor:
-    """RGBA pictures as (V, 4, 32, 32) in [0, 1]; scaled after multiplying, so that hidden colours do not bleed."""
+    """RGBA images as (V, 4, 32, 32) in [0, 1]; resized after multiplying by alpha, so that hidden colours do not bleed."""
     pixels = np.stack([np.asarray(picture) for picture in pictures])
     rgba = torch.from_numpy(pixels).float().permute(0, 3, 1, 2) / 255
     rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)

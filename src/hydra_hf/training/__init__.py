@@ -1,1 +1,1 @@
-"""How weights change: recipes, losses and the two trainers. Needs `pip install hydra_hf[train]`."""
+"""Training: recipes, losses and the two trainers. Needs `pip install hydra_hf[train]`."""

@@ -1,4 +1,4 @@
-"""Trains one stage on bundles of tasks, on `transformers.Trainer`. It knows no model: what is trained is the objective's."""
+"""Trains one stage on bundles of tasks, with `transformers.Trainer`. It depends on no model: the objective defines the losses."""
 
 import json
 from collections.abc import Iterator
@@ -34,20 +34,20 @@ from .recipe import HydraRecipe, HydraStage
 from .sharding import autocast, check_launcher, configure_sharding, launcher_precision, save_launcher
 
 
-HELD_OUT_STEP = 2**31  # whose noise no step of training has
+HELD_OUT_STEP = 2**31  # no step of training has the noise of this one
 
 
 class BundleTrainer(Trainer):
-    """Bundles of tasks in, named losses out; the objective owns the noise, the model adds none.
+    """Trains on bundles of tasks and logs named losses; the noise comes from the objective, the model adds none.
 
     All randomness of a step comes from the seed and its number, and every state is saved, so a killed and resumed run
     ends with the losses of an uninterrupted one. A loss is a mean over the targets of a task in the whole optimizer step,
-    of all processes and micro steps, so a run on many processes is the run on one.
+    over all processes and micro steps, so a run on many processes equals the run on one.
 
     Args:
-        bundles: of this process, as the stage's data gives them.
-        accumulation: micro steps of one optimizer step, as many as the bundles have.
-        held_out: bundles of this process that are measured and not trained on.
+        bundles: those of this process, from the stage's data.
+        accumulation: micro steps of one optimizer step, the same as in the bundles.
+        held_out: bundles of this process to measure losses on, which are not trained on.
 
     Raises:
         ValueError: for several GPUs in one process, or Muon or adapters on sharded weights (FSDP, DeepSpeed).
@@ -73,7 +73,7 @@ class BundleTrainer(Trainer):
         self.losses = LossHistory([f"{task}/{name}" for task, name in product(stage.tasks, objective.losses)])
         self.stop = StopRequest()
         objective.select_parameters(model)
-        model._keys_to_ignore_on_save = set(model.all_tied_weights_keys)  # they are in no file, so none is missed
+        model._keys_to_ignore_on_save = set(model.all_tied_weights_keys)  # they are in no file, so none is missing
         arguments = TrainingArguments(
             output_dir=str(output_dir),
             max_steps=stage.num_steps,
@@ -87,7 +87,7 @@ class BundleTrainer(Trainer):
             save_steps=recipe.save_every,
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,  # every process runs every task
-            ddp_broadcast_buffers=False,  # they never change, and a task's forward must not write what another's reads
+            ddp_broadcast_buffers=False,  # they never change, and the forward of one task must not write what that of another reads
             report_to=[],
             seed=seed,
             **{CHECKPOINTING: recipe.gradient_checkpointing},
@@ -108,7 +108,7 @@ class BundleTrainer(Trainer):
         self.ema = create_average(model, stage, self.is_sharded)
 
     def train_stage(self) -> None:
-        """To the end of the stage, from the last whole checkpoint. Raises `TrainingInterruptedError` after SIGTERM or Ctrl-C."""
+        """Trains to the end of the stage, from the last whole checkpoint. Raises `TrainingInterruptedError` after SIGTERM or Ctrl-C."""
         folder = Path(self.args.output_dir)
         with self.accelerator.main_process_first():
             checkpoint = last_whole_checkpoint(folder)
@@ -127,11 +127,11 @@ class BundleTrainer(Trainer):
 
     @property
     def averaged_model(self) -> PreTrainedModel:
-        """What the stage gives: the average of the weights, or without one the weights."""
+        """The result of the stage: the average of the weights, or without one the weights themselves."""
         return self.unwrapped_model if self.ema is None else self.ema.module
 
     def get_train_dataloader(self) -> DataLoader:
-        """In order and as they are: a bundle's number is its micro step, and the bundles are this process's own."""
+        """The bundles in order and unchanged: a bundle's number is its micro step, and the bundles are this process's own."""
         return DataLoader(
             self.train_dataset, batch_size=1, collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers, pin_memory=torch.cuda.is_available(),
@@ -160,7 +160,7 @@ class BundleTrainer(Trainer):
     # Losses
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device) -> tuple[list, dict[str, Tensor]]:
-        """The bundles of one optimizer step, and how many targets it has, on all processes, by task and loss."""
+        """The bundles of one optimizer step, and its number of targets on all processes, by task and loss."""
         bundles = [next(epoch_iterator) for _ in range(num_batches)]
         for bundle in bundles:
             bundle["num_targets"] = self.count_targets(bundle)
@@ -172,12 +172,12 @@ class BundleTrainer(Trainer):
         return bundles, {key: count.clamp(min=1) for key, count in counts.items()}
 
     def count_targets(self, bundle: dict) -> dict[str, int]:
-        """Of this bundle, by task and loss."""
+        """The number of targets of this bundle, by task and loss."""
         counts = {task: self.objective.count_targets(self.unwrapped_model, bundle[task]) for task in self.stage.tasks}
         return {f"{task}/{name}": count for task in counts for name, count in counts[task].items()}
 
     def micro_batches(self, bundle: dict) -> list[dict]:
-        """What a bundle is computed as: itself, or parts of at most `micro_batch_tokens`, as many on every process."""
+        """The bundle itself, or its parts of at most `micro_batch_tokens`, the same number on every process."""
         if self.micro_batch_tokens is None:
             return [bundle]
         number = count_micro_batches(bundle, self.stage.tasks, self.micro_batch_tokens)
@@ -196,7 +196,7 @@ class BundleTrainer(Trainer):
 
     @contextmanager
     def accumulating(self, model: nn.Module) -> Iterator[None]:
-        """Gradients are added up and not exchanged, as `Trainer` does it between micro steps of a count."""
+        """Gradients are added up and not exchanged, as in `Trainer` between its own micro steps."""
         self.accelerator.gradient_state._set_sync_gradients(False)  # read by DeepSpeed, whose backward makes the step
         with self.accelerator.no_sync(model):
             yield
@@ -208,9 +208,9 @@ class BundleTrainer(Trainer):
         return dict(zip(values, self.accelerator.reduce(total, "sum")))
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        """Every task's batch through the model; a loss is a sum over this bundle's targets, divided by the step's.
+        """Runs every task's batch; a loss is a sum over this bundle's targets, divided by the number in the step.
 
-        Times the number of processes, since the gradients are averaged over them.
+        It is multiplied by the number of processes, since gradients are averaged over them.
         """
         losses, outputs = {}, {}
         for task in self.stage.tasks:
@@ -244,16 +244,16 @@ class BundleTrainer(Trainer):
         return {f"held_out/{key}": round((totals[key] / counts[key]).item(), 5) for key in totals if counts[key] > 0}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Named losses, the mean since the last log, and the records that could not be read."""
+        """Logs the means of named losses since the last log, and how many records could not be read."""
         if "loss" in logs:
             logs["loss"] = round(logs["loss"], 5)
             logs |= self.losses.collect(self.accelerator)
         super().log(logs, start_time)
 
-    # State in safetensors and JSON; there is no other randomness than the steps' own. Sharded state is accelerate's.
+    # State in safetensors and JSON. Randomness has no state, since each step has its own; accelerate saves sharded state.
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """Whole and on the disk, or not there; the one before it is kept. Raises OSError if there is no room for it."""
+        """Writes a checkpoint, whole or not at all; the previous one is kept. Raises OSError if there is no room for it."""
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with saving(checkpoint, checkpoint):
             super()._save_checkpoint(model, trial)
@@ -281,7 +281,7 @@ class BundleTrainer(Trainer):
             save_state(folder, "ema", self.ema.state_dict())
 
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        """Raises ValueError for weights, such as adapters, of another model or rank."""
+        """Raises ValueError for weights of another model, or adapters of another rank."""
         try:
             super()._load_from_checkpoint(checkpoint, model)
         except RuntimeError as error:
@@ -302,7 +302,7 @@ class BundleTrainer(Trainer):
             self.ema.load_state_dict(load_state(Path(checkpoint), "ema"))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The position of this process's streams; the whole state is there before `trainer_state.json` says so."""
+        """Writes the position of this process's streams, before `trainer_state.json` marks the checkpoint as complete."""
         self.accelerator.wait_for_everyone()  # the main process has made the folder
         if state := self.train_dataset.state_dict(self.state.global_step):
             write_text(self._data_state_path(Path(output_dir)), json.dumps(state))
@@ -314,7 +314,7 @@ class BundleTrainer(Trainer):
         pass
 
     def _load_data_state(self, checkpoint: Path) -> None:
-        """Raises ValueError if another number of processes wrote it."""
+        """Raises ValueError if another number of processes wrote the checkpoint."""
         path = self._data_state_path(checkpoint)
         if path.exists():
             self.train_dataset.load_state_dict(json.loads(path.read_text()))

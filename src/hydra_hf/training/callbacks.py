@@ -1,4 +1,4 @@
-"""What happens between the steps of training on bundles: the average, the log, held-out losses, images, the end."""
+"""What happens between training steps on bundles: the average, the log, held-out losses, images, stopping."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from .recipe import HydraRecipe
 
 
 class LossHistory:
-    """Sums of the losses and of skipped records since the last log, on their device: reading them would wait for it."""
+    """Sums of losses and of skipped records since the last log, kept on their device: reading them would wait for it."""
 
     def __init__(self, names: list[str]):
         self.names = names
@@ -29,18 +29,18 @@ class LossHistory:
         self.num_skipped = 0
 
     def count(self, has_target: dict[str, Tensor], num_skipped: int) -> None:
-        """Once in an optimizer step."""
+        """Call once in an optimizer step."""
         for name in self.names:
             self.num_steps[name] = self.num_steps[name] + has_target[name]
         self.num_skipped += num_skipped
 
     def add(self, losses: dict[str, Tensor]) -> None:
-        """Once in a micro step."""
+        """Call once in a micro step."""
         for name, value in losses.items():
             self.sums[name] = self.sums[name] + value.detach()
 
     def collect(self, accelerator) -> dict[str, float]:
-        """Over all processes; a loss that had no target is left out. Starts again from nothing."""
+        """Means over all processes, without losses that had no target; clears the sums."""
         device = accelerator.device
         sums = torch.tensor([*map(float, self.sums.values()), self.num_skipped], dtype=torch.float32, device=device)
         *sums, num_skipped = accelerator.reduce(sums, "sum").tolist()
@@ -53,8 +53,8 @@ class LossHistory:
 
 
 class EveryStep(TrainerCallback):
-    """Averages the weights, measures the held-out losses, and ends a run that is asked to stop, on every process alike;
-    writes the log, on the main one."""
+    """On every process: averages the weights, measures the held-out losses, and ends a run that is asked to stop. On the main
+    one: writes the log."""
 
     def __init__(self, trainer: Trainer, output_dir: Path, measure_every: int):
         self.trainer, self.path, self.measure_every = trainer, output_dir / "log.jsonl", measure_every
@@ -69,14 +69,14 @@ class EveryStep(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "train_runtime" in logs:  # of this start of the run alone
+        if not state.is_world_process_zero or "train_runtime" in logs:  # a summary since the last start of the run
             return
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 
 class SampleGrids(TrainerCallback):
-    """Images of prompts, generated with the averaged weights, as a PNG; every process draws its share. Not from sharded weights."""
+    """Images of prompts, generated with the averaged weights, as a PNG; every process generates its share. Not with sharded weights."""
 
     def __init__(self, trainer: Trainer, recipe: HydraRecipe, prompts: list[str], output_dir: Path):
         self.trainer, self.recipe, self.prompts = trainer, recipe, prompts
@@ -97,7 +97,7 @@ class SampleGrids(TrainerCallback):
 
 
 def is_due(state: TrainerState, args: TrainingArguments, every: int) -> bool:
-    """Every so many steps, and after the last one."""
+    """Whether a step is one of `every` steps, or the last one."""
     return state.global_step % every == 0 or state.global_step == args.max_steps
 
 

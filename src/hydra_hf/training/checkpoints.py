@@ -1,4 +1,4 @@
-"""Training state on disk: tensors in safetensors, the rest in JSON; and which checkpoints of a stage are whole."""
+"""Training state on disk, tensors in safetensors and the rest in JSON; and which checkpoints of a stage are whole."""
 
 import json
 import logging
@@ -15,14 +15,14 @@ from hydra_hf.files import sync_folder, write_text
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "files.json"  # name -> size of all files of a checkpoint, written when all of them are on the disk
-STATES = ("trainer_state.json", "step.json")  # of the two trainers, one of which every checkpoint has
+MANIFEST = "files.json"  # name -> size of every file of a checkpoint, written once all of them are on the disk
+STATES = ("trainer_state.json", "step.json")  # those of the two trainers; every checkpoint has one
 OF_A_PROCESS = "data-"  # files that depend on the number of processes
 NUM_KEPT = 2
 
 
 def save_state(folder: Path, name: str, state: dict) -> None:
-    """A nested dict of tensors, numbers, strings and lists as `name`.safetensors and `name`.json."""
+    """Writes a nested dict of tensors, numbers, strings and lists as `name`.safetensors and `name`.json."""
     tensors: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
 
@@ -59,7 +59,7 @@ def load_state(folder: Path, name: str) -> dict:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """The folders `checkpoint-STEP`, newest first; other names are none."""
+    """The folders named `checkpoint-STEP`, newest first."""
     found = [
         path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()
     ]
@@ -97,7 +97,7 @@ def find_fault(checkpoint: Path) -> str | None:
             if path.suffix == ".json":
                 json.loads(path.read_text())
             elif path.suffix == ".safetensors":
-                with safe_open(path, "pt"):  # reads the header, and whether the file is as long as it says
+                with safe_open(path, "pt"):  # reads the header and checks the length of the file
                     pass
         except (ValueError, SafetensorError) as error:
             return f"{path.name} is damaged ({error})"
@@ -113,7 +113,7 @@ def finish_checkpoint(checkpoint: Path) -> None:
 
 
 def remove_old_checkpoints(folder: Path, newest: Path) -> None:
-    """Leaves `newest` and the one before it; later ones are of a run that was resumed from an earlier checkpoint."""
+    """Keeps `newest` and the one before it. Later ones are from before the run was resumed from an earlier checkpoint."""
     earlier = [path for path in find_checkpoints(folder) if step_of(path) <= step_of(newest)]
     kept = {step_of(path) for path in earlier[:NUM_KEPT]}
     for path in folder.iterdir():
@@ -123,7 +123,7 @@ def remove_old_checkpoints(folder: Path, newest: Path) -> None:
 
 
 def forget_later_rows(log: Path, step: int) -> None:
-    """Drops the rows of steps that a resumed run does again, and a last one that was cut off."""
+    """Drops the rows of steps that a resumed run repeats, and a last one that was cut off."""
     if not log.exists():
         return
     kept = []

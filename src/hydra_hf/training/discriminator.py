@@ -1,4 +1,4 @@
-"""The discriminator of patches and its hinge losses. HYDRA, section 3.3: L_gan; what it is made of is our choice."""
+"""The patch discriminator and its hinge losses. HYDRA, section 3.3: L_gan; the architecture is our choice."""
 
 from torch import Tensor, nn
 
@@ -30,12 +30,12 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Hinge: real patches above 1, reconstructed ones below -1."""
+    """Hinge loss of logits (B, 1, h, w): real patches should be above 1, reconstructed ones below -1."""
     return 0.5 * (nn.functional.relu(1 - real_logits).mean() + nn.functional.relu(1 + fake_logits).mean())
 
 
 def adversarial_loss(fake_logits: Tensor) -> Tensor:
-    """What the decoder minimises: reconstructed patches should be judged real."""
+    """The decoder's loss: reconstructed patches should be judged real."""
     return -fake_logits.mean()
 
 

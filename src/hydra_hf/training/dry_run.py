@@ -1,14 +1,14 @@
 """What a stage would see and cost, without training it: tokens, parameters, floating-point operations, memory.
 
-The model is built on torch's meta device and its step is run on fake tensors, forward, losses and backward, in the stage's
-precision, with gradient checkpointing and with what is frozen: no weights are needed and no size is too large.
+The model is built on torch's meta device and a step, forward, losses and backward, is run on fake tensors, with the stage's
+precision, gradient checkpointing and frozen modules: no weights are needed and no size is too large.
 
-- Operations: torch's FlopCounterMode, for HYDRA on one sample of a task's mean length, times the samples.
+- Operations: torch's FlopCounterMode; for HYDRA, on one sample of a task's mean length, times the number of samples.
 - Memory of one process under DDP: weights in fp32, AdamW's two moments (Muon's one), the average if there is one, frozen
-  judges, DDP's buckets (as large as the gradients), and the most that a step of the longest samples has alive at once:
-  gradients and activations; under `micro_batch_tokens` as many samples of the mean length as it holds. FSDP divides all but
-  activations and judges by the number of processes, and has no buckets. The allocator's losses come on top. A teacher counts
-  as another encoder; its own forward and reading are not counted.
+  judges, DDP's buckets (as large as the gradients), and the peak of gradients and activations in a step of the longest
+  samples; with `micro_batch_tokens`, of as many samples of the mean length as it holds. FSDP divides everything except
+  activations and judges by the number of processes, and has no buckets. Fragmentation comes on top. A teacher counts as
+  another encoder; its forward is not counted.
 """
 
 import math
@@ -39,7 +39,7 @@ from .vision_tower_trainer import create_stage_model
 
 
 NUM_SEEN = 16  # samples of each task that are read
-NOMINAL_TEXT_TOKENS = 77  # of a sample that is not read
+NOMINAL_TEXT_TOKENS = 77  # text tokens of a sample when no data is read
 PARTS = ("gen_vit", "bottleneck", "sem_vit", "pixel_decoder")
 TOWER_MODULES = tuple(f"model.{part}" for part in PARTS)
 MODULES = (
@@ -74,7 +74,8 @@ class TaskReport:
 class StageReport:
     """What `dry_run` finds out about one stage.
 
-    `flops` are those of one optimizer step, `parameters` module -> (all, trained), `memory` bytes by kind; `tasks` HYDRA's.
+    `flops` are those of one optimizer step; `parameters` is module -> (all, trained); `memory` is in bytes, by kind; `tasks`
+    is empty for a vision tower.
     """
 
     name: str
@@ -89,14 +90,14 @@ class StageReport:
 
     @property
     def num_samples(self) -> int:
-        """Of the whole stage."""
+        """The number of samples in the whole stage."""
         return self.num_steps * self.batch_size
 
     @property
     def sharded_memory(self) -> float:
         """Bytes of one process when weights, gradients, optimizer and average are sharded over all (FSDP2, ZeRO-3).
 
-        What is missing is one layer, whose weights are gathered while it runs.
+        The weights of one layer, gathered while it runs, come on top.
         """
         split = sum(self.memory[name] for name in ("weights", "gradients", "optimizer", "average"))
         return sum(self.memory.values()) - self.memory["buckets"] - split + split / self.num_processes
@@ -121,7 +122,7 @@ class StageReport:
 
 
 def dry_run(recipe: Recipe, only: str | None = None, num_processes: int | None = None) -> list[StageReport]:
-    """A report of every stage, or of `only` one, with the batch split over `num_processes`, by default those that run.
+    """A report on every stage, or on `only` one, with the batch split over `num_processes`, by default those that run.
 
     Raises ValueError for a stage that the recipe does not have, a model that is not HYDRA, or less than one process.
     """
@@ -140,10 +141,10 @@ def dry_run(recipe: Recipe, only: str | None = None, num_processes: int | None =
 
 
 def report_stage(recipe: HydraRecipe, stage: HydraStage, num_processes: int = 1) -> StageReport:
-    """Of HYDRA."""
+    """The report on a stage of HYDRA."""
     tasks = look_at_tasks(recipe, stage)
     accumulation = count_micro_steps(recipe, stage, tasks, num_processes)
-    which_length = 2 if recipe.micro_batch_tokens is None else 1  # packed, a long sample leaves room for fewer others
+    which_length = 2 if recipe.micro_batch_tokens is None else 1  # packed: a long sample leaves less room
     model = meta_model(recipe, stage)
     parameters = count_parameters(model, MODULES)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -159,7 +160,7 @@ def report_stage(recipe: HydraRecipe, stage: HydraStage, num_processes: int = 1)
                 losses.append(hydra_loss(model, stage, task, num_samples, task.length[which_length]))
             backward(sum(losses))
 
-        model.zero_grad()  # a step makes them anew
+        model.zero_grad()  # a step allocates gradients again
         memory = memory_of(model, stage, measure_peak(micro_step, min(accumulation, 2)), num_processes)
     return StageReport(
         name=stage.name, num_steps=stage.num_steps, batch_size=sum(stage.tasks.values()), accumulation=accumulation,
@@ -169,7 +170,7 @@ def report_stage(recipe: HydraRecipe, stage: HydraStage, num_processes: int = 1)
 
 
 def count_micro_steps(recipe: HydraRecipe, stage: HydraStage, tasks: dict[str, TaskReport], num_processes: int) -> int:
-    """Of one step; under a budget of tokens, as many as samples of the mean length need."""
+    """Micro steps of one optimizer step; with a budget of tokens, as many as samples of the mean length need."""
     if recipe.micro_batch_tokens is None:
         return num_accumulation_steps(stage.tasks, num_processes, recipe.micro_batch_size)
     num_tokens = sum(math.ceil(task.num_samples / num_processes) * task.length[1] for task in tasks.values())
@@ -177,7 +178,7 @@ def count_micro_steps(recipe: HydraRecipe, stage: HydraStage, tasks: dict[str, T
 
 
 def report_tower_stage(recipe: Recipe, stage: TokenizerStage, num_processes: int = 1) -> StageReport:
-    """Of the vision tower."""
+    """The report on a stage of the vision tower."""
     micro, accumulation = split_batch(stage.batch_size, num_processes, recipe.micro_batch_size)
     with torch.device("meta"):
         model = create_stage_model(recipe, stage, None).train()
@@ -205,7 +206,7 @@ def report_tower_stage(recipe: Recipe, stage: TokenizerStage, num_processes: int
 
 
 def memory_of(model: nn.Module, stage: Stage, peak: int, num_processes: int) -> dict[str, int]:
-    """Bytes by kind; `peak` is of gradients and activations together."""
+    """Bytes by kind; `peak` is that of gradients and activations together."""
     gradients = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     return {
@@ -219,7 +220,7 @@ def memory_of(model: nn.Module, stage: Stage, peak: int, num_processes: int) -> 
 
 
 def meta_model(recipe: HydraRecipe, stage: HydraStage) -> HydraForConditionalGeneration:
-    """The recipe's model without weights, with the stage's adapters and with gradients where it trains."""
+    """The recipe's model without weights, with the stage's adapters, and `requires_grad` only where the stage trains."""
     with torch.device("meta"):
         model = HydraForConditionalGeneration._from_config(recipe.config, attn_implementation="sdpa").train()
         freeze_unnamed(model, stage)
@@ -231,7 +232,7 @@ def meta_model(recipe: HydraRecipe, stage: HydraStage) -> HydraForConditionalGen
 
 
 def count_parameters(model: nn.Module, modules: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """Module -> all parameters, and those that are trained; a tied head counts as its embedding."""
+    """Module -> (number of all parameters, of trained ones); a tied head counts as its embedding."""
     counts = {}
     for module in modules:
         parameters = [p for name, p in model.named_parameters() if name.startswith(f"{module}.")]
@@ -242,7 +243,7 @@ def count_parameters(model: nn.Module, modules: tuple[str, ...]) -> dict[str, tu
 
 
 def num_moments(model: nn.Module, stage: Stage) -> int:
-    """Numbers that the optimizer remembers: two for a parameter of AdamW, one for one of Muon."""
+    """The number of values that the optimizer keeps: two for a parameter of AdamW, one for one of Muon."""
     return sum(
         parameter.numel() * (1 if isinstance(part, torch.optim.Muon) else 2)
         for part in create_optimizer(model, stage).parts
@@ -255,7 +256,7 @@ def num_moments(model: nn.Module, stage: Stage) -> int:
 
 
 def look_at_tasks(recipe: HydraRecipe, stage: HydraStage) -> dict[str, TaskReport]:
-    """From the first samples of the stage's data; without data from nominal lengths."""
+    """A report on each task, from the first samples of the stage's data, or without data from nominal lengths."""
     if recipe.data_of(stage) is None:
         return {task: nominal_task(task, count, recipe.config) for task, count in stage.tasks.items()}
     few = replace(stage, tasks={task: min(count, NUM_SEEN) for task, count in stage.tasks.items()})
@@ -264,7 +265,7 @@ def look_at_tasks(recipe: HydraRecipe, stage: HydraStage) -> dict[str, TaskRepor
 
 
 def nominal_task(task: str, count: int, config: HydraConfig) -> TaskReport:
-    """77 tokens of text, labels where text is scored; images of the ViT's own size, as many as the task's form has."""
+    """The report on a task without data: 77 text tokens, labelled if text is scored, and the task's images at the ViT's own size."""
     row = TASKS[task]
     num_images = row.num_images
     vision = config.vision_config
@@ -277,7 +278,7 @@ def nominal_task(task: str, count: int, config: HydraConfig) -> TaskReport:
 
 
 def seen_task(batch: dict[str, Tensor], count: int, config: HydraConfig) -> TaskReport:
-    """Of one collated batch."""
+    """The report on a task from one collated batch."""
     length = batch["attention_mask"].sum(dim=1).float()
     images = batch["image_grid_thw"] if "image_grid_thw" in batch else torch.empty(0)
     return TaskReport(
@@ -295,7 +296,7 @@ def seen_task(batch: dict[str, Tensor], count: int, config: HydraConfig) -> Task
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of the tensors that are made inside, alive now and at most."""
+    """Counts the bytes of tensors that are made inside it: `alive` now, and `peak`."""
 
     def __init__(self):
         super().__init__()
@@ -303,7 +304,7 @@ class PeakMemory(TorchDispatchMode):
         self.storages = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.storages.update(storages_of((args, kwargs)))  # a view of a weight is nothing new
+        self.storages.update(storages_of((args, kwargs)))  # a view of a weight is not new memory
         output = function(*args, **(kwargs or {}))
         for storage in storages_of(output):
             if storage not in self.storages:
@@ -328,9 +329,9 @@ def count_flops(step: Callable[[], None]) -> float:
 
 
 def measure_peak(step: Callable[[], None], repeats: int) -> int:
-    """Bytes alive at most in a step that is repeated, its gradients being added up; what is there before does not count.
+    """Peak bytes in `repeats` of a step that add up gradients; memory from before does not count.
 
-    Apart from the count of operations, which keeps what is computed twice.
+    Separate from counting operations, which keeps recomputed activations alive.
     """
     with PeakMemory() as memory:
         for _ in range(repeats):
@@ -339,7 +340,7 @@ def measure_peak(step: Callable[[], None], repeats: int) -> int:
 
 
 def make_fake(model: nn.Module) -> None:
-    """From the meta device to fake tensors of a CPU, inside FakeTensorMode; what was shared stays shared."""
+    """Moves a model from the meta device to fake CPU tensors, inside FakeTensorMode; tied weights stay tied."""
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for name, old in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
@@ -352,7 +353,7 @@ def make_fake(model: nn.Module) -> None:
 def hydra_loss(
     model: HydraForConditionalGeneration, stage: HydraStage, task: TaskReport, num_samples: int, length: float
 ) -> Tensor:
-    """What `HydraTrainer` makes of a task's batch, with fake contents."""
+    """The loss that `HydraObjective` gives for a task's batch, with fake contents."""
     config, length = model.config, max(1, round(length))
     num_images = max(1, round(num_samples * task.num_images)) if task.num_images else 0
     num_scored = math.ceil(num_samples * task.label_tokens)
@@ -380,14 +381,14 @@ def hydra_loss(
 
 
 def backward(loss: Tensor) -> None:
-    """Nothing for a task that reaches no trained module."""
+    """Runs backward, unless the task reaches no trained module."""
     if loss.requires_grad:
         loss.backward()
 
 
 @torch.no_grad()
 def fake_latents(model: HydraForConditionalGeneration, num_images: int, side: int) -> Tensor:
-    """Packed (num_images * side * side, C), as the vision tower encodes them."""
+    """Packed latents (num_images * side * side, C), encoded by the vision tower."""
     tower, vision = model.model.vision_tower, model.config.vision_config
     size = side * vision.patch_size
     states = tower.gen_vit(torch.empty(num_images, vision.num_channels, size, size))
@@ -395,7 +396,7 @@ def fake_latents(model: HydraForConditionalGeneration, num_images: int, side: in
 
 
 def create_judges(stage: TokenizerStage) -> dict[str, nn.Module]:
-    """What the losses ask for besides the teacher, without weights."""
+    """The judges that the losses need apart from the teacher, without weights."""
     judges: dict[str, nn.Module] = {}
     if stage.loss_weights.perceptual > 0:
         judges["perceptual"] = blank_perceptual(stage.perceptual_backbone)
@@ -406,7 +407,7 @@ def create_judges(stage: TokenizerStage) -> dict[str, nn.Module]:
 
 
 def count_judges(model: HydraTokForPreTraining, stage: TokenizerStage, judges: dict[str, nn.Module]) -> int:
-    """Numbers: of frozen judges their weights; of the discriminator two moments more, its gradients being in the step."""
+    """The number of values of judges: weights of frozen ones; weights and two moments of the discriminator (the step has its gradients)."""
     counts = {name: sum(parameter.numel() for parameter in judge.parameters()) for name, judge in judges.items()}
     teacher = 0
     if stage.loss_weights.distill > 0:

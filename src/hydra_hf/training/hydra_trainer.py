@@ -1,4 +1,4 @@
-"""Trains HYDRA: the stages of a recipe, and the pipelines that they leave. HYDRA, section 2.2."""
+"""Trains HYDRA: the stages of a recipe, and the pipelines that they write. HYDRA, section 2.2."""
 
 import logging
 from collections.abc import Callable
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class HydraKind:
-    """What a run does with HYDRA besides its steps; see `objective.ModelKind`."""
+    """What a run does with HYDRA apart from its steps; see `objective.ModelKind`."""
 
     def create_objective(self, stage: HydraStage, seed: int) -> HydraObjective:
         return HydraObjective(stage, seed)
@@ -59,7 +59,7 @@ class HydraKind:
 def train_hydra(
     recipe: HydraRecipe, output_dir: Path, *, only: str | None = None, on_stage: Callable[[str], None] = logger.info
 ) -> Path:
-    """`train_model` for HYDRA. Raises ValueError for a recipe that has no processor either."""
+    """`train_model` for HYDRA. Also raises ValueError for a recipe without a processor."""
     check_stage(recipe, only)
     if recipe.processor is None:
         raise ValueError(
@@ -76,9 +76,9 @@ def train_model(
     only: str | None = None,
     on_stage: Callable[[str], None] = logger.info,
 ) -> Path:
-    """Runs every stage that is not done yet, or `only` one; the folder of the finished model.
+    """Runs every stage that is not done yet, or `only` one; returns the folder of the finished model.
 
-    A stage starts from the last one before it that is done, the first from what `kind.create_model` gives.
+    A stage starts from the last finished one before it, the first from what `kind.create_model` returns.
     Raises ValueError for a stage that the recipe does not have, or a recipe that cannot be trained.
     """
 
@@ -119,9 +119,11 @@ def train_stage(
 
 
 def save_finished(kind: ModelKind, trainer: BundleTrainer, recipe: HydraRecipe, folder: Path) -> None:
-    """`final`: the model with merged adapters, and in it the adapters themselves."""
+    """Writes `final`: the model with merged adapters, and in `final/adapter` the adapters themselves."""
     accelerator, model = trainer.accelerator, trainer.averaged_model
-    weights = accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_sharded else None  # all give their part
+    weights = (
+        accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_sharded else None
+    )  # every process contributes its part
     if accelerator.is_main_process:
         if trainer.is_sharded:
             model = kind.empty_model(recipe)
@@ -138,7 +140,7 @@ def save_finished(kind: ModelKind, trainer: BundleTrainer, recipe: HydraRecipe, 
 
 
 def create_bundles(recipe: HydraRecipe, stage: HydraStage, seed: int, accumulation: int = 1) -> Dataset:
-    """The bundles of this process. ValueError for a stage that has no data."""
+    """The bundles of this process. Raises ValueError for a stage without data, and for workers that would read a stream."""
     data = recipe.data_of(stage)
     if data is None:
         raise ValueError(f"{recipe.name} needs data: a source for each of {list(stage.tasks)}.")
@@ -152,7 +154,7 @@ def create_bundles(recipe: HydraRecipe, stage: HydraStage, seed: int, accumulati
 
 
 def create_held_out(recipe: HydraRecipe, stage: HydraStage) -> tuple[dict, ...]:
-    """The bundles of this process that are measured, every prompt kept; none without held-out data."""
+    """This process's bundles to measure losses on, with no prompt dropped; () without held-out data."""
     if stage.held_out is None:
         return ()
     tasks = dict.fromkeys(stage.tasks, stage.num_held_out)
@@ -167,11 +169,11 @@ def create_model(recipe: HydraRecipe) -> HydraForConditionalGeneration:
 
     Raises ValueError if the tokenizer does not fit the rest of the model.
     """
-    torch.manual_seed(recipe.seed)  # first weights
+    torch.manual_seed(recipe.seed)  # initial weights
     if recipe.init is not None:
         model = open_model(recipe.init, recipe)
     else:
-        config = deepcopy(recipe.config)  # which the model writes to
+        config = deepcopy(recipe.config)  # the model writes to it
         model = HydraForConditionalGeneration._from_config(config, attn_implementation=recipe.attn_implementation)
     if recipe.tokenizer is not None:
         replace_tokenizer(model, recipe)
@@ -179,7 +181,7 @@ def create_model(recipe: HydraRecipe) -> HydraForConditionalGeneration:
 
 
 def replace_tokenizer(model: HydraForConditionalGeneration, recipe: HydraRecipe) -> None:
-    """Puts the tokenizer of the recipe in the place of the model's own."""
+    """Replaces the model's tokenizer with that of the recipe. Raises ValueError if it does not fit."""
     tower = HydraTokModel.from_pretrained(
         recipe.tokenizer, attn_implementation=recipe.attn_implementation, dtype=torch.float32
     )
@@ -192,14 +194,14 @@ def replace_tokenizer(model: HydraForConditionalGeneration, recipe: HydraRecipe)
 
 
 def open_model(pipeline: str | Path, recipe: HydraRecipe) -> HydraForConditionalGeneration:
-    """The model of a pipeline, a folder or Hub id, for training: in fp32 whatever it is stored in."""
+    """The model of a pipeline, a folder or Hub id, for training: in fp32, whatever its dtype on disk."""
     return HydraForConditionalGeneration.from_pretrained(
         pipeline, subfolder="model", attn_implementation=recipe.attn_implementation, dtype=torch.float32
     )
 
 
 def save_compact(pipeline: HydraPipeline, folder: Path) -> None:
-    """A pipeline whose weights take half the space: bf16 on disk, fp32 again once opened."""
+    """Saves a pipeline in half the space: weights are bf16 on disk, and fp32 again once opened."""
     pipeline.save_config(folder)
     for name, component in pipeline.components.items():
         if component is not pipeline.model:

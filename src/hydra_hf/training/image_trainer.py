@@ -1,4 +1,4 @@
-"""Trains one stage of a vision tower (HYDRA-TOK) on images, on accelerate. HYDRA, section 3.3."""
+"""Trains one stage of a vision tower (HYDRA-TOK) on images, with accelerate. HYDRA, section 3.3."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 
 class TokenizerTrainer:
-    """One stage. `batches` is what is trained on, `held_out` what is not."""
+    """Trains one stage on `batches`, and measures it on `held_out`."""
 
     def __init__(
         self,
@@ -71,8 +71,8 @@ class TokenizerTrainer:
         self.log_every, self.save_every, self.sample_every = log_every, save_every, sample_every
         state = partial_state()
         self.micro, self.accumulation = split_batch(stage.batch_size, state.num_processes, micro_batch_size)
-        if state.distributed_type != DistributedType.FSDP:  # whose settings only the first state reads
-            AcceleratorState._reset_state()  # or a stage could not differ from the one before in precision
+        if state.distributed_type != DistributedType.FSDP:  # only the first state reads FSDP's settings
+            AcceleratorState._reset_state()  # otherwise every stage would keep the precision of the first
         self.accelerator = Accelerator(
             mixed_precision=launcher_precision(stage),
             gradient_accumulation_steps=self.accumulation,
@@ -87,7 +87,7 @@ class TokenizerTrainer:
         self.prepare_judges()
 
     def prepare(self, model: HydraTokForPreTraining) -> None:
-        """The model, its optimizer and its average, as the launcher wants them spread."""
+        """Sets up the model, its optimizer and its average for the launcher."""
         check_distill_layers(self.stage, model.config.num_hidden_layers)
         freeze_unnamed(model, self.stage)
         self.freeze_unreached(model)
@@ -105,7 +105,7 @@ class TokenizerTrainer:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def freeze_unreached(self, model: HydraTokForPreTraining) -> None:
-        """Freezes what the stage names and none of its losses reaches, for DDP expects a gradient of all that is trained."""
+        """Freezes modules that the stage trains but no loss reaches: DDP expects a gradient for every trained parameter."""
         reached = reached_parameters(model, self.stage)
         unreached = {
             name: parameter
@@ -119,7 +119,7 @@ class TokenizerTrainer:
             logger.warning("%s: no loss reaches %s, which stay as they are.", self.stage.name, modules)
 
     def check_sharding(self, optimizer: MuonAdamW) -> torch.optim.AdamW:
-        """The optimizer that FSDP and DeepSpeed can take apart. ValueError for what needs whole matrices."""
+        """The optimizer that FSDP and DeepSpeed can shard. Raises ValueError for settings that need whole matrices."""
         if self.stage.adaptive_adversarial_weight:
             raise ValueError(
                 f"{self.stage.name}: adaptive_adversarial_weight=True, expected False: it needs a whole matrix, which FSDP"
@@ -128,7 +128,7 @@ class TokenizerTrainer:
         return shardable(optimizer, self.stage)
 
     def prepare_judges(self) -> None:
-        """Teacher, perceptual distance and discriminator, as far as the losses ask for them; none is part of the model."""
+        """Loads the teacher, perceptual distance and discriminator that the losses need; none is part of the model."""
         stage, weights, device = self.stage, self.stage.loss_weights, self.accelerator.device
         if weights.distill > 0:
             self.teacher = load_teacher(stage.teacher, stage.teacher_weights).to(device)
@@ -139,14 +139,14 @@ class TokenizerTrainer:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 self.discriminator = PatchDiscriminator().to(device)
-            # Small, so every process has all of it, and its gradients are averaged by hand under any launcher.
+            # It is small, so every process holds all of it, and its gradients are averaged by hand under any launcher.
             self.discriminator_optimizer = torch.optim.AdamW(self.discriminator.parameters(), betas=(0.5, 0.9))
         self.pooled_features = None
         if stage.frechet_backbone is not None:
             self.pooled_features = PooledFeatures(stage.frechet_backbone, stage.frechet_weights).to(device)
 
     def train(self) -> HydraTokModel:
-        """Trains to the end of the stage, from the last whole checkpoint if there is one; gives the averaged model.
+        """Trains to the end of the stage, from the last whole checkpoint if there is one; returns the averaged model.
 
         Raises `TrainingInterruptedError`, once all is saved, after SIGTERM or Ctrl-C.
         """
@@ -161,12 +161,12 @@ class TokenizerTrainer:
         return self.averaged_model()
 
     def train_steps(self) -> None:
-        """To the end of the stage, or of the step in which the run is asked to stop."""
+        """Trains to the end of the stage, or of the step in which the run is asked to stop."""
         history: dict[str, list[Tensor]] = defaultdict(list)  # since the last log
         with tqdm(
             total=self.stage.num_steps, initial=self.step, desc=self.stage.name, mininterval=5,
             disable=not self.accelerator.is_main_process,
-        ) as progress:  # fmt: skip  # closed before an error is told
+        ) as progress:  # fmt: skip  # closed before an error is shown
             while self.step < self.stage.num_steps:
                 for name, value in self.train_step().items():
                     history[name].append(value)
@@ -188,7 +188,7 @@ class TokenizerTrainer:
                     raise TrainingInterruptedError(self.stage.name, self.step, signum)
 
     def train_step(self) -> dict[str, Tensor]:
-        """One optimizer step; this process's mean of each loss by name, and their weighted sum as `loss`."""
+        """One optimizer step; returns this process's mean of each loss by name, and their weighted sum as `loss`."""
         self.model.train()
         totals: dict[str, Tensor] = defaultdict(float)
         for index, rows in enumerate(self.rows):
@@ -234,7 +234,7 @@ class TokenizerTrainer:
         return losses
 
     def add_adversarial(self, losses: dict[str, Tensor], clean_pixel_values: Tensor) -> Tensor:
-        """The sum to minimise; adds `adversarial` to the losses once the discriminator has had its head start."""
+        """The weighted sum to minimise; adds `adversarial` to the losses from `discriminator_start` on."""
         weights = self.stage.loss_weights
         loss = weighted_sum(losses, weights)
         if weights.adversarial == 0 or self.step < self.stage.discriminator_start:
@@ -252,7 +252,7 @@ class TokenizerTrainer:
         return loss + weights.adversarial * scale * losses["adversarial"]
 
     def discriminator_step(self, pixel_values: Tensor, clean_pixel_values: Tensor) -> Tensor:
-        """Teaches the discriminator these images and their estimates."""
+        """Trains the discriminator on images and their reconstructions; returns its loss."""
         loss = discriminator_loss(self.discriminator(pixel_values), self.discriminator(clean_pixel_values))
         (self.stage.loss_weights.discriminator * loss / self.accumulation).backward()
         if self.accelerator.sync_gradients:
@@ -266,7 +266,7 @@ class TokenizerTrainer:
         return loss
 
     def sample_noise(self, pixel_values: Tensor, rows: range) -> dict[str, Tensor]:
-        """The posterior's noise of these rows of a step, and for a flow decoder that of the pixels with its levels."""
+        """The posterior's noise for these rows of a step, and for a flow decoder the noise of its pixels and the noise levels."""
         num_tokens = pixel_values[0, 0].numel() // self.config.patch_size**2
         patch = self.config.num_channels * self.config.patch_size**2
         sampled = defaultdict(list)
@@ -280,10 +280,10 @@ class TokenizerTrainer:
                 sampled["sigma"].append(torch.where(is_one_step, torch.ones_like(sigma), sigma))
         return {name: torch.stack(values).to(pixel_values.device) for name, values in sampled.items()}
 
-    # What is seen of the run
+    # Logs and samples
 
     def average(self, history: dict[str, list[Tensor]]) -> dict[str, float]:
-        """Each loss, over the steps and all processes; the rate; and how many records could not be read since the start."""
+        """The mean of each loss over steps and processes, the factor on the learning rates, and the records skipped since the start."""
         means = torch.stack([torch.stack(values).float().mean() for values in history.values()])
         means = self.accelerator.reduce(means, "mean").tolist()
         skipped = torch.tensor(sum(self.batches.num_skipped.values()), device=self.accelerator.device)
@@ -298,7 +298,7 @@ class TokenizerTrainer:
                 file.write(json.dumps({"step": self.step, **record}) + "\n")
 
     def measure(self) -> dict[str, float]:
-        """Scores of the held-out images, and a grid of them over their copies; every process reconstructs its share."""
+        """Scores of the held-out images; writes a grid of them above their reconstructions. Every process reconstructs its share."""
         model, number = self.averaged_model().eval(), self.stage.num_held_out
         num_shown = min(16, number)
         rows, shown = self.share(number), self.share(num_shown)
@@ -317,7 +317,7 @@ class TokenizerTrainer:
 
     @torch.no_grad()
     def reconstruct(self, model: HydraTokModel, rows: range) -> tuple[Tensor, Tensor]:
-        """Held-out images and what the model makes of them."""
+        """Held-out images and their reconstructions, (len(rows), 3, H, W) in [-1, 1]."""
         pixel_values = self.held_out(0, rows).to(self.accelerator.device)
         shape = pixel_values.shape[1:]
         noise = torch.stack([torch.randn(shape, generator=row_generator(self.seed, 0, row)) for row in rows])
@@ -326,7 +326,7 @@ class TokenizerTrainer:
         return pixel_values, decoded.float()
 
     def measure_latents(self, model: HydraTokModel) -> tuple[Tensor, Tensor]:
-        """Statistics of the latents of 64 batches after the last of the stage; every process encodes its share."""
+        """Statistics (C,) of the latents of 64 batches that follow those of the stage; every process encodes its share."""
         first = self.stage.num_steps + 2
         batches = (self.batches(step, rows) for step in range(first, first + 64) for rows in self.rows)
 
@@ -336,7 +336,7 @@ class TokenizerTrainer:
         return measure_latents(model, batches, add_up)
 
     def averaged_model(self) -> HydraTokModel:
-        """The average of the weights; where they are sharded, a copy of them as they are, whole on every process."""
+        """The model with averaged weights; if weights are sharded, a complete copy of them on every process, not averaged."""
         if self.ema is not None:
             return self.ema.module.model
         if not self.is_sharded:
@@ -349,10 +349,10 @@ class TokenizerTrainer:
             torch.distributed.broadcast(value, src=0)
         return whole.model
 
-    # State in safetensors and JSON, written by the main process; shards are accelerate's business
+    # State in safetensors and JSON, written by the main process; accelerate saves shards
 
     def state(self) -> dict:
-        """What a resumed run needs, as far as every process has all of it, by the name of its file."""
+        """The state that a resumed run needs and that is not sharded, by the name of its file."""
         state = {}
         if not self.is_sharded:
             state = {"model": self.accelerator.unwrap_model(self.model), "optimizer": self.optimizer.optimizer}
@@ -363,7 +363,7 @@ class TokenizerTrainer:
         return state
 
     def save_checkpoint(self) -> None:
-        """The main process writes. Shards are written first, so that a checkpoint never names shards that are not there."""
+        """Writes a checkpoint on the main process. Shards are written first, so that a checkpoint never lacks its shards."""
 
         def write(folder: Path) -> None:
             for name, part in self.state().items():
@@ -400,9 +400,9 @@ class TokenizerTrainer:
 def measure_latents(
     model: HydraTokModel, batches: Iterator[Tensor], add_up: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of sampled latents, exact in their noise, so that a dead channel keeps its unit noise.
+    """Mean and standard deviation (C,) of sampled latents. The variance of the sampling noise is exact, so a dead channel keeps it.
 
-    `add_up` gives the sums, in fp64, of all processes, each of which has batches of its own.
+    `add_up` adds up the sums, in fp64, of all processes, each of which has its own batches.
     """
     sums = torch.zeros(3, model.config.latent_channels, dtype=torch.float64)  # of ones, means and squares
     for pixel_values in batches:
@@ -414,7 +414,7 @@ def measure_latents(
     count, total, squares = add_up(sums)
     mean = total / count
     std = (squares / count - mean**2).sqrt()
-    # encode() normalises by the statistics in force; these are what it would have to normalise by.
+    # encode() has normalised by the old statistics, which is undone here.
     old_mean, old_std = model.bottleneck.latents_mean.cpu(), model.bottleneck.latents_std.cpu()
     return (mean * old_std + old_mean).float(), (std * old_std).float()
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SECONDS_OF_ONE = 3.0  # a launcher repeats the terminal's signal within these
+SECONDS_OF_ONE = 3.0  # a launcher repeats the terminal's signal within this time
 
 
 class TrainingInterruptedError(Exception):
@@ -24,14 +24,14 @@ class TrainingInterruptedError(Exception):
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM while it is entered, instead of ending the process. A second signal, later, ends it."""
+    """A context in which SIGINT and SIGTERM are noted and do not end the process. A second, later signal ends it."""
 
     def __init__(self):
         self.signum, self.received_at, self.process = 0, 0.0, os.getpid()
         self.previous = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # others may not
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             self.previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
@@ -41,14 +41,14 @@ class StopRequest:
 
     def _receive(self, number: int, frame) -> None:
         is_repeated = self.signum and time.monotonic() - self.received_at > SECONDS_OF_ONE
-        if is_repeated or os.getpid() != self.process:  # a loader's worker has inherited this handler
+        if is_repeated or os.getpid() != self.process:  # a loader worker has inherited this handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         if not self.signum:
             self.signum, self.received_at = number, time.monotonic()
 
     def agreed(self, accelerator: Accelerator) -> int:
-        """The signal that any process has received, 0 if none; once in a step, on every process alike."""
+        """The signal that any process has received, 0 if none. Every process must call this once in a step."""
         if accelerator.num_processes == 1:
             return self.signum
         signals = accelerator.gather(torch.tensor([self.signum], device=accelerator.device))

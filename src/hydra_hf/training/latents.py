@@ -1,4 +1,4 @@
-"""Encodes the images of data sets once, for stages that leave Gen-ViT and the bottleneck's projection as they are."""
+"""Encodes the images of data sets once, for stages that do not train Gen-ViT and the bottleneck's projection."""
 
 import hashlib
 from collections import Counter
@@ -41,13 +41,13 @@ ENCODER_FIELDS = (  # all that Gen-ViT reads of the config
 
 
 def encoder_state(tower: HydraTokModel) -> dict[str, Tensor]:
-    """The weights that latents depend on: of Gen-ViT, and of the bottleneck's projection to mean and variance."""
+    """The weights that latents depend on: those of Gen-ViT, and of the bottleneck's projection to mean and variance."""
     prefixes = ("gen_vit.", "bottleneck.down_proj.")
     return {name: value for name, value in sorted(tower.state_dict().items()) if name.startswith(prefixes)}
 
 
 def describe_encoder(tower: HydraTokModel, mixed_precision: str) -> dict:
-    """What decides the latents of given pixels, as values for JSON; the weights as a digest."""
+    """What decides the latents of given pixels, as JSON values; the weights as a digest."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in encoder_state(tower).items():
         digest.update(f"{name} {tuple(value.shape)} ".encode())
@@ -57,7 +57,7 @@ def describe_encoder(tower: HydraTokModel, mixed_precision: str) -> dict:
 
 
 def check_latents(model: HydraForConditionalGeneration, stage: Stage, data: Data | None) -> None:
-    """Raises ValueError if a stage reads latents that its model would not make, or trains what makes them."""
+    """Raises ValueError if a stage reads latents that its model would not make, or trains the modules that make them."""
     folders = [
         Path(s.latents).expanduser() for s in getattr(data, "sources", ()) if s.latents and s.task in stage.tasks
     ]
@@ -75,7 +75,7 @@ def check_latents(model: HydraForConditionalGeneration, stage: Stage, data: Data
 
 
 class RecordImages(Dataset):
-    """The images (3, H, W) of each record as training would encode them, or the reason why it has none."""
+    """The images (3, H, W) of each record, as training would encode them, or the reason why it has none."""
 
     def __init__(self, source: Source, processor: HydraProcessor):
         mix = SourceMix((replace(source, latents=None),), processor.image_processor, 0, fits)
@@ -101,11 +101,11 @@ def prepare_latents(
     batch_size: int = 32,
     num_workers: int | None = None,
 ) -> Iterator[str]:
-    """Encodes what is not encoded yet, each source into its folder `latents`, the shards divided among the processes of
-    `torchrun`; lines that say how far it is and what was skipped, as training will skip it.
+    """Encodes what is not encoded yet, each source into its folder `latents`, with the shards divided among the processes of
+    `torchrun`. Yields lines that report progress and what was skipped, which training will skip, too.
 
     Args:
-        mixed_precision: "no" or "bf16", as of the stage that reads them.
+        mixed_precision: "no" or "bf16", that of the stage that reads them.
 
     Raises ValueError for sources without a folder, and for a folder of other data, another encoder or image policy.
     """
@@ -136,7 +136,7 @@ def prepare_latents(
 
 
 def begin(folder: Path, given: dict, num_records: int) -> None:
-    """Notes what the latents are made of, or checks that those that are there are made of the same."""
+    """Writes what the latents are made from, or checks that existing ones are made from the same. Raises ValueError if not."""
     folder.mkdir(parents=True, exist_ok=True)
     description = read_description(folder)
     if description is None:
@@ -149,7 +149,7 @@ def encoded_shards(
     records: RecordImages, shards: list[int], folder: Path, tower: HydraTokModel, mixed_precision: str, batch_size: int,
     num_workers: int,
 ) -> Iterator[tuple[int, list[Encoded | str]]]:  # fmt: skip
-    """The numbers of `shards` and what is in each of them."""
+    """The numbers of `shards` and the contents of each."""
     size = read_description(folder)["shard_size"]
     ranges = {number: range(number * size, min((number + 1) * size, len(records))) for number in shards}
     batches = [
@@ -170,7 +170,7 @@ def encoded_shards(
 def encode(
     records: list[list[Tensor] | str], tower: HydraTokModel, mixed_precision: str, batch_size: int
 ) -> list[Encoded | str]:
-    """The grids and means of the images of some records, `batch_size` images at once; a reason stays as it is."""
+    """The grids and means of the images of some records, `batch_size` images at once; reasons are returned unchanged."""
     images = [image for record in records if not isinstance(record, str) for image in record]
     parts: Encoded = []
     for start in range(0, len(images), batch_size):

@@ -13,7 +13,7 @@ LORA = ".lora_"  # in the name of every parameter of an adapter and of no other
 
 
 def add_adapters(model: nn.Module, stage: HydraStage, seed: int) -> None:
-    """Adapters of rank `stage.lora_rank` on the linear layers of what the stage trains; all else of it is frozen.
+    """Adds adapters of rank `stage.lora_rank` to the linear layers of `lora_targets` that the stage trains, and freezes the rest of these.
 
     Scale and dropout are our choice: alpha = rank, none. Raises ValueError if the stage trains none of `lora_targets`.
     """
@@ -49,7 +49,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def save_adapters(model: nn.Module, folder: Path) -> None:
-    """The adapters, and the modules that were trained in full, in the format of peft."""
+    """Writes the adapters, and the modules that were trained in full, in the format of peft."""
     from peft.tuners.lora import LoraLayer
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -71,7 +71,7 @@ def trained_modules(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """The same function in plain linear layers, in place."""
+    """Merges adapters into plain linear layers, in place."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.named_modules()):
@@ -82,7 +82,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def describe_modules(model: nn.Module) -> str:
-    """Three lines: the modules that are trained in full, the adapters and what is frozen, with their numbers of parameters."""
+    """A line each for modules trained in full, frozen modules and adapters, with their numbers of parameters."""
     adapters = {name: parameter for name, parameter in model.named_parameters() if LORA in name}
     trained = trained_modules(model)
     frozen = largest_modules(model, lambda name, parameter: LORA in name or not parameter.requires_grad)

@@ -11,22 +11,22 @@ from hydra_hf.modeling.outputs import HydraTokForPreTrainingOutput
 from .recipe import TokenizerLossWeights, TokenizerStage
 
 
-MAX_CLASS_TOKENS = 8  # class token and registers that a ViT may carry in front of its patches
+MAX_CLASS_TOKENS = 8  # class token and registers that a ViT may have in front of its patches
 
 
 def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
-    """L_KL against a standard normal, eq. 5: summed over the channels, mean over tokens and batch."""
+    """L_KL of (B, N, C) against a standard normal, eq. 5: summed over channels, mean over tokens and batch."""
     mean, logvar = mean.float(), logvar.float()
     return -0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(-1).mean()
 
 
 def cosine_loss(states: Tensor, targets: Tensor) -> Tensor:
-    """1 - cos of two states (B, N, D), mean over tokens: L_cos, eq. 6, and L_dist of one layer."""
+    """1 - cos of states (B, N, D), mean over tokens: L_cos, eq. 6, and L_dist of one layer."""
     return 1 - nn.functional.cosine_similarity(states.float(), targets.float(), dim=-1).mean()
 
 
 def distill_loss(states: Sequence[Tensor], targets: Sequence[Tensor], num_tokens: int) -> Tensor:
-    """L_dist: the sum over layers of 1 - cos between student and teacher (B, cls + N, D) on the patches alone.
+    """L_dist: the sum over layers of 1 - cos between student and teacher (B, cls + N, D), only on patches.
 
     Raises ValueError for a teacher of another width or another number of patches.
     """
@@ -35,14 +35,14 @@ def distill_loss(states: Sequence[Tensor], targets: Sequence[Tensor], num_tokens
         state, target = patch_states(state, num_tokens), patch_states(target, num_tokens)
         if state.shape != target.shape:
             raise ValueError(
-                f"The teacher's states {tuple(target.shape)} must be as the student's {tuple(state.shape)}."
+                f"The teacher's states {tuple(target.shape)} must have the shape of the student's, {tuple(state.shape)}."
             )
         total = total + cosine_loss(state, target)
     return total
 
 
 def patch_states(states: Tensor, num_tokens: int) -> Tensor:
-    """States (B, cls + N, D) -> (B, N, D). Raises ValueError if what is left over cannot be class tokens."""
+    """States (B, cls + N, D) -> (B, N, D). Raises ValueError if the number of other tokens cannot be class tokens."""
     if not 0 <= states.shape[1] - num_tokens <= MAX_CLASS_TOKENS:
         raise ValueError(f"A layer has {states.shape[1]} tokens for an image of {num_tokens} patches.")
     return states[:, states.shape[1] - num_tokens :]
@@ -51,7 +51,7 @@ def patch_states(states: Tensor, num_tokens: int) -> Tensor:
 def tokenizer_losses(
     outputs: HydraTokForPreTrainingOutput, pixel_values: Tensor, weights: TokenizerLossWeights
 ) -> dict[str, Tensor]:
-    """The losses that need no judge, by key; one of weight 0 is not computed."""
+    """The losses that need no judge, by key; those of weight 0 are not computed."""
     losses = {}
     if weights.kl > 0:
         losses["kl"] = kl_loss(outputs.mean, outputs.logvar)
@@ -66,7 +66,7 @@ def tokenizer_losses(
 
 
 def training_inputs(config: HydraTokConfig, num_images: int) -> dict[str, Tensor]:
-    """What `HydraTokForPreTraining` is trained on, without contents: pixels, and the noise that its decoder takes."""
+    """Inputs of `HydraTokForPreTraining` without contents: pixels, and the noise of latents and decoder."""
     size, num_tokens = config.image_size, (config.image_size // config.patch_size) ** 2
     inputs = {
         "pixel_values": torch.empty(num_images, config.num_channels, size, size),
@@ -80,10 +80,10 @@ def training_inputs(config: HydraTokConfig, num_images: int) -> dict[str, Tensor
 
 @torch.enable_grad()
 def reached_parameters(model: HydraTokForPreTraining, stage: TokenizerStage) -> set[str]:
-    """The names of the parameters that the stage's losses have a gradient for, found on torch's meta device.
+    """The names of the parameters that get a gradient from the stage's losses, found on torch's meta device.
 
-    DDP would wait for the others for ever, such as layers of Sem-ViT behind the last one that is distilled. Raises
-    ValueError for a stage without losses.
+    DDP would wait forever for the others, such as layers of Sem-ViT after the last one that is distilled. Raises ValueError
+    for a stage without losses.
     """
     weights = stage.loss_weights
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""What a model is trained for. `BundleTrainer` runs an objective; an objective is all that another model has to bring."""
+"""What a model is trained for. `BundleTrainer` runs an objective, which is all that another model has to provide."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,57 +21,57 @@ from .recipe import HydraRecipe, HydraStage, freeze_unnamed
 class Objective(Protocol):
     """Which modules are trained, and how a bundle of tasks becomes losses."""
 
-    losses: Sequence[str]  # names of all that a task may have
-    methods: Sequence[str]  # of the model, that `prepare` calls: FSDP gathers their weights as it does for `forward`
+    losses: Sequence[str]  # names of all losses that a task may have
+    methods: Sequence[str]  # methods of the model that `prepare` calls: FSDP gathers weights for them as for `forward`
 
     def select_parameters(self, model: nn.Module) -> None:
-        """Sets `requires_grad` of every parameter, and adds adapters where the stage asks for them."""
+        """Sets `requires_grad` of every parameter, and adds adapters if the stage has any."""
 
     def count_targets(self, model: nn.Module, batch: dict) -> dict[str, int]:
-        """How many targets each loss has in a task's batch; none of a blank one."""
+        """How many targets each loss has in a task's batch; 0 for a blank one."""
 
     def prepare(self, model: nn.Module, bundle: dict, task: str) -> dict:
-        """The arguments of `model.forward` for the task's batch. `bundle` is left as it is."""
+        """The arguments of `model.forward` for the task's batch. Does not change `bundle`."""
 
     def losses_of(self, outputs) -> dict[str, Tensor]:
-        """The means over the batch's targets, of the losses that it has."""
+        """The losses that the batch has, each a mean over its targets in the batch."""
 
 
 class ModelKind(Protocol):
-    """What a run does with a kind of model besides its steps."""
+    """What a run does with a kind of model apart from its steps."""
 
     def create_objective(self, stage: HydraStage, seed: int) -> Objective:
-        """What a stage is trained for."""
+        """The objective of a stage."""
 
     def create_model(self, recipe: HydraRecipe) -> PreTrainedModel:
-        """What the first stage starts from."""
+        """The model that the first stage starts from."""
 
     def open_model(self, folder: Path, recipe: HydraRecipe) -> PreTrainedModel:
-        """What `save` left, for training: in fp32 whatever it is stored in."""
+        """The model that `save` wrote, for training: in fp32, whatever its dtype on disk."""
 
     def empty_model(self, recipe: HydraRecipe) -> PreTrainedModel:
-        """A model of the recipe's sizes, for weights that were sharded."""
+        """A model of the recipe's sizes, to load gathered weights into."""
 
     def save(self, model: PreTrainedModel, recipe: HydraRecipe, folder: Path) -> None:
-        """All that its users need."""
+        """Writes all that users of the model need."""
 
     def save_compact(self, model: PreTrainedModel, recipe: HydraRecipe, folder: Path) -> None:
-        """The same once more, once all stages are done."""
+        """Writes the same after the last stage, for distribution."""
 
     def add_samples(self, trainer: Trainer, recipe: HydraRecipe, stage: HydraStage, folder: Path) -> None:
-        """Has the trainer draw pictures into `folder` while it trains, if there is something to draw."""
+        """Makes the trainer generate sample images into `folder` while it trains, if there is anything to generate."""
 
 
 @torch.no_grad()
 def clean_latents(model: HydraForConditionalGeneration, batch: dict) -> Tensor:
-    """Takes the images out of a batch, pixels or kept means: their normalised latents, packed (total_tokens, C)."""
+    """Removes the images, pixels or stored means, from a batch; returns their normalised latents, packed (total_tokens, C)."""
     if "latent_means" in batch:
         return model.model.vision_tower.bottleneck.normalize(batch.pop("latent_means")).float()
     return model.encode_images(as_pixel_values(batch.pop("pixel_values")), batch["image_grid_thw"]).float()
 
 
 class HydraObjective:
-    """L_NTP on the assistant's text, L_FM on generated images. HYDRA, section 2.2. The noise comes from here, the model adds none."""
+    """L_NTP for the assistant's text, L_FM for generated images. HYDRA, section 2.2. All noise is added here, none by the model."""
 
     losses = ("language", "flow")
     methods = ("encode_images",)
@@ -94,7 +94,7 @@ class HydraObjective:
         return {"language": int((batch["labels"][:, 1:] != -100).sum()), "flow": num_generated}
 
     def prepare(self, model: HydraForConditionalGeneration, bundle: dict, task: str) -> dict:
-        """Images to latents, noise on what is to be generated."""
+        """Turns images into latents, and adds noise to those that are to be generated."""
         batch = dict(bundle[task])
         batch.pop("num_samples")
         if not (batch["labels"][:, 1:] != -100).any():

@@ -1,4 +1,4 @@
-"""One optimizer for one stage, Muon for the matrices of hidden layers and AdamW for everything else; and the average."""
+"""The optimizer of a stage, Muon for the matrices of hidden layers and AdamW for everything else; and the average."""
 
 import logging
 
@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 
 def create_average(model: nn.Module, stage: Stage, is_sharded: bool) -> AveragedModel | None:
-    """An exponential moving average that forgets its start: step n has at least 9 / (10 + n) of the weight.
+    """An exponential moving average that forgets its start: step n has a weight of at least 9 / (10 + n).
 
-    None if `stage.ema_decay` is 0, and with a warning where FSDP or DeepSpeed shard the weights.
+    None if `stage.ema_decay` is 0; None, with a warning, if FSDP or DeepSpeed shard the weights.
     """
     if is_sharded and stage.ema_decay > 0:
         logger.warning("%s: weights are sharded, so no average of them is kept: ema_decay=0.", stage.name)
@@ -49,7 +49,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """A scheduler sets the rates on our groups, so they must be the parts' own."""
+        """A scheduler sets the rates of this optimizer's groups, so they must be those of its parts."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def shardable(optimizer: MuonAdamW, stage: Stage) -> torch.optim.AdamW:
-    """AdamW itself, whose state FSDP and DeepSpeed can take apart. ValueError for Muon, which needs whole matrices."""
+    """The AdamW part alone, whose state FSDP and DeepSpeed can shard. Raises ValueError for Muon, which needs whole matrices."""
     if stage.muon_scale > 0:
         raise ValueError(
             f"{stage.name}: muon_scale={stage.muon_scale}, expected 0: Muon needs whole matrices, which FSDP and"
@@ -81,18 +81,18 @@ INPUT_AND_OUTPUT_LAYERS = ("lm_head", "pixel_decoder.out_proj", "pixel_decoder.p
 
 
 def is_hidden_matrix(module: nn.Module, module_name: str, parameter_name: str) -> bool:
-    """Whether Muon may have it: a linear layer's weight, but no embedding, modulation or output layer."""
+    """Whether Muon may train the parameter: the weight of a linear layer, except embeddings, modulations and output layers."""
     is_linear = isinstance(module, nn.Linear) and not isinstance(module, ZeroLinear)
     return is_linear and parameter_name == "weight" and not module_name.endswith(INPUT_AND_OUTPUT_LAYERS)
 
 
 def decays(module: nn.Module, parameter_name: str) -> bool:
-    """Whether weight decay pulls on it: matrices and kernels, but no bias, norm, embedding or layer scale."""
+    """Whether the parameter has weight decay: matrices and kernels do; biases, norms, embeddings and layer scales do not."""
     return isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and parameter_name == "weight"
 
 
 def create_optimizer(model: nn.Module, stage: Stage) -> MuonAdamW:
-    """Groups by rate, and by whether they decay; `freeze_unnamed` has said what is trained."""
+    """An optimizer with groups by rate and weight decay, after `freeze_unnamed`. Raises ValueError if nothing is trained."""
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     seen = set()  # a tied head is its embedding
     for module_name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""What a model paints of held-out images while it is trained."""
+"""Grids of what a model paints of held-out images while it is trained."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +22,13 @@ from .recipe import HydraRecipe
 NUM_IMAGES = 8  # of each task
 Paint = Callable[
     [nn.Module, dict, str, torch.Generator], list[list[Tensor]]
-]  # rows of pictures: given, expected, painted
+]  # rows of images: given, expected, painted
 
 
 class PaintedGrids(TrainerCallback):
-    """A PNG for each task that makes an image of an image: what is given, expected and painted, a column for each sample.
+    """A PNG for each task that paints one image from another: given, expected and painted images, a column for each sample.
 
-    `white_share` of the painted boundaries goes to the log: 0 is the known collapse to black. On the main process, not from
+    `white_share` of the painted boundaries is logged: 0 is the known collapse to black. On the main process, and not with
     sharded weights.
     """
 
@@ -54,7 +54,7 @@ class PaintedGrids(TrainerCallback):
 
 
 def on_one_canvas(images: list[Tensor]) -> list[Tensor]:
-    """Images (3, H, W) of several sizes, black to the right and below, all as large as the largest."""
+    """Images (3, H, W) of several sizes, padded with black on the right and below to the size of the largest."""
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     return [
         nn.functional.pad(image.float().cpu(), (0, width - image.shape[2], 0, height - image.shape[1]), value=-1.0)
@@ -65,7 +65,7 @@ def on_one_canvas(images: list[Tensor]) -> list[Tensor]:
 def paint_hydra(
     model: HydraForConditionalGeneration, bundle: dict, task: str, generator: torch.Generator
 ) -> list[list[Tensor]]:
-    """The rows of the grid from samples that end with an image to be generated, of which the one in front of it is shown."""
+    """The rows of the grid, from samples that end with an image to be generated; the given image before it is shown."""
     batch, patch_size = bundle[task], model.config.vision_config.patch_size
     images = unpack_images(as_pixel_values(batch["pixel_values"]), batch["image_grid_thw"], patch_size)
     is_generated = batch["is_generated"].tolist()
@@ -84,7 +84,7 @@ def paint_hydra(
 
 
 def prompts_of(batch: dict[str, Tensor], number: int, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """What is in front of the last image of the first samples, padded on the left: ids and attention mask (number, P)."""
+    """What precedes the last image in the first `number` samples, padded on the left: ids and attention mask (number, P)."""
     starts = image_starts(batch["mm_token_type_ids"] == 1)
     rows = []
     for ids, mask, start in list(zip(batch["input_ids"], batch["attention_mask"], starts))[:number]:

@@ -1,4 +1,4 @@
-"""Which process this is, and which rows of a step are its own."""
+"""Which process this is, and which rows of a step it computes."""
 
 from collections.abc import Callable
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def partial_state(**kwargs) -> PartialState:
-    """Which process this is; on CPUs, several talk through gloo. `kwargs` are of the first call's process group."""
+    """Which process this is; on CPUs, processes communicate by gloo. The first call's `kwargs` are those of the process group."""
     use_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     return PartialState(cpu=use_cpu, **kwargs)
 
 
 def on_main_process(function: Callable[[], None]) -> None:
-    """Runs `function` on the main process. Its ValueError or OSError is raised on every process, so that none waits."""
+    """Runs `function` on the main process. Its ValueError or OSError is raised on every process, so that none waits for it."""
     state, failure = partial_state(), [None]
     if state.is_main_process:
         try:
@@ -29,14 +29,14 @@ def on_main_process(function: Callable[[], None]) -> None:
 
 
 def share_of(number: int, process_index: int, num_processes: int) -> range:
-    """The rows of `number` that a process works on: as many on each, so that the last ones overlap if they do not divide."""
+    """The rows of `number` that a process works on, as many on each: the last ones overlap if they cannot be divided evenly."""
     size = -(-number // num_processes)
     start = min(process_index * size, number - size)
     return range(start, start + size)
 
 
 def gather_shares(accelerator: Accelerator, values: Tensor, number: int) -> Tensor:
-    """All `number` rows, on every process, of which each has computed its `share_of`."""
+    """All `number` rows on every process, from `values` that hold each process's `share_of` them."""
     num_processes = accelerator.num_processes
     parts = accelerator.gather(values.contiguous()).unflatten(0, (num_processes, -1))
     whole = values.new_empty(number, *values.shape[1:])
@@ -47,7 +47,7 @@ def gather_shares(accelerator: Accelerator, values: Tensor, number: int) -> Tens
 
 
 def split_batch(batch_size: int, num_processes: int, micro_batch_size: int | None) -> tuple[int, int]:
-    """Samples of a process at once, and how often it accumulates. ValueError if they do not make up the batch exactly."""
+    """Samples that a process computes at once, and its accumulation steps. Raises ValueError if they do not add up to the batch."""
     micro = batch_size // num_processes if micro_batch_size is None else micro_batch_size
     if micro < 1 or batch_size % (num_processes * micro):
         raise ValueError(f"{batch_size=} must be a multiple of {num_processes=} times {micro_batch_size=}.")

@@ -1,6 +1,6 @@
 """Where a step's randomness comes from: pure functions of the seed, the step and the row, identical on every process.
 
-So a run on many processes is the run on one, and a resumed run sees what the uninterrupted one saw.
+So a run on many processes equals the run on one, and a resumed run sees what an uninterrupted one sees.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ SampleNoise = Callable[[list[Grid], torch.Generator], tuple[Tensor, Tensor]]  # 
 
 
 def row_generator(seed: int, step: int, row: int) -> torch.Generator:
-    """All randomness of one sample of a step, whichever process it is on."""
+    """The generator for all randomness of one sample of a step, whichever process it is on."""
     return hashed_generator(seed, step, row)
 
 
 def grids_per_sample(batch: dict[str, Tensor], grids: list[Grid]) -> list[list[Grid]]:
-    """The images of each sample, each a run of image tokens, out of those of a batch, padded or packed."""
+    """`grids` of a batch, padded or packed, divided among its samples; an image is a run of image tokens."""
     rest = iter(grids)
     return [list(islice(rest, count)) for count in count_images(batch["mm_token_type_ids"], batch.get("document_ids"))]
 
@@ -31,7 +31,7 @@ def grids_per_sample(batch: dict[str, Tensor], grids: list[Grid]) -> list[list[G
 def row_noise(
     step: int, task: str, rows: list[int], grids: list[list[Grid]], sample: SampleNoise, *, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Noise levels and packed noise of a batch's images, `grids` of each sample: every one has a generator of its own.
+    """Noise levels and packed noise for a batch's images, given the `grids` of each sample, which has its own generator.
 
     `rows` are the numbers of the samples among the task's samples of the step.
     """

@@ -36,7 +36,7 @@ class Data(Protocol):
         """Images alone, for the vision tower."""
 
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
-        """Prompts of the images that are generated while training; () for none of its own."""
+        """Prompts of the images that are generated while training; () if the data has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class TokenizerLossWeights:
     """HYDRA, section 3.3; a loss of weight 0 is not computed.
 
     `regression` is that of a ViT decoder, `flow` that of a flow decoder; `discriminator` is the discriminator's own loss,
-    `adversarial` what the decoder makes of its judgement.
+    `adversarial` the decoder's loss from its judgement.
     """
 
     regression: float = 1.0
@@ -67,7 +67,7 @@ class HydraLossWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class UnifiedLossWeights:
-    """Of another unified model (`training.adapters`): text, and generated images under the model's own loss. UniMRG, section 3."""
+    """Loss weights of another unified model (`training.adapters`): text, and generated images by the model's own loss. UniMRG, section 3."""
 
     language: float = 1.0
     image: float = 1.0
@@ -78,13 +78,13 @@ class Stage:
     """One stage of training.
 
     Args:
-        data: what is trained on; None is that of the recipe.
-        held_out: what is measured while training and never trained on; None measures nothing.
-        num_held_out: how many samples of it, of each task.
-        learning_rates: module -> AdamW's rate. A key is a prefix of parameter names; the longest that fits counts.
-        muon_scale: matrices of hidden layers go to Muon at this multiple of the rate; 0 leaves all to AdamW.
+        data: data to train on; None is that of the recipe.
+        held_out: data to measure while training, never trained on; None measures nothing.
+        num_held_out: how many samples of each task are measured.
+        learning_rates: module -> AdamW's rate. A key is a prefix of parameter names; the longest that matches counts.
+        muon_scale: Muon trains the matrices of hidden layers at this multiple of the rate; 0 leaves all to AdamW.
         decay_share: share of the steps, at the end, over which the rate falls linearly to a twentieth.
-        ema_decay: 0 keeps no average, which saves a copy of the weights.
+        ema_decay: decay of the average of the weights; 0 keeps none, which saves a copy of the weights.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Stage:
         return self.learning_rates[max(prefixes, key=len)] if prefixes else 0.0
 
     def learning_rate_factor(self, step: int) -> float:
-        """What every rate is multiplied by at `step`: warm-up, plateau, decay."""
+        """The factor on every rate at `step`: warm-up, plateau, decay."""
         warmup = min(1.0, (step + 1) / self.warmup_steps)
         decay_steps = max(1, round(self.decay_share * self.num_steps))
         return warmup * min(1.0, max(0.05, (self.num_steps - step) / decay_steps))
@@ -123,15 +123,15 @@ class Stage:
 class TokenizerStage(Stage):
     """Args:
     batch_size: images of one optimizer step, over all processes and accumulation.
-    one_step_prob: share of samples at sigma = 1 exactly, where a one-step decode evaluates (our choice).
-    teacher: frozen ViT of the distillation: folder or Hub id, timm:NAME, or what makes one; see `training.teachers`.
+    one_step_prob: share of samples at exactly sigma = 1, where one-step decoding evaluates (our choice).
+    teacher: frozen ViT to distill from: folder or Hub id, timm:NAME, or a function that makes one; see `training.teachers`.
     teacher_weights: safetensors of a timm teacher.
-    distill_layers: blocks, counted from 1, whose outputs follow the teacher's.
+    distill_layers: blocks, counted from 1, whose outputs are trained to match the teacher's.
     perceptual_backbone: lpips:vgg, lpips:alex, lpips:squeeze, or timm:NAME, a feature distance that is not LPIPS.
     perceptual_weights: safetensors of the backbone's trunk.
     discriminator_start: first step with the adversarial loss.
     adaptive_adversarial_weight: scale `adversarial` by the ratio of the gradients at the decoder's last layer.
-    frechet_backbone, frechet_weights: timm:NAME of a Frechet distance while training, and its safetensors.
+    frechet_backbone, frechet_weights: timm:NAME of the network for a Frechet distance during training, and its safetensors.
     """
 
     batch_size: int
@@ -165,14 +165,14 @@ class TokenizerStage(Stage):
 @dataclass(frozen=True, kw_only=True)
 class HydraStage(Stage):
     """Args:
-    tasks: task -> samples of one optimizer step, over all processes and accumulation; the papers' ratios times a size.
-    task_weights: task -> what its losses are multiplied by, 1 where it is not named. Two tasks of one head then count
-        twice: weights that add up to 1 keep the papers' L_NTP + L_FM.
-    lora_rank: rank of adapters on the linear layers of `lora_targets`, as far as `learning_rates` names them; their own
-        weights are frozen then, and other modules trained in full. 0 is training in full.
-    lora_targets: the modules that get adapters, by prefixes of their names.
-    condition_grad_scale: what the gradient into Sem-ViT through given images is multiplied by; UniMRG's code has 0.1 for
-        a model whose encoder is shared, HYDRA 1.
+    tasks: task -> samples of one optimizer step, over all processes and accumulation.
+    task_weights: task -> factor on its losses, 1 by default. Two tasks of one head count twice: weights that add up to 1 keep
+        the papers' L_NTP + L_FM.
+    lora_rank: rank of adapters on the linear layers of `lora_targets` that `learning_rates` names; the weights of these layers
+        are then frozen, and other modules trained in full. 0 trains everything in full.
+    lora_targets: prefixes of the names of modules that get adapters.
+    condition_grad_scale: factor on the gradient that reaches Sem-ViT through given images; 0.1 in UniMRG's code for a model
+        with a shared encoder, 1 in HYDRA.
     drop_prompt: share of prompts replaced by the empty one, for guidance.
     """
 
@@ -196,7 +196,7 @@ class HydraStage(Stage):
             )
 
     def loss_weight_of(self, task: str, loss: str) -> float:
-        """What a task's loss counts in the sum that is minimised."""
+        """The weight of a task's loss in the sum that is minimised."""
         return self.task_weights.get(task, 1.0) * getattr(self.loss_weights, loss)
 
 
@@ -205,11 +205,11 @@ class Recipe:
     """Stages that follow each other.
 
     Args:
-        data: what every stage without data of its own is trained on; a tuple of sources counts as `Sources`.
+        data: data of every stage that has none of its own; a tuple of sources counts as `Sources`.
         init: folder or Hub id that the first stage starts from, such as `hydra convert` writes; None is new weights.
         micro_batch_size: samples that one process has in memory at once; None is its whole share of a batch.
-        gradient_checkpointing: compute activations twice rather than keep them.
-        attn_implementation: of the training run; it is not part of the checkpoint.
+        gradient_checkpointing: recompute activations rather than keep them.
+        attn_implementation: that of the training run; it is not saved in the checkpoint.
     """
 
     name: str
@@ -232,13 +232,13 @@ class Recipe:
             )
 
     def data_of(self, stage: Stage) -> Data | None:
-        """The stage's data, or else the recipe's."""
+        """The stage's data, or the recipe's if it has none."""
         if stage.data is not None:
             return stage.data
         return Sources(self.data) if isinstance(self.data, tuple) else self.data
 
     def with_overrides(self, **overrides) -> "Recipe":
-        """A recipe with the same change in every stage (such as `num_steps=10`). ValueError for a field that is not there."""
+        """A recipe with the same change in every stage (such as `num_steps=10`). Raises ValueError for an unknown field."""
         known = {f.name for stage in self.stages for f in fields(stage)}
         if unknown := set(overrides) - known:
             raise ValueError(f"{self.name} has no {sorted(unknown)}; its stages have {sorted(known)}.")
@@ -250,13 +250,13 @@ class HydraRecipe(Recipe):
     """Args:
     tokenizer: folder or Hub id of the trained HYDRA-TOK; None keeps that of `init`.
     processor: None only for a dry run without data.
-    sample_prompts: what images are generated of while training; () are those of the data.
-    num_workers: processes that read ahead, for each process that trains; as the data suggest when None.
-    max_length: tokens of a sample, images included; longer ones are skipped and counted. None is all that the language
-        model has positions for.
+    sample_prompts: prompts of the images that are generated while training; () takes those of the data.
+    num_workers: processes that read ahead, for each process that trains; None takes the data's own number.
+    max_length: most tokens of a sample, images included; longer ones are skipped and counted. None is the number of positions
+        of the language model.
     micro_batch_tokens: tokens that one process has in memory at once, images included: samples are packed into rows without
-        padding, a row of each task in a micro step, and a step has as many of these as its samples need. None pads, and
-        `micro_batch_size` counts.
+        padding, with a row of each task in a micro step, and a step has as many micro steps as its samples need. None pads
+        samples, and `micro_batch_size` applies.
     num_inference_steps, guidance_scale: defaults of the saved pipeline.
     """
 
@@ -289,7 +289,7 @@ class HydraRecipe(Recipe):
         if self.micro_batch_tokens < num_tasks * max_length:
             raise ValueError(
                 f"{self.name}: micro_batch_tokens={self.micro_batch_tokens} must hold a sample of every task, up to"
-                f" {num_tasks} x max_length={max_length}; lower max_length, and longer samples are skipped and counted."
+                f" {num_tasks} x max_length={max_length}; lower max_length: longer samples are skipped and counted."
             )
 
     def num_workers_of(self, stage: HydraStage) -> int:
@@ -299,10 +299,10 @@ class HydraRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class UnifiedRecipe(HydraRecipe):
-    """Another unified model, trained as HYDRA is; it starts from `init`.
+    """Another unified model, trained like HYDRA; it starts from `init`.
 
     Args:
-        model_class: has `from_pretrained` and what `training.adapters.UnifiedModel` asks for.
+        model_class: a class with `from_pretrained` and the contract `training.adapters.UnifiedModel`.
     """
 
     config: PreTrainedConfig
@@ -311,7 +311,7 @@ class UnifiedRecipe(HydraRecipe):
 
 
 def freeze_unnamed(module: nn.Module, stage: Stage) -> None:
-    """Only the parameters that `stage.learning_rates` names are trained. ValueError for a name that fits none."""
+    """Freezes all parameters that `stage.learning_rates` does not name. Raises ValueError for a name that matches none."""
     names = [name for name, _ in module.named_parameters()]
     for prefix in stage.learning_rates:
         if not any(name.startswith(prefix) for name in names):
@@ -321,7 +321,7 @@ def freeze_unnamed(module: nn.Module, stage: Stage) -> None:
 
 
 def largest_modules(model: nn.Module, holds: Callable[[str, nn.Parameter], bool]) -> list[str]:
-    """Names of the largest modules all of whose parameters fulfil `holds(name, parameter)`; every one has some."""
+    """Names of the largest modules that have parameters, all of which satisfy `holds(name, parameter)`."""
     found: list[str] = []
     for name, module in model.named_modules():
         parameters = list(module.named_parameters(prefix=name))

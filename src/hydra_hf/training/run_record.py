@@ -1,6 +1,6 @@
-"""What a run folder was made with, in `run.json`: a run of another recipe, or on other data, is refused in it.
+"""`run.json` records what a run folder was made with, so that it refuses a run of another recipe or on other data.
 
-Every field that decides the outcome is there; what only decides how fast it is reached, or what is seen of it, is not.
+It has every field that decides the outcome, and none that only decides the speed or what is logged.
 """
 
 import hashlib
@@ -32,14 +32,14 @@ NOT_DECIDING = {
     "micro_batch_tokens", "gradient_checkpointing", "attn_implementation", "num_inference_steps", "guidance_scale", "held_out", "num_held_out",
     "frechet_backbone", "frechet_weights",
 }  # fmt: skip
-WRITTEN_BY_MODELS = ("architectures", "dtype", "transformers_version", "_name_or_path")  # into their configs
+WRITTEN_BY_MODELS = ("architectures", "dtype", "transformers_version", "_name_or_path")  # to their configs
 EDGE = 65536  # bytes at either end of a file
 
 
 def check_run(recipe: Recipe, output_dir: Path, only: str | None) -> None:
     """Raises ValueError, naming the field, if `output_dir` was made with another recipe or on other data.
 
-    Of the stages those count that have saved something and that this run is about.
+    Only stages count that have saved something and that this run would train.
     """
     versions = {**{name: version(name) for name in PACKAGES}, "python": platform.python_version()}
     found = read_record(output_dir)
@@ -50,7 +50,7 @@ def check_run(recipe: Recipe, output_dir: Path, only: str | None) -> None:
     ]
     if found is None or not saved:
         if saved:
-            logger.warning("%s has no %s: what it was made with is not known.", output_dir, NAME)
+            logger.warning("%s has no %s, so it is not known what it was made with.", output_dir, NAME)
         found = {"versions": versions, "recipe": {}, "stages": {}}
     compare(found["recipe"], describe(recipe), output_dir, "")
     for stage in recipe.stages:
@@ -70,18 +70,18 @@ def has_saved(folder: Path) -> bool:
 
 
 def may_be_longer(stage: Stage, expected: dict, is_done: bool) -> bool:
-    """More steps for a stage that is not done: those behind it are the same where the rate does not fall at the end."""
+    """Whether an unfinished stage may get more steps: its steps so far are the same only if the rate does not decay at the end."""
     return not is_done and stage.decay_share == 0 and stage.num_steps > expected["num_steps"]
 
 
 def begin_stage(recipe: Recipe, stage: Stage, output_dir: Path) -> None:
-    """Notes what a stage is made with, before its first step."""
+    """Records what a stage is made with, before its first step."""
     found = read_record(output_dir)
     write_record(output_dir, {**found, "stages": {**found["stages"], stage.name: describe_stage(recipe, stage)}})
 
 
 def read_record(output_dir: Path) -> dict | None:
-    """Raises ValueError for a record that is damaged."""
+    """The record in `run.json`, None if there is none. Raises ValueError for a damaged one."""
     path = output_dir / NAME
     if not path.exists():
         return None
@@ -89,7 +89,7 @@ def read_record(output_dir: Path) -> dict | None:
         found = json.loads(path.read_text())
         return {name: dict(found[name]) for name in ("versions", "recipe", "stages")}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, so what the run was made with is not known: {error}") from error
+        raise ValueError(f"{path} is damaged, so it is not known what the run was made with: {error}") from error
 
 
 def write_record(output_dir: Path, record: dict) -> None:
@@ -97,7 +97,7 @@ def write_record(output_dir: Path, record: dict) -> None:
 
 
 def compare(expected: dict, given: dict, output_dir: Path, prefix: str) -> None:
-    """Raises ValueError for the first field that differs; one that only one side has is another version's."""
+    """Raises ValueError for the first field that differs; a field that only one of them has belongs to another version."""
     if isinstance(expected.get("data"), list) and isinstance(given.get("data"), list):
         if changed := difference(expected["data"], given["data"]):
             raise ValueError(
@@ -113,7 +113,7 @@ def compare(expected: dict, given: dict, output_dir: Path, prefix: str) -> None:
 
 
 def content_of(value):
-    """What counts of a recorded value: of files their content, wherever they are now."""
+    """The part of a recorded value that counts: for files their content, wherever they are."""
     return {**value, "path": None} if isinstance(value, dict) and "content" in value else value
 
 
@@ -132,7 +132,7 @@ def describe_stage(recipe: Recipe, stage: Stage) -> dict[str, Any]:
 
 
 def describe_data(data: Data | None) -> Any:
-    """Data sets by what is in their files, other data by its type and fields."""
+    """Data sets by the contents of their files, other data by its type and fields."""
     if isinstance(data, Sources):
         return [fingerprint(source) for source in data.sources]
     return {"type": type(data).__qualname__, **(asdict(data) if is_dataclass(data) else {})}
@@ -167,8 +167,8 @@ def describe_value(value, name: str):
 
 
 def describe_files(path: Path) -> dict[str, str]:
-    """The number, bytes and digest of a model's files, by names, sizes and what they begin and end with, as `content`;
-    {} for what is not on this machine."""
+    """`content`: the number, total bytes and digest of a model's files, by their names, sizes, beginnings and ends; {} for a
+    model that is not on this machine."""
     files = sorted(file for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
     found = hashlib.blake2b(digest_size=8)
     sizes = [file.stat().st_size for file in files]

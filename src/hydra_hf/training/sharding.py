@@ -1,7 +1,7 @@
-"""What FSDP2 and DeepSpeed need, which spread weights and optimizer over the processes.
+"""What FSDP2 and DeepSpeed, which shard weights and optimizer over the processes, need.
 
-Precision is the same under every launcher: weights, gradients, their sums, noise levels and losses in fp32, and the
-matrix products of a forward in what `mixed_precision` says, by autocast. So a sharded run has the losses of one process.
+Precision is the same under every launcher: weights, gradients, their sums, noise levels and losses are fp32, and the matrix
+products of a forward are in `mixed_precision`, by autocast. So a sharded run has the losses of one process.
 """
 
 import json
@@ -22,12 +22,12 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def launcher_precision(stage: Stage) -> str:
-    """`mixed_precision` as accelerate may know it: told "bf16", DeepSpeed would store the weights in it."""
+    """The `mixed_precision` to pass to accelerate: with "bf16", DeepSpeed would also store the weights in it."""
     return "no" if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else stage.mixed_precision
 
 
 def configure_sharding(accelerator: Accelerator, stage: Stage, model: nn.Module) -> None:
-    """Precision and clipping of the stage, and the layers that FSDP gathers one by one; nothing for DDP.
+    """Sets precision and clipping of the stage, and the layers that FSDP gathers one by one; does nothing for DDP.
 
     Raises ValueError for FSDP 1.
     """
@@ -37,8 +37,8 @@ def configure_sharding(accelerator: Accelerator, stage: Stage, model: nn.Module)
         is_bf16 = stage.mixed_precision == "bf16"
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "gradient_clipping": stage.max_grad_norm,
-            "bf16": {"enabled": False},  # which would store weights and statistics in bf16
-            # No module is safe: gradients are summed in fp32.
+            "bf16": {"enabled": False},  # otherwise weights and statistics would be stored in bf16
+            # No module counts as safe, so that gradients are summed in fp32.
             "torch_autocast": {"enabled": is_bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         }
 
@@ -48,21 +48,21 @@ def configure_fsdp(plugin, model: nn.Module) -> None:
 
     if plugin.fsdp_version != 2:
         raise ValueError(f"fsdp_version={plugin.fsdp_version}, expected 2: see examples/accelerate/fsdp.yaml.")
-    # Nothing is cast, neither weights nor inputs nor outputs: `autocast` does it, as under DDP.
+    # FSDP casts neither weights nor inputs nor outputs: `autocast` does, as under DDP.
     plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     if plugin.transformer_cls_names_to_wrap is None:
         plugin.transformer_cls_names_to_wrap = layers_to_wrap(model)
 
 
 def layers_to_wrap(model: nn.Module) -> list[str]:
-    """The classes of its layers, whatever its language model and decoder are: those that can be checkpointed."""
+    """The classes of the model's layers, whatever its language model and decoder: those that can be checkpointed."""
     return sorted(
         {type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
     )
 
 
 def autocast(accelerator: Accelerator, stage: Stage):
-    """The context of a forward; accelerate has none for what it shards."""
+    """The autocast context of a forward; accelerate has none for sharded weights."""
     if accelerator.distributed_type in SHARDED:
         return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=stage.mixed_precision == "bf16")
     return accelerator.autocast()
@@ -78,10 +78,10 @@ def save_launcher(accelerator: Accelerator, checkpoint: Path) -> None:
 
 
 def check_launcher(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Raises ValueError for a checkpoint of another launcher: their files differ. One process writes as DDP does."""
+    """Raises ValueError for a checkpoint of another launcher: their files differ. A single process counts as DDP."""
     saved = json.loads((checkpoint / "launcher.json").read_text())["launcher"]
     if saved != (expected := launcher_of(accelerator)):
         raise ValueError(
-            f"{checkpoint} was saved under {saved}, and this run is under {expected}: resume it as it was started, or"
-            " train to the end of the stage; what a stage gives opens under any launcher."
+            f"{checkpoint} was saved under {saved}, and this run uses {expected}: resume it as it was started, or"
+            " train to the end of the stage, whose result opens under any launcher."
         )

@@ -1,7 +1,7 @@
 """Runs the stages of a recipe in a folder: which are done, where the next one starts, and what the folder was made with.
 
-`OUT/STAGE/final` is there once a stage is done; a killed run is resumed by running it again. Under torchrun or
-`accelerate launch` all processes run this and the main one writes; the folder must be one for all machines.
+`OUT/STAGE/final` exists once a stage is done; a killed run is resumed by running it again. Under torchrun or
+`accelerate launch` all processes run this and the main one writes; all machines must share the folder.
 """
 
 import logging
@@ -21,7 +21,7 @@ from .run_record import begin_stage, check_run
 
 logger = logging.getLogger(__name__)
 
-TrainStage = Callable[[int, Path | None, Path], None]  # its number, `final` of the stage before it, its folder
+TrainStage = Callable[[int, Path | None, Path], None]  # its number, `final` of the previous stage, its folder
 
 
 def run_stages(
@@ -33,9 +33,9 @@ def run_stages(
     only: str | None = None,
     on_stage: Callable[[str], None] = logger.info,
 ) -> Path:
-    """Runs every stage that is not done yet, or `only` one; what it leaves: `OUT/final`, or `final` of the last stage run.
+    """Runs every stage that is not done yet, or `only` one; returns `OUT/final`, or `final` of the last stage that was run.
 
-    A stage starts from the last one before it that is done. Once all are done, `finish` writes `OUT/final` from the last.
+    A stage starts from the last finished one before it. Once all are done, `finish` writes `OUT/final` from the last.
     Raises ValueError for a stage that the recipe does not have, a folder of another recipe, or one that is in use.
     """
     check_stage(recipe, only)
@@ -61,14 +61,14 @@ def run_stages(
 
 
 def check_stage(recipe: Recipe, only: str | None) -> None:
-    """Raises ValueError for a name that is not one of the recipe's stages; None is all of them."""
+    """Raises ValueError for a name that is not one of the recipe's stages; None means all of them."""
     if only is not None and only not in (names := [stage.name for stage in recipe.stages]):
         raise ValueError(f"{recipe.name} has no stage {only!r}; its stages are {names}.")
 
 
 @contextmanager
 def opened(recipe: Recipe, output_dir: Path, only: str | None) -> Iterator[None]:
-    """The folder for this run alone, once it is known to be one of this recipe."""
+    """Locks the folder for this run, and checks that it belongs to this recipe."""
     with ExitStack() as stack:
 
         def open_folder() -> None:
@@ -87,11 +87,11 @@ def start_stage(recipe: Recipe, stage: Stage, output_dir: Path, on_stage: Callab
 
 
 def is_done(folder: Path) -> bool:
-    """Whether a stage has its `final`, asked by all processes."""
+    """Whether a stage has its `final`; all processes must ask."""
     with partial_state().main_process_first():
         return has_folder(folder / "final")
 
 
 def is_current(final: Path, last: Path) -> bool:
-    """Whether `final` is there and no older than the stage that it is made from."""
+    """Whether `final` exists and is no older than the stage that it is made from."""
     return has_folder(final) and final.stat().st_mtime >= last.stat().st_mtime

@@ -1,4 +1,4 @@
-"""Frozen pretrained networks that judge the vision tower: teachers of the distillation, trunks of the perceptual loss. HYDRA, section 3.3.
+"""Frozen pretrained networks that judge the vision tower: teachers to distill from, backbones of the perceptual loss. HYDRA, section 3.3.
 
 They belong to the trainer and are never part of a saved model.
 """
@@ -13,7 +13,7 @@ from hydra_hf.modeling import HydraTokModel
 
 
 class HydraTokTeacher(nn.Module):
-    """A HYDRA-TOK checkpoint as the ViT that it was cut from: no bottleneck, the class token all the way."""
+    """A HYDRA-TOK checkpoint as the ViT that it was cut from: without a bottleneck, and with the class token in all layers."""
 
     def __init__(self, model: HydraTokModel):
         super().__init__()
@@ -49,10 +49,10 @@ class TransformersTeacher(nn.Module):
 
 
 class NaflexTeacher(TransformersTeacher):
-    """SigLIP2 of any size and aspect (naflex), which reads rows of patches and the grid that they come from."""
+    """SigLIP2 for any size and aspect ratio (naflex), which reads rows of patches and their grid."""
 
     def get_inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Raises ValueError for a size that the patch does not divide."""
+        """Raises ValueError for sides that are not multiples of the patch size."""
         patch, (height, width) = self.model.config.patch_size, pixel_values.shape[-2:]
         if height % patch or width % patch:
             raise ValueError(f"{height=} and {width=} must be multiples of the teacher's patch size {patch}.")
@@ -88,9 +88,9 @@ def _check_layers(layers: tuple[int, ...], num_layers: int) -> None:
 
 
 def load_teacher(teacher: str | Callable[[], nn.Module], weights: str | None = None) -> nn.Module:
-    """The frozen teacher in a folder or on the Hub, "timm:NAME" with its safetensors, or what a function makes.
+    """The frozen teacher in a folder or on the Hub, "timm:NAME" with its safetensors, or the result of a function.
 
-    Raises ValueError for a model that has no layers of a ViT to follow.
+    Raises ValueError for a model that is not a ViT.
     """
     if callable(teacher):
         return freeze(teacher())
@@ -98,7 +98,7 @@ def load_teacher(teacher: str | Callable[[], nn.Module], weights: str | None = N
         model = load_timm(teacher, weights, num_classes=0, dynamic_img_size=True)
         return TimmTeacher(model)
     if weights is not None:
-        raise ValueError(f"teacher_weights={weights!r} are for timm:NAME; {teacher!r} brings its own.")
+        raise ValueError(f"teacher_weights={weights!r} are for timm:NAME; {teacher!r} has its own.")
     from transformers import AutoModel, Siglip2Model, Siglip2VisionModel, SiglipModel
 
     model = freeze(AutoModel.from_pretrained(teacher))
@@ -109,12 +109,12 @@ def load_teacher(teacher: str | Callable[[], nn.Module], weights: str | None = N
     if isinstance(model, Siglip2VisionModel):
         return NaflexTeacher(model)
     if model.main_input_name != "pixel_values":
-        raise ValueError(f"The teacher {teacher!r} is a {type(model).__name__}, expected a vision model alone.")
+        raise ValueError(f"The teacher {teacher!r} is a {type(model).__name__}, expected a vision model.")
     return TransformersTeacher(model)
 
 
 class Lpips(nn.Module):
-    """LPIPS of the `lpips` package: its own heads on a trunk of torchvision's weights."""
+    """LPIPS of the `lpips` package: its own heads on a trunk with torchvision's weights."""
 
     def __init__(self, trunk: str, weights: str | None):
         super().__init__()
@@ -147,7 +147,7 @@ LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
 
 
 class FeatureDistance(nn.Module):
-    """Squared distance of a timm model's feature maps, each normalised over its channels; it is not LPIPS."""
+    """Squared distance between a timm model's feature maps, each normalised over its channels; it is not LPIPS."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -163,7 +163,7 @@ class FeatureDistance(nn.Module):
 
 
 def load_perceptual(backbone: str, weights: str | None = None) -> nn.Module:
-    """The frozen distance of images (B, 3, H, W) in [-1, 1], estimates not clamped, as one number.
+    """The frozen distance between images (B, 3, H, W) in [-1, 1], estimates not clamped, as one number.
 
     Raises ValueError for another name than lpips:TRUNK or timm:NAME, or for weights that are missing or do not fit.
     """
@@ -174,7 +174,7 @@ def load_perceptual(backbone: str, weights: str | None = None) -> nn.Module:
 
 
 def blank_perceptual(backbone: str) -> nn.Module:
-    """The distance that `load_perceptual` gives, without weights, on torch's meta device; its values are not averaged."""
+    """The distance of `load_perceptual` without weights, on torch's meta device; its values are not averaged."""
     kind, _, name = backbone.partition(":")
     with torch.device("meta"):
         if kind == "lpips":

@@ -1,4 +1,4 @@
-"""Trains vision towers (HYDRA-TOK): the stages of a recipe, and where each starts. HYDRA, section 3.3."""
+"""Trains vision towers (HYDRA-TOK): the stages of a recipe, and what each starts from. HYDRA, section 3.3."""
 
 import logging
 from collections.abc import Callable
@@ -24,9 +24,9 @@ DECODER = ("pixel_decoder.", "bottleneck.decoder_up_proj.")
 def train_tokenizer(
     recipe: Recipe, output_dir: Path, *, only: str | None = None, on_stage: Callable[[str], None] = logger.info
 ) -> Path:
-    """Runs every stage that is not done yet, or `only` one; the folder of the finished vision tower.
+    """Runs every stage that is not done yet, or `only` one; returns the folder of the finished vision tower.
 
-    Raises ValueError for a stage that the recipe does not have, or that has no data: before anything is read or written.
+    Raises ValueError, before anything is read or written, for a stage that the recipe does not have or that has no data.
     """
     check_stage(recipe, only)
     for stage in recipe.stages:
@@ -42,7 +42,7 @@ def train_tokenizer(
 
 
 def check_data(recipe: Recipe, stage: TokenizerStage) -> None:
-    """Raises ValueError for a stage without images to train on, or without others to measure it on."""
+    """Raises ValueError for a stage without images to train on, or without held-out ones to measure it on."""
     data = recipe.data_of(stage)
     if data is None:
         raise ValueError(f"{recipe.name} needs data: images to train on, such as generate=PATH.")
@@ -51,7 +51,7 @@ def check_data(recipe: Recipe, stage: TokenizerStage) -> None:
 
 
 def create_batches(recipe: Recipe, stage: TokenizerStage, seed: int) -> tuple[Batches, Batches]:
-    """What a stage is trained on, and what it is measured on. ValueError where one of the two is missing."""
+    """The images that a stage is trained on, and those it is measured on. Raises ValueError if either is missing."""
     check_data(recipe, stage)
     size = recipe.config.image_size
     images = recipe.data_of(stage).images(size, stage.batch_size, seed)
@@ -61,9 +61,9 @@ def create_batches(recipe: Recipe, stage: TokenizerStage, seed: int) -> tuple[Ba
 def train_stage(
     recipe: Recipe, stage: TokenizerStage, index: int, previous: HydraTokModel | None, folder: Path
 ) -> None:
-    """One stage, to `folder/final`; after the first one, the statistics of the latents are measured."""
+    """Trains one stage and writes `folder/final`; after the first one, the statistics of the latents are measured."""
     seed = recipe.seed + 1000 * index
-    torch.manual_seed(seed)  # first weights, the same whether or not the stages before ran in this process
+    torch.manual_seed(seed)  # initial weights, the same whether or not earlier stages ran in this process
     batches, held_out = create_batches(recipe, stage, seed + 1)
     trainer = TokenizerTrainer(
         create_stage_model(recipe, stage, previous), stage, batches, held_out, folder,
@@ -80,7 +80,7 @@ def train_stage(
 def create_stage_model(
     recipe: Recipe, stage: TokenizerStage, previous: HydraTokModel | None
 ) -> HydraTokForPreTraining:
-    """A model with the stage's decoder; encoder (and decoder, if it is of the same kind) from the stage before.
+    """A model with the stage's decoder; the encoder (and the decoder, if of the same kind) are from the previous stage.
 
     Raises ValueError if the encoders, or two decoders of the same kind, do not have the same weights.
     """
@@ -98,7 +98,7 @@ def create_stage_model(
     if wrong := sorted(name for name, _ in shapes.items() ^ expected.items()):
         name = wrong[0]
         raise ValueError(
-            f"{stage.name}: {len(set(wrong))} weights of the model before do not fit, such as {name}:"
+            f"{stage.name}: {len(set(wrong))} weights of the previous model do not fit, such as {name}:"
             f" {shapes.get(name)}, expected {expected.get(name)}."
         )
     model.model.load_state_dict(weights, strict=False)  # what is missing is the new decoder

@@ -1,7 +1,7 @@
-"""Other unified models under UniMRG: what one of them must bring, and what then trains it. UniMRG, section 3.
+"""Other unified models under UniMRG: what a model must provide, and what trains it. UniMRG, section 3.
 
-`UnifiedModel` is the contract. `UnifiedObjective` and `UnifiedKind` are all that stands between such a model and the trainer:
-samples, tasks, weights, checkpoints, adapters and logs are HYDRA's. One file here is one kind of model:
+`UnifiedModel` is the contract. `UnifiedObjective` and `UnifiedKind` connect such a model to the trainer: samples, tasks,
+weights, checkpoints, adapters and logs are HYDRA's. Each file here is one kind of model:
 `janus` (autoregressive), `openuni` (autoregressive and diffusion), `harmon` (autoregressive and masked).
 """
 
@@ -41,10 +41,10 @@ class PaintingOutput(ModelOutput):
 
 
 class UnifiedModel(Protocol):
-    """A `PreTrainedModel` that answers and draws. All pixels are (B, 3, H, W) in [-1, 1], of one size.
+    """A `PreTrainedModel` that answers and generates images. All pixels are (B, 3, H, W) in [-1, 1], of one size.
 
-    A prompt that asks for an image ends where the image begins, behind the begin-of-image token if the model has one;
-    given images have placeholders in it. The model draws no randomness but from the generators that it is given.
+    A prompt that asks for an image ends where the image begins, after the begin-of-image token if the model has one; given
+    images have placeholders in it. All randomness of the model comes from the generators that are passed to it.
     """
 
     config: PreTrainedConfig
@@ -53,7 +53,7 @@ class UnifiedModel(Protocol):
     ]  # prefixes of parameter names that UniMRG never trains; all else is trained
     adapted_modules: ClassVar[
         tuple[str, ...]
-    ]  # prefixes whose linear layers get adapters in the place of training in full
+    ]  # prefixes whose linear layers get adapters instead of being trained in full
 
     def forward(
         self,
@@ -65,7 +65,7 @@ class UnifiedModel(Protocol):
         generators: list[torch.Generator] | None = None,
     ) -> ModelOutput:
         """With `labels`, an output whose `loss` is the mean cross entropy of the labelled tokens; with `target_pixel_values`,
-        a `PaintingOutput`, its noise from `generators`, one for each row, on the CPU."""
+        a `PaintingOutput`, with noise from `generators`, one on the CPU for each row."""
 
     def generate_images(
         self,
@@ -76,13 +76,13 @@ class UnifiedModel(Protocol):
         guidance_scale: float,
         generator: torch.Generator,
     ) -> Tensor:
-        """The images that the prompts ask for; `guidance_scale` 1 is none."""
+        """The images (B, 3, H, W) in [-1, 1] that the prompts ask for; a `guidance_scale` of 1 turns guidance off."""
 
 
 class UnifiedProcessor(HydraProcessor):
-    """Chats as another model writes them, for `data` and the toy world; the model's own processor is what gets saved.
+    """Chats in the format of another model, for `data` and the toy world; what is saved is the model's own processor.
 
-    Images lose their aspect: all have one size, and `num_image_tokens` placeholders.
+    Images lose their aspect ratio: all have one size, and `num_image_tokens` placeholders.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class UnifiedProcessor(HydraProcessor):
 
 
 class UnifiedObjective:
-    """L_NTP on answers, and the model's own loss on generated images. UniMRG, section 3."""
+    """L_NTP for answers, and the model's own loss for generated images. UniMRG, section 3."""
 
     losses = ("language", "image")
     methods = ()
@@ -117,7 +117,7 @@ class UnifiedObjective:
             add_adapters(model, self.stage, self.seed)
 
     def count_targets(self, model: UnifiedModel, batch: dict) -> dict[str, int]:
-        """Of a batch with images to generate their number, of any other how many tokens have a label."""
+        """The number of images to generate in a batch, or if there are none, of tokens with a label."""
         if not batch["num_samples"]:
             return dict.fromkeys(self.losses, 0)
         num_generated = int(batch["is_generated"].sum()) if "is_generated" in batch else 0
@@ -125,7 +125,7 @@ class UnifiedObjective:
         return {"language": num_labels, "image": num_generated}
 
     def prepare(self, model: UnifiedModel, bundle: dict, task: str) -> dict:
-        """Packed pixels to images, and a chat that ends with an image to the prompt in front of it."""
+        """Arguments of `forward`: unpacked images, and if a chat ends with an image, only the prompt before it."""
         batch = bundle[task]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
         if "pixel_values" not in batch:
@@ -143,7 +143,7 @@ class UnifiedObjective:
         return prompts | given | {"target_pixel_values": images[is_generated], "generators": generators}
 
     def generators(self, bundle: dict, task: str) -> list[torch.Generator]:
-        """One for each row, whichever process and micro step it is in."""
+        """A generator for each row, the same in whichever process and micro step the row is."""
         rows, number = bundle["rows"][task], task_number(task)
         return [row_generator(self.seed, int(bundle["step"]), row * len(TASKS) + number) for row in rows]
 
@@ -152,23 +152,23 @@ class UnifiedObjective:
 
 
 def length_of_prompts(is_image: Tensor, is_generated: Tensor) -> int:
-    """How many tokens are in front of the generated image of each row (B, L). ValueError unless each row has one, at its end."""
+    """How many tokens precede the generated image of each row (B, L). Raises ValueError unless each row ends with one image."""
     lengths = {int(row.nonzero()[-1]) for row in image_starts(is_image)}
     if len(lengths) != 1 or int(is_generated.sum()) != len(is_image):
         raise ValueError(
-            f"Got {int(is_generated.sum())} images to generate in {len(is_image)} samples, behind {sorted(lengths)} tokens,"
-            " expected one in each, and nothing behind it."
+            f"Got {int(is_generated.sum())} images to generate in {len(is_image)} samples, after {sorted(lengths)} tokens,"
+            " expected one in each, and nothing after it."
         )
     return lengths.pop()
 
 
 def unified_rates(model_class: type[UnifiedModel], rate: float) -> dict[str, float]:
-    """The learning rates of the paper's rule: everything at `rate`, except what the model names as frozen."""
+    """The learning rates by the paper's rule: `rate` for everything except the modules that the model names as frozen."""
     return {"": rate, **dict.fromkeys(model_class.frozen_modules, 0.0)}
 
 
 class UnifiedKind:
-    """What a run does with another model besides its steps; see `objective.ModelKind`."""
+    """What a run does with another model apart from its steps; see `objective.ModelKind`."""
 
     def create_objective(self, stage: HydraStage, seed: int) -> UnifiedObjective:
         return UnifiedObjective(stage, seed)
@@ -185,12 +185,12 @@ class UnifiedKind:
         return recipe.model_class._from_config(recipe.config)
 
     def save(self, model: PreTrainedModel, recipe: UnifiedRecipe, folder: Path) -> None:
-        """As the model's own library saves it, with its own processor."""
+        """Saves the model as its own library does, with its own processor."""
         model.save_pretrained(folder)
         if recipe.processor.own is not None:
             recipe.processor.own.save_pretrained(folder)
 
-    save_compact = save  # in fp32 too: what it may be rounded to, its users know
+    save_compact = save  # also in fp32: whether it may be rounded, its users know
 
     def add_samples(self, trainer, recipe: UnifiedRecipe, stage: HydraStage, folder: Path) -> None:
         if trainer.held_out:
@@ -212,7 +212,7 @@ class UnifiedKind:
 def train_unified(
     recipe: UnifiedRecipe, output_dir: Path, *, only: str | None = None, on_stage: Callable[[str], None] = logger.info
 ) -> Path:
-    """`train_model` for a model that is not HYDRA. ValueError for a recipe without `init`."""
+    """`train_model` for a model that is not HYDRA. Raises ValueError for a recipe without `init`."""
     if recipe.init is None:
         raise ValueError(f"{recipe.name} needs init, the folder or Hub id of the model.")
     return train_model(UnifiedKind(), recipe, output_dir, only=only, on_stage=on_stage)

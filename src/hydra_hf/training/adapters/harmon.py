@@ -1,11 +1,11 @@
-"""The Harmon kind under UniMRG: one masked autoencoder sees and draws, a language model reads in between. UniMRG, section 4.1.
+"""The Harmon kind under UniMRG: one masked autoencoder sees and paints, with a language model in between. UniMRG, section 4.1.
 
     class Harmon(HarmonForUniMRG, HarmonModel): ...      # HarmonModel: a `PreTrainedModel` with the published code's parts
 
 `HarmonForUniMRG` uses these parts under their published names: `vae` (`encode(x).mode()`, `decode(z)`) and `vae_scale`; `llm`, a
 causal language model of transformers; `mar` (`buffer_size`, `patch_size`, `fake_latent`, `forward_mae_encoder`,
 `forward_mae_decoder`, `diffusion_batch_mul`) with `mar.diffloss` (`net`, `in_channels`, `train_diffusion`, `gen_diffusion`);
-`proj_in` and `proj_out`. The published code itself has never been run here: the tests have a stand-in with this interface.
+`proj_in` and `proj_out`. The published code itself has never been run here: the tests use a stand-in with this interface.
 """
 
 import math
@@ -24,11 +24,11 @@ from . import PaintingOutput, UnifiedProcessor
 
 
 class HarmonChatProcessor(UnifiedProcessor):
-    """Chats as Harmon writes them: Qwen's, images without marks around them."""
+    """Chats in Harmon's format: Qwen's, with no marks around images."""
 
     @classmethod
     def from_tokenizer(cls, tokenizer, image_size: int, num_image_tokens: int) -> "HarmonChatProcessor":
-        """`num_image_tokens` counts the buffer too: 1024 + 64 for the released models at 512 px."""
+        """`num_image_tokens` includes the buffer: 1024 + 64 for the released models at 512 px."""
         image_processor = HydraImageProcessor(size={"height": image_size, "width": image_size}, patch_size=16)
         template = CHAT_TEMPLATE.read_text(encoding="utf-8")
         template = template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>")
@@ -36,13 +36,13 @@ class HarmonChatProcessor(UnifiedProcessor):
 
 
 class HarmonForUniMRG:
-    """What UniMRG needs of Harmon: to be named in front of its class. Tokens are the VAE's latents in patches, (B, N, C).
+    """What UniMRG needs of Harmon; a base class to name before Harmon's own. Tokens are patches of the VAE's latents, (B, N, C).
 
     Args, as attributes of the class:
         image_token_id: the placeholder in prompts; <|image_pad|> of Qwen2.5.
-        null_prompt_ids: "Generate an image." up to the image, for guidance; () is no guidance.
-        condition_grad_scale: what the gradient into the encoder is multiplied by where it sees, not where it draws; the
-            released code's, the paper does not say.
+        null_prompt_ids: "Generate an image." up to the image, for guidance; () turns guidance off.
+        condition_grad_scale: factor on the gradient that reaches the encoder through given images, but not through painted
+            ones; the value of the released code, the paper gives none.
         num_inference_steps: rounds in which an image is filled in.
     """
 
@@ -78,19 +78,19 @@ class HarmonForUniMRG:
 
     @torch.no_grad()
     def encode_tokens(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Tokens (B, N, C) of images, and their grid."""
+        """Tokens (B, N, C) of images, and their grid (h, w)."""
         latents, patch = self.vae.encode(pixel_values).mode() * self.vae_scale, self.mar.patch_size
         grid = latents.shape[-2] // patch, latents.shape[-1] // patch
         return nn.functional.unfold(latents, patch, stride=patch).transpose(1, 2), grid
 
     def encode_visible(self, tokens: Tensor, grid: tuple[int, int], mask: Tensor) -> tuple[Tensor, Tensor]:
-        """States (B, buffer + visible, E) of tokens that `mask` (B, N) leaves, and (B, visible + buffer, D) for the LLM."""
+        """States (B, buffer + visible, E) of the tokens that `mask` (B, N) leaves visible, and the LLM's input (B, visible + buffer, D)."""
         context = self.mar.fake_latent.expand(len(tokens), -1)
         states = self.mar.forward_mae_encoder(tokens, mask, context, image_shape=grid)
         return states, self.proj_in(states).roll(-self.mar.buffer_size, dims=1)
 
     def embed_prompts(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
-        """Prompts (B, L, D) with the given images in their places."""
+        """Embedded prompts (B, L, D) with the given images in place of their tokens. Raises ValueError if they do not match."""
         embeds = self.llm.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return embeds
@@ -102,13 +102,13 @@ class HarmonForUniMRG:
             raise ValueError(f"Got {int(is_image.sum())} placeholders for {tuple(seen.shape[:2])} visual tokens.")
         return embeds.masked_scatter(is_image[..., None], seen.to(embeds.dtype))
 
-    # Drawing
+    # Painting
 
     def masked_loss(
         self, prompt_embeds: Tensor, attention_mask: Tensor, pixel_values: Tensor, generators: list[torch.Generator]
     ) -> Tensor:
-        """The diffusion loss of masked tokens, between 0.7 and all of each image; as many in each row of a batch, which the
-        encoder needs, so their share is from the first row's generator."""
+        """The diffusion loss of masked tokens, from 0.7 to all of each image. The encoder needs the same number in every row,
+        so the first row's generator draws their share."""
         tokens, grid = self.encode_tokens(pixel_values)
         share = nn.init.trunc_normal_(torch.empty(()), mean=1.0, std=0.25, a=0.7, b=1.0, generator=generators[0])
         num_masked = math.ceil(tokens.shape[1] * share.item())
@@ -120,7 +120,7 @@ class HarmonForUniMRG:
     def read_masked(
         self, tokens: Tensor, grid: tuple[int, int], masked: Tensor, *, attention_mask: Tensor, **prompt
     ) -> Tensor:
-        """What is known of every token (B, N, D) from the prompt, its embeddings or its cache, and the tokens not `masked`."""
+        """States (B, N, D) of every token, given the prompt (its embeddings or its cache) and the tokens that are not `masked`."""
         mask = tokens.new_zeros(tokens.shape[:2]).scatter(1, masked, 1.0)
         states, visible = self.encode_visible(tokens, grid, mask)
         attention_mask = nn.functional.pad(attention_mask, (0, visible.shape[1]), value=1)
@@ -132,7 +132,7 @@ class HarmonForUniMRG:
         return self.mar.forward_mae_decoder(states, mask, image_shape=grid)
 
     def diffusion_loss(self, condition: Tensor, tokens: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Of tokens (B, M, C), each at several noise levels; a row's noise is from its own generator."""
+        """The diffusion loss of tokens (B, M, C), each at several noise levels; a row's noise is from its own generator."""
         diffusion, repeats = self.mar.diffloss.train_diffusion, self.mar.diffusion_batch_mul
         shape, device = (repeats, *tokens.shape[1:]), tokens.device
         steps = [torch.randint(diffusion.num_timesteps, shape[:2], generator=generator) for generator in generators]
@@ -156,7 +156,7 @@ class HarmonForUniMRG:
         guidance_scale: float,
         generator: torch.Generator,
     ) -> Tensor:
-        """Of the size of the given images, or else of what the encoder is made for."""
+        """Images of the size of the given ones, otherwise of the encoder's own size."""
         prompts, is_guided = self.embed_prompts(input_ids, pixel_values), guidance_scale != 1.0
         grid = (self.mar.seq_h, self.mar.seq_w) if pixel_values is None else self.encode_tokens(pixel_values)[1]
         if is_guided:
@@ -173,14 +173,14 @@ class HarmonForUniMRG:
             condition = self.read_masked(
                 tokens, grid, orders[:, :num_masked], attention_mask=attention_mask, **{CACHE: cache}
             )
-            cache.crop(prompts.shape[1] - cache.get_seq_length())  # what is drawn changes in each round
+            cache.crop(prompts.shape[1] - cache.get_seq_length())  # visible tokens change in each round
             places = orders[:, num_left:num_masked]
             drawn = self.sample_tokens(take(condition, places), guidance_scale, generator)
             tokens = tokens.scatter(1, places[..., None].expand_as(drawn), drawn.to(tokens.dtype))
         return self.decode_tokens(tokens[: len(input_ids)], grid)
 
     def sample_tokens(self, condition: Tensor, guidance_scale: float, generator: torch.Generator) -> Tensor:
-        """Tokens (B, M, C). The published sampler draws from torch's own generator, which is lent `generator`'s numbers."""
+        """Tokens (B, M, C). The published sampler draws from torch's global generator, which is seeded from `generator`."""
         diffloss, (num_rows, num_places, _) = self.mar.diffloss, condition.shape
         num_drawn = num_rows if guidance_scale == 1.0 else num_rows // 2
         noise = torch.randn(num_drawn, num_places, diffloss.in_channels, generator=generator).to(condition)
@@ -199,7 +199,7 @@ class HarmonForUniMRG:
         return drawn.repeat(num_rows // num_drawn, 1, 1)  # both branches of guidance continue with the same tokens
 
     def null_prompt(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The null prompt and its mask in the shape of `input_ids`, padded on the left. Raises ValueError if there is none, or no room."""
+        """The null prompt and its mask in the shape of `input_ids`, padded on the left. Raises ValueError if there is none or it is too long."""
         length, own_length = input_ids.shape[1], len(self.null_prompt_ids)
         if not 0 < own_length <= length:
             raise ValueError(
@@ -222,7 +222,7 @@ def take(values: Tensor, places: Tensor) -> Tensor:
 
 
 def rounds(num_tokens: int, num_rounds: int) -> list[tuple[int, int]]:
-    """How many tokens are masked before and after each round, along a cosine, at least one less each time."""
+    """How many tokens are masked before and after each round, along a cosine, at least one fewer each time."""
     masked, pairs = num_tokens, []
     for index in range(num_rounds):
         left = math.floor(num_tokens * math.cos(math.pi / 2 * (index + 1) / num_rounds))

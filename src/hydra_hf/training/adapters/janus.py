@@ -1,7 +1,7 @@
-"""Janus, an autoregressive model with an encoder for seeing and one for drawing, under UniMRG. UniMRG, section 4.1.
+"""Janus, an autoregressive model with one encoder for seeing and one for painting, under UniMRG. UniMRG, section 4.1.
 
-transformers has no loss of generated images, takes codes without the normalisation that its own decoder has, and draws from
-text alone; these are here.
+transformers has no loss for generated images, computes codes without the normalisation of its own decoder, and generates
+images only from text; this file adds all three.
 """
 
 from functools import wraps
@@ -37,11 +37,11 @@ CHAT_TEMPLATE = """
         {{- render(message.content) ~ '\\n\\n' -}}
     {%- endif -%}
 {%- endfor -%}
-"""  # the released models' words; the generation marks and the image of an assistant are ours
+"""  # the text of the released models; the generation marks and the assistant's images are added
 
 
 class JanusChatProcessor(UnifiedProcessor):
-    """Chats as Janus writes them."""
+    """Chats in Janus's format."""
 
     image_token = "<image_placeholder>"
     vision_start_token = "<begin_of_image>"
@@ -49,11 +49,11 @@ class JanusChatProcessor(UnifiedProcessor):
 
     @classmethod
     def from_janus(cls, own: JanusProcessor, image_size: int, patch_size: int) -> "JanusChatProcessor":
-        """Of the processor and the sizes of a checkpoint. ValueError for pixels that are not in [-1, 1]."""
+        """Made from the processor and the sizes of a checkpoint. Raises ValueError for one whose pixels are not in [-1, 1]."""
         if [*own.image_processor.image_mean, *own.image_processor.image_std] != [0.5] * 6:
             raise ValueError(
-                f"Got a Janus whose pixels have the mean {own.image_processor.image_mean} and the deviation"
-                f" {own.image_processor.image_std}, expected 0.5 of each."
+                f"Got a Janus whose pixels have the mean {own.image_processor.image_mean} and the standard deviation"
+                f" {own.image_processor.image_std}, expected 0.5 for both."
             )
         image_processor = HydraImageProcessor(size={"height": image_size, "width": image_size}, patch_size=patch_size)
         num_image_tokens = (image_size // patch_size) ** 2
@@ -63,7 +63,7 @@ class JanusChatProcessor(UnifiedProcessor):
 
 
 class JanusForUniMRG(JanusForConditionalGeneration):
-    """Janus with a loss of generated images, and images drawn from what it sees."""
+    """Janus with a loss for generated images, and with images painted from given ones."""
 
     frozen_modules = ("model.vision_model", "model.vqmodel", "model.language_model.embed_tokens")
     adapted_modules = ("model.language_model",)
@@ -74,14 +74,14 @@ class JanusForUniMRG(JanusForConditionalGeneration):
         return self
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """Under the name of the class that everybody has."""
+        """Saves the model under the name of transformers' own class."""
         super().save_pretrained(save_directory, **kwargs)
         self.config.architectures = [JanusForConditionalGeneration.__name__]
         self.config.save_pretrained(save_directory)
 
     @wraps(JanusForConditionalGeneration.forward)  # `generate` reads the signature
     def forward(self, *args, target_pixel_values: Tensor | None = None, generators=None, **kwargs):
-        """With `target_pixel_values`, a `PaintingOutput`; nothing is random in it."""
+        """With `target_pixel_values`, a `PaintingOutput`, which has no randomness."""
         if target_pixel_values is None:
             return super().forward(*args, **kwargs)
         return PaintingOutput(loss=self.image_loss(target_pixel_values=target_pixel_values, **kwargs))
@@ -93,7 +93,7 @@ class JanusForUniMRG(JanusForConditionalGeneration):
         target_pixel_values: Tensor,
         pixel_values: Tensor | None = None,
     ) -> Tensor:
-        """Cross entropy of the target's codes; every image has as many."""
+        """Mean cross entropy of the target's codes; every image has the same number."""
         codes = self.encode_codes(target_pixel_values)  # (B, N)
         prompt_embeds = self.embed_prompts(input_ids, pixel_values)  # (B, L, D)
         code_embeds = self.prepare_embeddings_for_image_generation(codes[:, :-1])  # (B, N - 1, D)
@@ -110,7 +110,7 @@ class JanusForUniMRG(JanusForConditionalGeneration):
 
     @torch.no_grad()
     def encode_codes(self, pixel_values: Tensor) -> Tensor:
-        """Codes (B, N) of images: the nearest entries of the codebook by direction, since that is all its decoder sees."""
+        """Codes (B, N) of images: the entries of the codebook nearest in direction, which is all that its decoder sees."""
         vqmodel = self.model.vqmodel
         codebook = nn.functional.normalize(vqmodel.quantize.embedding.weight, dim=-1)  # (V, C)
         with torch.autocast(pixel_values.device.type, enabled=False):  # in bf16 other entries would be the nearest
@@ -119,7 +119,7 @@ class JanusForUniMRG(JanusForConditionalGeneration):
             return (latents @ codebook.T).argmax(dim=-1)
 
     def embed_prompts(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
-        """Prompts (B, L, D) with the given images in their places."""
+        """Embedded prompts (B, L, D) with the given images in place of their tokens."""
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return embeds
@@ -151,8 +151,8 @@ class JanusForUniMRG(JanusForConditionalGeneration):
         guidance_scale: float,
         generator: torch.Generator,
     ) -> Tensor:
-        """Codes (B, N), one after the other, at temperature 1. The null condition of guidance is that of transformers: padding
-        between the first token and begin-of-image."""
+        """Codes (B, N), sampled one after the other at temperature 1. The null condition for guidance is that of transformers:
+        padding between the first token and begin-of-image."""
         embeds = self.embed_prompts(input_ids, pixel_values)
         if guidance_scale != 1.0:
             is_kept = attention_mask.cumsum(dim=1) == 1

@@ -1,6 +1,6 @@
-"""The OpenUni kind under UniMRG: a language model that sees, queries that read it, a diffusion model that draws. UniMRG, section 4.1.
+"""The OpenUni kind under UniMRG: a language model that sees, queries that read it, a diffusion model that paints. UniMRG, section 4.1.
 
-InternVL is transformers', SANA and its autoencoder are diffusers'; the queries, the connector and the loss are here.
+InternVL is from transformers, SANA and its autoencoder from diffusers; the queries, the connector and the loss are here.
 """
 
 from collections.abc import Callable
@@ -26,10 +26,11 @@ class OpenUniConfig(ConfigOfParts):
     """Sizes of the four parts.
 
     Args:
-        transformer_config, autoencoder_config: of SANA and its autoencoder, as diffusers has them.
-        num_queries, num_connector_layers, num_connector_heads: what reads the language model; 256 and 6 are OpenUni's.
-        null_prompt_ids: the prompt up to the image with which nothing is asked for, for guidance; [] is no guidance.
-        num_inference_steps: of a painted image.
+        transformer_config, autoencoder_config: those of SANA and its autoencoder in diffusers.
+        num_queries, num_connector_layers, num_connector_heads: what reads the language model; OpenUni has 256 queries and 6
+            layers.
+        null_prompt_ids: the empty prompt up to the image, for guidance; [] turns guidance off.
+        num_inference_steps: denoising steps for a painted image.
     """
 
     model_type = "unimrg_openuni"
@@ -50,7 +51,7 @@ class OpenUniConfig(ConfigOfParts):
 
 
 class OpenUniChatProcessor(UnifiedProcessor):
-    """Chats as InternVL writes them."""
+    """Chats in InternVL's format."""
 
     image_token = "<IMG_CONTEXT>"
     vision_start_token = "<img>"
@@ -58,7 +59,7 @@ class OpenUniChatProcessor(UnifiedProcessor):
 
     @classmethod
     def from_internvl(cls, own: InternVLProcessor, config: InternVLConfig, image_size: int) -> "OpenUniChatProcessor":
-        """For images with a side of `image_size` pixels, a multiple of 32, to see and to paint."""
+        """For given and painted images with sides of `image_size` pixels, a multiple of 32."""
         image_processor = HydraImageProcessor(size={"height": image_size, "width": image_size}, patch_size=32)
         template = CHAT_TEMPLATE.read_text(encoding="utf-8")
         template = template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<img><IMG_CONTEXT></img>")
@@ -68,7 +69,7 @@ class OpenUniChatProcessor(UnifiedProcessor):
 
 
 class OpenUniForUniMRG(PreTrainedModel):
-    """InternVL, queries and a connector, SANA and its autoencoder, saved and opened as one."""
+    """InternVL, queries and a connector, SANA and its autoencoder, saved and opened as one model."""
 
     config_class = OpenUniConfig
     main_input_name = "input_ids"
@@ -102,7 +103,7 @@ class OpenUniForUniMRG(PreTrainedModel):
         autoencoder: AutoencoderDC,
         **config,
     ) -> "OpenUniForUniMRG":
-        """Of pretrained parts; the queries and the connector are new. `config` are fields of `OpenUniConfig`."""
+        """A model made of pretrained parts; the queries and the connector are new. `config` are fields of `OpenUniConfig`."""
         parts = {"transformer_config": transformer.config, "autoencoder_config": autoencoder.config}
         sizes = {
             part: {name: value for name, value in values.items() if not name.startswith("_")}
@@ -118,7 +119,7 @@ class OpenUniForUniMRG(PreTrainedModel):
         return self
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """Under the names of the parameters: the library's old names of InternVL are not found again by a resumed run."""
+        """Saves weights under their parameters' names: a resumed run would not find the library's old names of InternVL."""
         super().save_pretrained(save_directory, save_original_format=False, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -143,7 +144,7 @@ class OpenUniForUniMRG(PreTrainedModel):
         return PaintingOutput(loss=self.flow_loss(condition, target_pixel_values, generators))
 
     def to_internvl(self, pixel_values: Tensor) -> Tensor:
-        """Pixels in [-1, 1] as InternVL sees them: of its size, in ImageNet's statistics."""
+        """Pixels in [-1, 1] to the input of InternVL: in its size, with ImageNet's statistics."""
         size = tuple(self.config.vlm_config.vision_config.image_size)
         if pixel_values.shape[-2:] != size:
             pixel_values = nn.functional.interpolate(pixel_values, size, mode="bicubic", antialias=True).clamp(-1, 1)
@@ -151,7 +152,7 @@ class OpenUniForUniMRG(PreTrainedModel):
         return (pixel_values / 2 + 0.5 - mean) / std
 
     def encode_prompts(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None) -> Tensor:
-        """What the queries behind a prompt read from it: (B, num_queries, caption_channels)."""
+        """What the queries after a prompt read from it: (B, num_queries, caption_channels)."""
         vlm, config = self.vlm.model, self.config.vlm_config
         embeds = vlm.get_input_embeddings()(input_ids)  # (B, L, D)
         if pixel_values is not None:
@@ -171,7 +172,7 @@ class OpenUniForUniMRG(PreTrainedModel):
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Latents (B, C, h, w)."""
+        """Scaled latents (B, C, h, w) of pixels (B, 3, H, W) in [-1, 1]."""
         return self.autoencoder.encode(pixel_values).latent * self.autoencoder.config.scaling_factor
 
     def predict_velocity(self, noisy_latents: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ class OpenUniForUniMRG(PreTrainedModel):
         return self.transformer(noisy_latents, encoder_hidden_states=condition, timestep=timestep).sample
 
     def flow_loss(self, condition: Tensor, pixel_values: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Flow matching at uniform noise levels, OpenUni's; each row's noise is from its own generator."""
+        """Flow matching at uniform noise levels, as in OpenUni; each row's noise is from its own generator."""
         latents = self.encode_images(pixel_values).float()
         sigma = per_row(generators, lambda generator: torch.rand((), generator=generator)).to(latents.device)
         noise = per_row(generators, lambda generator: torch.randn(latents.shape[1:], generator=generator))
@@ -197,7 +198,7 @@ class OpenUniForUniMRG(PreTrainedModel):
         guidance_scale: float,
         generator: torch.Generator,
     ) -> Tensor:
-        """Of the size of the given images, or else of what SANA is made for. Raises ValueError for guidance without a null prompt."""
+        """Images of the size of the given ones, otherwise of SANA's own. Raises ValueError for guidance without a null prompt."""
         condition = self.encode_prompts(input_ids, attention_mask, pixel_values)
         is_guided = guidance_scale != 1.0
         if is_guided:

@@ -1,1 +1,1 @@
-"""One module a paper, one function a recipe. `hydra train MODULE.FUNCTION` runs it."""
+"""A module for each paper, a function for each recipe. `hydra train MODULE.FUNCTION` runs it."""

@@ -3,7 +3,7 @@
 hydra train hydra.hydra_1_5b --stage stage1 --init hydra-1.5b-init --tokenizer runs/hydra_tok/decoder/final \\
     --data generate=/data/captions/*.tar --data understand=/data/llava.jsonl
 
-Each value has its source next to it: "given" is the paper's, "our choice" is where it is silent. Stage III wants curated
+Each value has its source next to it: "given" in the paper, or "our choice" where the paper is silent. Stage III needs curated
 instruction and aesthetic data, so run the stages one at a time, each with its own `--data`.
 """
 
@@ -27,17 +27,17 @@ SAMPLE_PROMPTS = (  # our choice
 
 
 def tasks_of(text: int, understand: int, generate: int) -> dict[str, int]:
-    """Samples of one step in this ratio, the most that BATCH_SIZE has room for (our choice where it does not divide)."""
+    """Samples of one step in this ratio, as many as fit into BATCH_SIZE (our choice if it cannot be divided)."""
     unit = BATCH_SIZE // (text + understand + generate)
     counts = {"text": text * unit, "understand": understand * unit, "generate": generate * unit}
     return {task: count for task, count in counts.items() if count}
 
 
 def stages(config: HydraConfig) -> tuple[HydraStage, ...]:
-    """Gen-ViT, bottleneck and pixel decoder are frozen in all of them: they make and read the latents."""
+    """Stages I to III. Gen-ViT, bottleneck and pixel decoder are frozen in all of them: they make and read the latents."""
     projector = ["model.multi_modal_projector"]
     if config.use_time_token:
-        projector.append("model.time_embedding")  # ours, so with the projector
+        projector.append("model.time_embedding")  # our choice, at the projector's rate
     language_model = ["model.language_model"]
     if not config.tie_word_embeddings:
         language_model.append("lm_head")
@@ -95,7 +95,7 @@ def hydra_7b(init: str | None = None, tokenizer: str | None = None) -> HydraReci
 
 
 def _recipe(name: str, preset, init: str | None, tokenizer: str | None) -> HydraRecipe:
-    """The sizes and words of `init`; without it the preset's sizes and no words, which is enough for a dry run."""
+    """The sizes and tokenizer of `init`; without it, the preset's sizes and no tokenizer, enough for a dry run."""
     config = preset() if init is None else HydraConfig.from_pretrained(init, subfolder="model")
     return HydraRecipe(
         name=name,

@@ -1,4 +1,4 @@
-"""HYDRA-TOK at full size. HYDRA, section 3.3; what the paper does not give is our choice and says so.
+"""HYDRA-TOK at full size. HYDRA, section 3.3; values that the paper does not give are marked as our choice.
 
 hydra convert --vision OpenGVLab/InternViT-300M-448px-V2_5 --out init
 accelerate launch --config_file examples/accelerate/multi_gpu.yaml -m hydra_hf.cli train hydra_tok.internvit_300m \\
@@ -12,11 +12,11 @@ from hydra_hf.training.recipe import Recipe, TokenizerLossWeights, TokenizerStag
 
 
 def internvit_300m(init: str, teacher: str | None = None, decoder: str = "S") -> Recipe:
-    """Foundation, then the decoder against a discriminator on the frozen encoder.
+    """Foundation, then the decoder with a discriminator, on the frozen encoder.
 
     Args:
         init: folder of the converted InternViT-300M-448px-V2.5.
-        teacher: the frozen ViT of the distillation; None is `init`, which the student starts from, as in the paper.
+        teacher: the frozen ViT to distill from; None is `init`, which the student starts from, as in the paper.
         decoder: size of the flow decoder, "S", "M" or "L".
     """
     config = HydraTokConfig.internvit_300m(decoder)
@@ -46,7 +46,7 @@ def internvit_300m(init: str, teacher: str | None = None, decoder: str = "S") ->
         loss_weights=TokenizerLossWeights(
             flow=1.0, kl=0.0, cosine=0.0, distill=0.0, perceptual=0.1, adversarial=0.075, discriminator=1.0
         ),
-        one_step_prob=0.5,  # not given: our choice; what is judged should look like what is decoded
+        one_step_prob=0.5,  # not given: our choice; judged images should resemble decoded ones
         discriminator_learning_rate=1e-4,  # not given: our choice
         discriminator_start=5000,  # not given: our choice
     )

@@ -1,12 +1,12 @@
-"""UniMRG: after its training, a unified model paints what it sees, so that it understands better. UniMRG, section 3.
+"""UniMRG: post-training in which a unified model paints what it sees, so that it understands better. UniMRG, section 3.
 
 hydra train unimrg.hydra_1_5b --init hydra-1.5b --data understand=llava.json,image_root=images \\
     --data reconstruct=llava.json,image_root=images --data depth=llava.json,image_root=images,targets=targets/depth \\
     --data segment=llava.json,image_root=images,targets=targets/segment
 
-The baselines and the ablation differ from it in their mixture alone: `--mixture sft`, `reca`, `depth` or `segment`.
+The baselines and the ablation differ only in their mixture: `--mixture sft`, `reca`, `depth` or `segment`.
 
-Another model than HYDRA: `hydra train unimrg.janus --model ID --data ...`, with the same sources.
+For a model other than HYDRA: `hydra train unimrg.janus --model ID --data ...`, with the same sources.
 """
 
 from hydra_hf.modeling import HydraConfig, HydraProcessor
@@ -17,7 +17,7 @@ RATE = 1e-5  # given
 MIXTURES = {  # the same number of samples of each task in every step: given
     "unimrg": ("understand", "reconstruct", "depth", "segment"),
     "sft": ("understand",),
-    "reca": ("understand", "reconstruct"),  # what pixels alone add, too
+    "reca": ("understand", "reconstruct"),  # also shows what pixels alone add
     "depth": ("understand", "depth"),
     "segment": ("understand", "segment"),
 }
@@ -31,8 +31,8 @@ def tasks_of(mixture: str, num_samples: int) -> dict[str, int]:
 
 
 def trained_modules(config: HydraConfig, rate: float) -> dict[str, float]:
-    """Given: the shared visual encoder, language model and heads. Gen-ViT, bottleneck and pixel decoder stay as they are: they
-    have the part of a VAE. So do the word embeddings."""
+    """Module -> rate. Given: the shared visual encoder, language model and heads are trained. Gen-ViT, bottleneck and pixel
+    decoder, which play the part of a VAE, and the word embeddings are frozen."""
     names = ["model.vision_tower.sem_vit", "model.vision_tower.bottleneck.semantic_up_proj", "model.multi_modal_projector",
              "model.language_model", "vision_head"]  # fmt: skip
     if config.use_time_token:
@@ -43,7 +43,7 @@ def trained_modules(config: HydraConfig, rate: float) -> dict[str, float]:
 
 
 def stage_of(mixture: str, learning_rates: dict[str, float], **model) -> HydraStage:
-    """The one stage of every model; `model` is what belongs to one that is not HYDRA."""
+    """The single stage, for every model; `model` are further fields for one that is not HYDRA."""
     return HydraStage(
         name=mixture,
         num_steps=1000,  # given, if the 4,000 of the paper count micro batches of one task, as its code does
@@ -60,17 +60,17 @@ def stage_of(mixture: str, learning_rates: dict[str, float], **model) -> HydraSt
 
 
 def hydra_1_5b(init: str | None = None, mixture: str = "unimrg") -> HydraRecipe:
-    """A trained HYDRA of 1.5B, a folder or Hub id."""
+    """UniMRG for a trained HYDRA of 1.5B; `init` is its folder or Hub id."""
     return _recipe("unimrg.hydra_1_5b", HydraConfig.hydra_1_5b, init, mixture)
 
 
 def hydra_7b(init: str | None = None, mixture: str = "unimrg") -> HydraRecipe:
-    """A trained HYDRA of 7B, a folder or Hub id."""
+    """UniMRG for a trained HYDRA of 7B; `init` is its folder or Hub id."""
     return _recipe("unimrg.hydra_7b", HydraConfig.hydra_7b, init, mixture)
 
 
 def _recipe(name: str, preset, init: str | None, mixture: str) -> HydraRecipe:
-    """The sizes and words of `init`; without it the preset's sizes and no words, which is enough for a dry run."""
+    """The sizes and tokenizer of `init`; without it, the preset's sizes and no tokenizer, enough for a dry run."""
     config = preset() if init is None else HydraConfig.from_pretrained(init, subfolder="model")
     stage = stage_of(mixture, trained_modules(config, RATE))
     return HydraRecipe(
@@ -86,7 +86,7 @@ def _recipe(name: str, preset, init: str | None, mixture: str) -> HydraRecipe:
 
 
 def janus(model: str, mixture: str = "unimrg") -> UnifiedRecipe:
-    """Janus as transformers has it, a folder or Hub id. The paper has no run of it: values are those of HYDRA's recipe."""
+    """UniMRG for transformers' Janus; `model` is its folder or Hub id. The paper does not train it: values are those of HYDRA's recipe."""
     from transformers import JanusConfig, JanusProcessor
 
     from hydra_hf.training.adapters import unified_rates
