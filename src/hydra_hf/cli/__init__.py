@@ -33,7 +33,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 2, with one line on stderr, for a wrong argument, file or config or too little memory; 130 for an interrupt."""
+    """Runs one command and returns its exit code: 2, with one line on stderr, for a wrong argument, file or config or too
+    little memory; 130 for an interrupt."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name or an answer that the terminal cannot show

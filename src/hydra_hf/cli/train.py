@@ -113,7 +113,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _train(train: Callable, recipe, output_dir: Path, stage: str | None) -> Path:
-    """Trains and returns the folder of the result. A run that is asked to stop exits with 128 plus the signal's number, as in shells."""
+    """Trains and returns the folder of the result. A run that is asked to stop exits with 128 plus the signal's number, as in
+    shells."""
     from hydra_hf.training.interruption import TrainingInterruptedError
 
     try:

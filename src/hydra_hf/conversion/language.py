@@ -31,7 +31,10 @@ def convert_language(name: str, value: Tensor, tie_word_embeddings: bool) -> dic
 
 
 def hydra_config(text: PreTrainedConfig, vision: HydraTokConfig, processor: HydraProcessor) -> HydraConfig:
-    """HYDRA's config from those of its parts, with the ids of the processor's tokenizer. Raises ValueError if an id is outside the vocabulary."""
+    """HYDRA's config from those of its parts, with the ids of the processor's tokenizer.
+
+    Raises ValueError if an id is outside the vocabulary.
+    """
     tokenizer = processor.tokenizer
     return HydraConfig(
         text_config=text,

@@ -42,7 +42,8 @@ def pack_pixels(images: list[Tensor], patch_size: int) -> tuple[Tensor, Tensor]:
 
 
 def encode_samples(samples: list[Sample], processor: HydraProcessor) -> dict[str, Tensor]:
-    """What `encode_conversations` gives for all samples, padded on the left; a sample that its reader encoded is not encoded again."""
+    """What `encode_conversations` gives for all samples, padded on the left; a sample that its reader encoded is not encoded
+    again."""
     encodings = [sample.encoding or processor.encode_conversations([sample.messages]) for sample in samples]
     grids = [encoding["image_grid_thw"] for encoding in encodings if "image_grid_thw" in encoding]
     values = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0, "assistant_masks": 0}

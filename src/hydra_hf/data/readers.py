@@ -200,7 +200,10 @@ def create_readers(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> dict[str, TaskReader]:
-    """A reader for every task that has samples; sources of other tasks are not opened. Raises ValueError for a task without a source."""
+    """A reader for every task that has samples; sources of other tasks are not opened.
+
+    Raises ValueError for a task without a source.
+    """
     readers = {}
     for task in (task for task, count in tasks.items() if count):
         own = tuple(source for source in sources if source.task == task)
@@ -242,7 +245,10 @@ def check_painting(source: Source, table: Table | Stream, reader: RecordReader) 
 
 
 def _image_paths(source: Source, table: Table, reader: RecordReader) -> Iterator[str]:
-    """Paths of the images of all records with one image, relative to the folder of images. Raises ValueError for an image that is not below it."""
+    """Paths of the images of all records with one image, relative to the folder of images.
+
+    Raises ValueError for an image that is not below it.
+    """
     for index in range(len(table.rows)):
         try:
             with one_record():

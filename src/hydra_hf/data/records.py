@@ -224,7 +224,8 @@ class RecordReader:
     # Painted images
 
     def painting(self, record: dict) -> list[dict]:
-        """The user's turn is the record's prompt, or the first one, and the image; the assistant's is an empty place for what is painted."""
+        """The user's turn is the record's prompt, or the first one, and the image; the assistant's is an empty place for what
+        is painted."""
         image = {"type": "image", "image": self._one_image(record)}
         painted = {"role": "assistant", "content": [{"type": "image", "image": None}]}
         prompt = record[PROMPT_COLUMN] if PROMPT_COLUMN in record else self.prompts[0]

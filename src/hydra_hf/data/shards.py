@@ -106,7 +106,10 @@ class Progress:
 
 
 def _name_of(file: str, kind: str) -> Path:
-    """The path, without suffix, of a file in the cache; a changed file has another one. Raises ValueError for a file that cannot be read."""
+    """The path, without suffix, of a file in the cache; a changed file has another one.
+
+    Raises ValueError for a file that cannot be read.
+    """
     try:
         stat = os.stat(file)
     except OSError as error:

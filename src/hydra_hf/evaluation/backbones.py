@@ -49,7 +49,10 @@ def load_timm(name: str, weights: str | None, **kwargs) -> nn.Module:
 
 
 def load_strictly(model: nn.Module, weights: dict[str, Tensor], complaint: str) -> None:
-    """Loads all of `model` from `weights`, which may hold more (a classifier, unused layers). Raises ValueError with `complaint` if they do not fit."""
+    """Loads all of `model` from `weights`, which may hold more (a classifier, unused layers).
+
+    Raises ValueError with `complaint` if they do not fit.
+    """
     wanted = {name for name, _ in model.named_parameters()}
     wanted |= {name for name, _ in model.named_buffers() if not name.endswith("num_batches_tracked")}
     if missing := sorted(wanted - set(weights)):

@@ -10,7 +10,8 @@ def foreground_of(depth: Tensor) -> Tensor:
 
 
 def depth_similarity(depth: Tensor, truth: Tensor) -> Tensor:
-    """The paper's score, 1 - mean absolute error, of maps (B, 3, H, W) in [-1, 1], read as [0, 1]; (B,). Even black scores high."""
+    """The paper's score, 1 - mean absolute error, of maps (B, 3, H, W) in [-1, 1], read as [0, 1]; (B,). Even black scores
+    high."""
     return 1 - (depth - truth).abs().flatten(1).mean(dim=1) / 2
 
 
@@ -42,7 +43,7 @@ def order_accuracy(depth: Tensor, objects: Tensor, distances: Tensor) -> tuple[i
 def boundary_f(boundaries: Tensor, truth: Tensor, tolerance: int | None = None) -> Tensor:
     """F measure of white lines on black (B, 3, H, W) in [-1, 1], (B,); 1 where both are empty.
 
-    A pixel of a line counts if one of the other map is at most `tolerance` pixels away, by default .0075 of the diagonal, at least 1.
+    A pixel of a line counts if one of the other map is within `tolerance` pixels, by default .0075 of the diagonal, at least 1.
     """
     height, width = truth.shape[-2:]
     tolerance = max(1, round(0.0075 * (height**2 + width**2) ** 0.5)) if tolerance is None else tolerance

@@ -141,7 +141,8 @@ if hasattr(ProcessorMixin, "return_mm_token_type_ids"):  # since 5.23, when `gen
 else:
 
     class GenerationMixin(generation.GenerationMixin):
-        """The library's mixin, corrected for images: their blocks in the masks of static caches, their order in several answers."""
+        """The library's mixin, corrected for images: their blocks in the masks of static caches, their order in several
+        answers."""
 
         def prepare_inputs_for_generation(self, input_ids, mm_token_type_ids=None, attention_mask=None, **kwargs):
             inputs = super().prepare_inputs_for_generation(

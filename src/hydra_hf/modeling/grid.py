@@ -2,7 +2,8 @@
 
 A grid is (t, h, w) in tokens; an image has t = 1. Packed, the tokens of all images are one tensor (total_tokens, ...), image by
 image and row by row, and `image_grid_thw` (num_images, 3) says which belong together, as in Qwen2-VL. Inside a network, tokens
-are in rows (B, N, ...): either every row is an image of one grid, or one row holds images of several grids; `grids` has the grids in both cases.
+are in rows (B, N, ...): either every row is an image of one grid, or one row holds images of several grids; `grids` lists
+the grid, or the grids of the row.
 """
 
 import math
@@ -111,7 +112,10 @@ def unpack_images(pixel_values: Tensor, image_grid_thw: Tensor, patch_size: int)
 
 
 def pack_latents(latents: Tensor, image_grid_thw: Tensor | None) -> tuple[Tensor, list[Grid]]:
-    """Tokens (total_tokens, C) and grids of latents, either dense (num_images, C, h, w) or already packed. Raises ValueError for another shape."""
+    """Tokens (total_tokens, C) and grids of latents, either dense (num_images, C, h, w) or already packed.
+
+    Raises ValueError for another shape.
+    """
     if image_grid_thw is not None:
         grids = image_grids(image_grid_thw)
         check_packed("latents", latents, grids)
@@ -307,7 +311,10 @@ def count_images(mm_token_type_ids: Tensor, document_ids: Tensor | None = None) 
 
 
 def place_images(inputs_embeds: Tensor, image_mask: Tensor, image_embeds: Sequence[Tensor]) -> Tensor:
-    """Embeddings (B, L, D) with each image (N, D) at its placeholders (B, L). Raises ValueError if runs and images do not match."""
+    """Embeddings (B, L, D) with each image (N, D) at its placeholders (B, L).
+
+    Raises ValueError if runs and images do not match.
+    """
     needed = [len(image) for image in image_embeds]
     if not torch.compiler.is_compiling() and (runs := run_lengths(image_mask)) != needed:
         raise ValueError(

@@ -220,7 +220,10 @@ class HydraImageProcessor(TorchvisionBackend):
         """Does nothing: marking the installed class would make every later save copy this file into the folder."""
 
     def fetch_images(self, image_url_or_urls: ImageInput | str | os.PathLike | list) -> ImageInput | list:
-        """Opens paths, URLs and base64 strings and returns other images unchanged; lists keep their nesting. Raises ValueError for other types."""
+        """Opens paths, URLs and base64 strings and returns other images unchanged; lists keep their nesting.
+
+        Raises ValueError for other types.
+        """
         images = image_url_or_urls
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image) for image in images]
@@ -347,7 +350,8 @@ class HydraImageProcessor(TorchvisionBackend):
                 )
 
     def given_levels(self, image: Image.Image) -> Tensor:
-        """The RGB levels from 0 to 255, (3, H, W), that a call of a plain processor normalises; floats if levels have fractions."""
+        """The RGB levels from 0 to 255, (3, H, W), that a call of a plain processor normalises; floats if levels have
+        fractions."""
         levels = self._levels(image, True, None, self.max_input_pixels)
         return self._resized_levels(levels, *self.output_size(*levels.shape[-2:]))
 

@@ -28,7 +28,8 @@ class LayerScale(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, computed in the type of the weight: under autocast on a CPU, torch's warns of bf16 inputs and an fp32 weight."""
+    """torch's RMSNorm, computed in the type of the weight: under autocast on a CPU, torch's warns of bf16 inputs and an fp32
+    weight."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return super().forward(hidden_states.to(self.weight.dtype)).to(hidden_states.dtype)

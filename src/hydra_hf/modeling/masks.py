@@ -1,4 +1,5 @@
-"""Which tokens attend to which in a sequence: causal over text, bidirectional inside an image, nothing across samples packed into one row."""
+"""Which tokens attend to which in a sequence: causal over text, bidirectional inside an image, nothing across samples packed
+into one row."""
 
 import torch
 from torch import Tensor, nn

@@ -399,7 +399,8 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         return tokens_to_latents(velocity.unflatten(0, (num_generated, -1)), grids[0])
 
     def _draw(self, states: Tensor, noisy_tokens: Tensor, sigma: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """The packed velocity (total_tokens, C) that the vision head predicts from packed states (total_tokens, D_llm) and noisy latents."""
+        """The packed velocity (total_tokens, C) that the vision head predicts from packed states (total_tokens, D_llm) and
+        noisy latents."""
         config = self.config.vision_head_config
         return run_by_grid(self.vision_head, grids, [states, noisy_tokens], [sigma], config=config)
 

@@ -323,7 +323,10 @@ class HydraTokModel(HydraTokPreTrainedModel):
         return (pixel_values * std + mean) * 2 - 1
 
     def get_grid(self, pixel_values: Tensor) -> Grid:
-        """The grid of each image. Raises ValueError for anything but a batch of images whose sides are multiples of the patch size."""
+        """The grid of each image.
+
+        Raises ValueError for anything but a batch of images whose sides are multiples of the patch size.
+        """
         channels, patch = self.config.num_channels, self.config.patch_size
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
             raise ValueError(
@@ -357,7 +360,8 @@ class HydraTokModel(HydraTokPreTrainedModel):
         self, grids: Sequence[Grid], device: torch.device, generator: torch.Generator | list[torch.Generator] | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The initial noise of a flow decoder, as patches (B, N, 3 p p) for images of one grid: drawn, or from `noise` (B, 3, H, W)."""
+        """The initial noise of a flow decoder, as patches (B, N, 3 p p) for images of one grid: drawn, or from `noise` (B, 3,
+        H, W)."""
         from diffusers.utils.torch_utils import randn_tensor
 
         patch = self.config.patch_size

@@ -145,7 +145,10 @@ class HydraProcessor(ProcessorMixin):
         return [word for word in dict.fromkeys(re.findall(r"\w+", text.lower())) if word not in known]
 
     def escape_special_tokens(self, text: str) -> str:
-        """`text` with a word joiner inside everything that the tokenizer would read as a special token. Raises ValueError if it is not valid Unicode."""
+        """`text` with a word joiner inside everything that the tokenizer would read as a special token.
+
+        Raises ValueError if it is not valid Unicode.
+        """
         check_unicode("text", text)
         tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         tokens |= {*self.tokenizer.all_special_tokens, *self.all_special_multimodal_tokens}

@@ -23,7 +23,7 @@ def paint(
     num_inference_steps: int = 24,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
-    """What each prompt asks for, such as a depth map of its image: (3, H, W) in [-1, 1] each, at the size at which the image is read.
+    """What each prompt asks for, such as a depth map of its image: (3, H, W) in [-1, 1] each, at the size of the processed image.
 
     Raises ValueError if the lists differ in length or the processor does not belong to the model.
     """

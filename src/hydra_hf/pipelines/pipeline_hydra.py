@@ -287,7 +287,10 @@ class HydraPipeline(HydraDiffusionPipeline):
         max_sequence_length: int | None = None,
         pad_to_multiple_of: int | None = None,
     ) -> ImagePrefix:
-        """The prefilled prompts, or negative prompts, each row repeated for its images. Raises ValueError for a text that is too long."""
+        """The prefilled prompts, or negative prompts, each row repeated for its images.
+
+        Raises ValueError for a text that is too long.
+        """
         config = self.model.config
         num_image_tokens = config.num_time_tokens + num_tokens(grid)
         longest = config.text_config.max_position_embeddings - num_image_tokens

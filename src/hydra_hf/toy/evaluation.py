@@ -217,7 +217,8 @@ def paint_scenes(
 def score_maps(
     painted: dict[str, Tensor], truth: dict[str, Tensor], world: ToyWorld, scenes: Scenes
 ) -> dict[str, float]:
-    """Mean scores over scenes of images (B, 3, H, W) of each task of `PAINTED` against the truth; `order` is over pairs of objects."""
+    """Mean scores over scenes of images (B, 3, H, W) of each task of `PAINTED` against the truth; `order` is over pairs of
+    objects."""
     objects, right, pairs = world.object_masks(scenes), 0, 0
     for index, masks in enumerate(objects):
         present = masks.flatten(1).any(dim=1)

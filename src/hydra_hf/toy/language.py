@@ -272,7 +272,8 @@ class ToyLanguage:
         return self._ask_of_one("distance", "is the {} near or far?", answers, scene, rng)
 
     def _ask_of_one(self, kind: str, question: str, answers: list[str], scene: "_SceneFacts", rng: random.Random):
-        """A question about an object that is the only one of its name, None if there is none; `answers` are those for every object."""
+        """A question about an object that is the only one of its name, None if there is none; `answers` are those for every
+        object."""
         unique = [i for i, name in enumerate(scene.names) if scene.names.count(name) == 1]
         if not unique:
             return None

@@ -87,7 +87,7 @@ class BundleTrainer(Trainer):
             save_steps=recipe.save_every,
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,  # every process runs every task
-            ddp_broadcast_buffers=False,  # they never change, and the forward of one task must not write what that of another reads
+            ddp_broadcast_buffers=False,  # they never change, and no task's forward may write what another's reads
             report_to=[],
             seed=seed,
             **{CHECKPOINTING: recipe.gradient_checkpointing},
@@ -108,7 +108,10 @@ class BundleTrainer(Trainer):
         self.ema = create_average(model, stage, self.is_sharded)
 
     def train_stage(self) -> None:
-        """Trains to the end of the stage, from the last whole checkpoint. Raises `TrainingInterruptedError` after SIGTERM or Ctrl-C."""
+        """Trains to the end of the stage, from the last whole checkpoint.
+
+        Raises `TrainingInterruptedError` after SIGTERM or Ctrl-C.
+        """
         folder = Path(self.args.output_dir)
         with self.accelerator.main_process_first():
             checkpoint = last_whole_checkpoint(folder)

@@ -76,7 +76,8 @@ class EveryStep(TrainerCallback):
 
 
 class SampleGrids(TrainerCallback):
-    """Images of prompts, generated with the averaged weights, as a PNG; every process generates its share. Not with sharded weights."""
+    """Images of prompts, generated with the averaged weights, as a PNG; every process generates its share. Not with sharded
+    weights."""
 
     def __init__(self, trainer: Trainer, recipe: HydraRecipe, prompts: list[str], output_dir: Path):
         self.trainer, self.recipe, self.prompts = trainer, recipe, prompts

@@ -265,7 +265,8 @@ def look_at_tasks(recipe: HydraRecipe, stage: HydraStage) -> dict[str, TaskRepor
 
 
 def nominal_task(task: str, count: int, config: HydraConfig) -> TaskReport:
-    """The report on a task without data: 77 text tokens, labelled if text is scored, and the task's images at the ViT's own size."""
+    """The report on a task without data: 77 text tokens, labelled if text is scored, and the task's images at the ViT's own
+    size."""
     row = TASKS[task]
     num_images = row.num_images
     vision = config.vision_config
@@ -407,7 +408,8 @@ def create_judges(stage: TokenizerStage) -> dict[str, nn.Module]:
 
 
 def count_judges(model: HydraTokForPreTraining, stage: TokenizerStage, judges: dict[str, nn.Module]) -> int:
-    """The number of values of judges: weights of frozen ones; weights and two moments of the discriminator (the step has its gradients)."""
+    """The number of values of judges: weights of frozen ones; weights and two moments of the discriminator (the step has its
+    gradients)."""
     counts = {name: sum(parameter.numel() for parameter in judge.parameters()) for name, judge in judges.items()}
     teacher = 0
     if stage.loss_weights.distill > 0:

@@ -283,7 +283,8 @@ class TokenizerTrainer:
     # Logs and samples
 
     def average(self, history: dict[str, list[Tensor]]) -> dict[str, float]:
-        """The mean of each loss over steps and processes, the factor on the learning rates, and the records skipped since the start."""
+        """The mean of each loss over steps and processes, the factor on the learning rates, and the records skipped since the
+        start."""
         means = torch.stack([torch.stack(values).float().mean() for values in history.values()])
         means = self.accelerator.reduce(means, "mean").tolist()
         skipped = torch.tensor(sum(self.batches.num_skipped.values()), device=self.accelerator.device)
@@ -298,7 +299,8 @@ class TokenizerTrainer:
                 file.write(json.dumps({"step": self.step, **record}) + "\n")
 
     def measure(self) -> dict[str, float]:
-        """Scores of the held-out images; writes a grid of them above their reconstructions. Every process reconstructs its share."""
+        """Scores of the held-out images; writes a grid of them above their reconstructions. Every process reconstructs its
+        share."""
         model, number = self.averaged_model().eval(), self.stage.num_held_out
         num_shown = min(16, number)
         rows, shown = self.share(number), self.share(num_shown)
@@ -400,7 +402,7 @@ class TokenizerTrainer:
 def measure_latents(
     model: HydraTokModel, batches: Iterator[Tensor], add_up: Callable[[Tensor], Tensor] = lambda sums: sums
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of sampled latents. The variance of the sampling noise is exact, so a dead channel keeps it.
+    """Mean and standard deviation (C,) of sampled latents, exact in the sampling noise, so that a dead channel keeps unit noise.
 
     `add_up` adds up the sums, in fp64, of all processes, each of which has its own batches.
     """

@@ -13,7 +13,7 @@ LORA = ".lora_"  # in the name of every parameter of an adapter and of no other
 
 
 def add_adapters(model: nn.Module, stage: HydraStage, seed: int) -> None:
-    """Adds adapters of rank `stage.lora_rank` to the linear layers of `lora_targets` that the stage trains, and freezes the rest of these.
+    """Adds adapters of rank `stage.lora_rank` to the linear layers that the stage trains in `lora_targets`, and freezes the rest.
 
     Scale and dropout are our choice: alpha = rank, none. Raises ValueError if the stage trains none of `lora_targets`.
     """

@@ -71,7 +71,8 @@ def clean_latents(model: HydraForConditionalGeneration, batch: dict) -> Tensor:
 
 
 class HydraObjective:
-    """L_NTP for the assistant's text, L_FM for generated images. HYDRA, section 2.2. All noise is added here, none by the model."""
+    """L_NTP for the assistant's text, L_FM for generated images. HYDRA, section 2.2. All noise is added here, none by the
+    model."""
 
     losses = ("language", "flow")
     methods = ("encode_images",)

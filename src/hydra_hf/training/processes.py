@@ -47,7 +47,10 @@ def gather_shares(accelerator: Accelerator, values: Tensor, number: int) -> Tens
 
 
 def split_batch(batch_size: int, num_processes: int, micro_batch_size: int | None) -> tuple[int, int]:
-    """Samples that a process computes at once, and its accumulation steps. Raises ValueError if they do not add up to the batch."""
+    """Samples that a process computes at once, and its accumulation steps.
+
+    Raises ValueError if they do not add up to the batch.
+    """
     micro = batch_size // num_processes if micro_batch_size is None else micro_batch_size
     if micro < 1 or batch_size % (num_processes * micro):
         raise ValueError(f"{batch_size=} must be a multiple of {num_processes=} times {micro_batch_size=}.")

@@ -67,7 +67,8 @@ class HydraLossWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class UnifiedLossWeights:
-    """Loss weights of another unified model (`training.adapters`): text, and generated images by the model's own loss. UniMRG, section 3."""
+    """Loss weights of another unified model (`training.adapters`): text, and generated images by the model's own loss. UniMRG,
+    section 3."""
 
     language: float = 1.0
     image: float = 1.0

@@ -1,4 +1,4 @@
-"""Frozen pretrained networks that judge the vision tower: teachers to distill from, backbones of the perceptual loss. HYDRA, section 3.3.
+"""Frozen pretrained networks that judge the vision tower: teachers, and backbones of the perceptual loss. HYDRA, section 3.3.
 
 They belong to the trainer and are never part of a saved model.
 """

@@ -84,7 +84,8 @@ class HarmonForUniMRG:
         return nn.functional.unfold(latents, patch, stride=patch).transpose(1, 2), grid
 
     def encode_visible(self, tokens: Tensor, grid: tuple[int, int], mask: Tensor) -> tuple[Tensor, Tensor]:
-        """States (B, buffer + visible, E) of the tokens that `mask` (B, N) leaves visible, and the LLM's input (B, visible + buffer, D)."""
+        """States (B, buffer + visible, E) of the tokens that `mask` (B, N) leaves visible, and the LLM's input (B, visible +
+        buffer, D)."""
         context = self.mar.fake_latent.expand(len(tokens), -1)
         states = self.mar.forward_mae_encoder(tokens, mask, context, image_shape=grid)
         return states, self.proj_in(states).roll(-self.mar.buffer_size, dims=1)
@@ -199,7 +200,10 @@ class HarmonForUniMRG:
         return drawn.repeat(num_rows // num_drawn, 1, 1)  # both branches of guidance continue with the same tokens
 
     def null_prompt(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The null prompt and its mask in the shape of `input_ids`, padded on the left. Raises ValueError if there is none or it is too long."""
+        """The null prompt and its mask in the shape of `input_ids`, padded on the left.
+
+        Raises ValueError if there is none or it is too long.
+        """
         length, own_length = input_ids.shape[1], len(self.null_prompt_ids)
         if not 0 < own_length <= length:
             raise ValueError(

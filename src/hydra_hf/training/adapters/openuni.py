@@ -1,4 +1,4 @@
-"""The OpenUni kind under UniMRG: a language model that sees, queries that read it, a diffusion model that paints. UniMRG, section 4.1.
+"""The OpenUni kind under UniMRG: a language model sees, queries read it, a diffusion model paints. UniMRG, section 4.1.
 
 InternVL is from transformers, SANA and its autoencoder from diffusers; the queries, the connector and the loss are here.
 """

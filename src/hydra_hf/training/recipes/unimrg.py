@@ -86,7 +86,8 @@ def _recipe(name: str, preset, init: str | None, mixture: str) -> HydraRecipe:
 
 
 def janus(model: str, mixture: str = "unimrg") -> UnifiedRecipe:
-    """UniMRG for transformers' Janus; `model` is its folder or Hub id. The paper does not train it: values are those of HYDRA's recipe."""
+    """UniMRG for transformers' Janus; `model` is its folder or Hub id. The paper does not train it: values are those of HYDRA's
+    recipe."""
     from transformers import JanusConfig, JanusProcessor
 
     from hydra_hf.training.adapters import unified_rates
