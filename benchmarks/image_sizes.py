@@ -46,7 +46,7 @@ def steps_of(model, images: list[Tensor]) -> dict[str, tuple]:
     return {
         "encode": (lambda: model.encode_images(pixel_values, image_grid_thw), encode),
         "embed": (lambda: model.model.get_image_embeds(tokens, sigma, grids), embed),
-        "velocity": (lambda: model._draw(states, tokens, sigma, grids), velocity),
+        "velocity": (lambda: model._predict_velocity(states, tokens, sigma, grids), velocity),
     }
 
 

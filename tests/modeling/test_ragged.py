@@ -143,7 +143,7 @@ def test_the_vision_head_sees_its_own_image_alone(qwen):
     states, noisy, sigma = gaussian(total, 32), gaussian(total, 6, seed=1), torch.tensor([0.2, 0.5, 0.9])
     changed = states.clone()
     changed[4:7] *= -1  # the second image
-    before, after = (qwen._draw(x, noisy, sigma, grids) for x in (states, changed))
+    before, after = (qwen._predict_velocity(x, noisy, sigma, grids) for x in (states, changed))
     assert torch.equal(before[:4], after[:4])
     assert torch.equal(before[7:], after[7:])
     assert (before[4:7] - after[4:7]).abs().amax(-1).min() > 1e-3

@@ -6,7 +6,7 @@ example: hydra ask cat.png "what is in the picture?"
 import argparse
 from pathlib import Path
 
-from .common import add_model, load_pipeline, open_image, tell_unknown_words
+from .common import add_model, load_pipeline, open_image, print_unknown_words
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -20,5 +20,5 @@ def run(options: argparse.Namespace) -> None:
 
     image = open_image(options.image)
     pipeline = load_pipeline(options)
-    tell_unknown_words(pipeline.processor, options.question)
+    print_unknown_words(pipeline.processor, options.question)
     print(answer(pipeline.model, pipeline.processor, [image], [options.question])[0])

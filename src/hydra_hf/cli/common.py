@@ -89,7 +89,7 @@ def load_pipeline(options: argparse.Namespace):
     return pipeline.to(device) if options.dtype == "auto" else pipeline.to(device, getattr(torch, options.dtype))
 
 
-def tell_unknown_words(processor, text: str) -> None:
+def print_unknown_words(processor, text: str) -> None:
     """Prints one line on stderr if the model of a small world has never read some words of `text`."""
     import sys
 

@@ -6,7 +6,7 @@ example: hydra generate "a cat" --out cat.png --seed 1
 import argparse
 from pathlib import Path
 
-from .common import add_model, add_seed, check_image_out, load_pipeline, save_image, tell_unknown_words
+from .common import add_model, add_seed, check_image_out, load_pipeline, print_unknown_words, save_image
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
 
     check_image_out(options.out)
     pipeline = load_pipeline(options)
-    tell_unknown_words(pipeline.processor, options.prompt)
+    print_unknown_words(pipeline.processor, options.prompt)
     image = pipeline(
         options.prompt,
         negative_prompt=options.negative_prompt,

@@ -55,7 +55,7 @@ def encode_samples(samples: list[Sample], processor: HydraProcessor) -> dict[str
 
 
 def text_labels(batch: dict[str, Tensor], assistant_masks: Tensor) -> Tensor:
-    """The assistant's text and the start of its first image, so that the model learns when to draw; -100 elsewhere, and
+    """The assistant's text and the start of its first image, so that the model learns when to generate one; -100 elsewhere, and
     from that image on, since what follows would see its noise."""
     input_ids, is_image = batch["input_ids"], batch["mm_token_type_ids"] == 1
     from_generated_on = (is_image & assistant_masks).cumsum(dim=1) > 0

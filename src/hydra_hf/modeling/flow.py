@@ -23,6 +23,16 @@ def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
     return noise - clean
 
 
+def flow_matching_loss(velocity: Tensor | None, target: Tensor) -> Tensor:
+    """L_FM: the mean squared error of a velocity. Raises ValueError for another shape, or if there is no velocity."""
+    if velocity is None or velocity.shape != target.shape:
+        shape = None if velocity is None else tuple(velocity.shape)
+        raise ValueError(
+            f"velocity_target {tuple(target.shape)} needs is_generated and the shape of the velocity, got {shape}."
+        )
+    return torch.nn.functional.mse_loss(velocity, target.to(velocity))
+
+
 def predict_clean(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     """The data that a velocity points back to, x_t - t v: what LPIPS and the GAN judge."""
     return noisy - expand_sigma(sigma, noisy) * velocity

@@ -172,7 +172,7 @@ class ImageGenerationMixin:
         velocities = []
         for prefix, mask in zip(prefixes, masks):
             states = self._image_states(embeds, grids, prefix, mask)  # (total_tokens, D_llm)
-            velocities.append(self._draw(states, tokens, sigma, grids))
+            velocities.append(self._predict_velocity(states, tokens, sigma, grids))
         return run_by_grid(_guide_rows, grids, velocities, [*weights, rescale])
 
     def _image_states(self, embeds: Tensor, grids: Sequence[Grid], prefix: ImagePrefix, mask: Tensor) -> Tensor:

@@ -24,6 +24,21 @@ def create_masks(
     )
 
 
+def choose_masks(
+    config: PreTrainedConfig, inputs_embeds: Tensor, attention_mask: Tensor | dict | None, cache: Cache | None,
+    position_ids: Tensor | None, mm_token_type_ids: Tensor, document_ids: Tensor | None,
+) -> tuple:  # fmt: skip
+    """The masks and positions of a forward: of packed documents if there are any, otherwise of rows; a dict holds masks already."""
+    if document_ids is not None:
+        check_documents(document_ids, inputs_embeds, attention_mask, cache)
+        masks = create_packed_masks(config, inputs_embeds, document_ids, mm_token_type_ids)
+        return masks, document_positions(document_ids) if position_ids is None else position_ids
+    if isinstance(attention_mask, dict):
+        return attention_mask, position_ids
+    attention_mask = full_mask(inputs_embeds, cache) if attention_mask is None else attention_mask
+    return create_masks(config, inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids), position_ids
+
+
 def full_mask(inputs_embeds: Tensor, cache: Cache | None) -> Tensor:
     """Ones (B, past + L). Without a mask, transformers takes jumps in the positions for packed sequences and cuts attention
     there."""

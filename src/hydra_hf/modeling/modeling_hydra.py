@@ -19,6 +19,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .compat import CACHE, GenerationMixin, one_cache, slice_logits_to_keep
 from .configuration_hydra import HydraConfig
+from .flow import flow_matching_loss
 from .grid import (
     Grid,
     check_packed,
@@ -37,7 +38,7 @@ from .grid import (
 )
 from .image_generation import ImageGenerationMixin
 from .layers import TimestepEmbedding, first_set, init_layer, scale_gradient
-from .masks import check_documents, create_masks, create_packed_masks, document_positions, full_mask
+from .masks import choose_masks, create_masks
 from .modeling_hydra_tok import HydraTokModel
 from .outputs import HydraModelOutput, HydraOutput
 from .pretrained import HydraPreTrainedMixin
@@ -200,8 +201,8 @@ class HydraModel(HydraPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_mask = self.get_placeholder_mask(input_ids, inputs_embeds)  # (B, L)
-        if mm_token_type_ids is not None:
-            check_token_types(mm_token_type_ids, inputs_embeds)
+        mm_token_type_ids = image_mask.int() if mm_token_type_ids is None else mm_token_type_ids
+        check_token_types(mm_token_type_ids, inputs_embeds)
         image_outputs = self._encode_images(pixel_values, image_grid_thw, latents, mm_encoder_outputs, kwargs)
         image_embeds = None
         if image_outputs is not None:
@@ -210,16 +211,9 @@ class HydraModel(HydraPreTrainedModel):
             image_embeds = self._embed_latents(latents, image_grid_thw, sigma, condition_grad_scale)
         if image_embeds is not None:
             inputs_embeds = place_images(inputs_embeds, image_mask, image_embeds)
-        mm_token_type_ids = image_mask.int() if mm_token_type_ids is None else mm_token_type_ids
-        if document_ids is not None:
-            check_documents(document_ids, inputs_embeds, attention_mask, cache)
-            position_ids = document_positions(document_ids) if position_ids is None else position_ids
-            attention_mask = create_packed_masks(self.config, inputs_embeds, document_ids, mm_token_type_ids)
-        elif not isinstance(attention_mask, dict):
-            attention_mask = full_mask(inputs_embeds, cache) if attention_mask is None else attention_mask
-            attention_mask = create_masks(
-                self.config, inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids
-            )
+        attention_mask, position_ids = choose_masks(
+            self.config, inputs_embeds, attention_mask, cache, position_ids, mm_token_type_ids, document_ids
+        )
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -337,29 +331,18 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
             use_cache=use_cache,
             **kwargs,
         )
-        velocity = language_loss = flow_loss = None
-        if labels is None:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, L, V)
-        elif torch.compiler.is_compiling():  # a graph has no shape for the labelled positions
-            logits = self.lm_head(outputs.last_hidden_state)
-            language_loss = self.loss_function(logits, labels, self.config.text_config.vocab_size, **kwargs)
-        else:
-            is_labelled = labels[:, 1:] != -100
-            logits = self.lm_head(outputs.last_hidden_state[:, :-1][is_labelled])  # (num_labelled, V)
-            language_loss = self.loss_function(
-                logits, None, self.config.text_config.vocab_size, shift_labels=labels[:, 1:][is_labelled], **kwargs
-            )
+        states, shift_labels = self._scored_states(outputs.last_hidden_state, labels, logits_to_keep)
+        logits = self.lm_head(states)  # (B, L, V), or with labels (num_labelled, V)
+        language_loss = velocity = flow_loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            language_loss = self.loss_function(logits, None, vocab_size, shift_labels=shift_labels, **kwargs)
         if is_generated is not None:
             count = None if velocity_target is None else len(velocity_target)
             states = outputs.image_hidden_states
             velocity = self._velocity_of(states, latents, image_grid_thw, sigma, is_generated, count)
         if velocity_target is not None:
-            if velocity is None or velocity.shape != velocity_target.shape:
-                shape = None if velocity is None else tuple(velocity.shape)
-                raise ValueError(
-                    f"velocity_target {tuple(velocity_target.shape)} needs is_generated and the shape of the velocity, got {shape}."
-                )
-            flow_loss = nn.functional.mse_loss(velocity, velocity_target.to(velocity))
+            flow_loss = flow_matching_loss(velocity, velocity_target)
         losses = [loss for loss in (language_loss, flow_loss) if loss is not None]
         return HydraOutput(
             loss=sum(losses) if losses else None,
@@ -372,6 +355,17 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
             image_outputs=outputs.image_outputs,
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+    def _scored_states(
+        self, states: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The states that the language head reads, with the label of each: all in a compiled graph, otherwise labelled ones."""
+        if labels is None:
+            return slice_logits_to_keep(states, logits_to_keep), None  # (B, L, D)
+        if torch.compiler.is_compiling():  # a graph has no shape for the labelled positions
+            return states, nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+        is_labelled = labels[:, 1:] != -100
+        return states[:, :-1][is_labelled], labels[:, 1:][is_labelled]  # (num_labelled, D)
 
     def _velocity_of(
         self, image_hidden_states, latents, image_grid_thw, sigma, is_generated, num_generated: int | None
@@ -393,12 +387,12 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
             grids = grids[:num_generated]
         else:
             grids = [grids[index] for index in images.tolist()]
-        velocity = self._draw(*packed, sigma[images], grids)
+        velocity = self._predict_velocity(*packed, sigma[images], grids)
         if image_grid_thw is not None:
             return velocity
         return tokens_to_latents(velocity.unflatten(0, (num_generated, -1)), grids[0])
 
-    def _draw(self, states: Tensor, noisy_tokens: Tensor, sigma: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def _predict_velocity(self, states: Tensor, noisy_tokens: Tensor, sigma: Tensor, grids: Sequence[Grid]) -> Tensor:
         """The packed velocity (total_tokens, C) that the vision head predicts from packed states (total_tokens, D_llm) and
         noisy latents."""
         config = self.config.vision_head_config

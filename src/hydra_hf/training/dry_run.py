@@ -376,7 +376,7 @@ def hydra_loss(
             labels = torch.empty(num_scored, dtype=torch.long)
             losses.append(nn.functional.cross_entropy(logits.float(), labels))
         if task.generates:
-            velocity = model._draw(states[: len(latents)], latents, sigma, grids)
+            velocity = model._predict_velocity(states[: len(latents)], latents, sigma, grids)
             losses.append(nn.functional.mse_loss(velocity, torch.empty_like(velocity)))
     return sum(losses, torch.zeros(()))
 
