@@ -10,7 +10,9 @@ from importlib import import_module
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import hydra_hf
 from hydra_hf.cli import create_parser
@@ -53,10 +55,14 @@ def test_ci_runs_the_two_commands():
 
 
 @pytest.mark.parametrize("index", range(len(blocks("python"))))
-def test_python_block_runs(index, tmp_path, monkeypatch):
+def test_python_block_runs(index, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(compile(blocks("python")[index], f"README block {index}", "exec"), {"__name__": "__readme__"})
-    assert True  # an exception is the failure
+    names = {"__name__": "__readme__"}
+    exec(compile(blocks("python")[index], f"README block {index}", "exec"), names)
+    (result,) = (names[name] for name in ("image", "picture", "decoded") if name in names)
+    pixels = result.detach() if isinstance(result, torch.Tensor) else result
+    assert np.asarray(pixels, dtype=float).std() > 0.01  # not one colour
+    assert bool(capsys.readouterr().out.strip()) == ("print(" in blocks("python")[index])
 
 
 def full_size_commands() -> list[list[str]]:
@@ -81,7 +87,9 @@ def test_commands_of_full_size_are_what_the_parser_takes(command):
 
 
 def test_settings_of_launchers_that_the_readme_names_are_there():
-    for name in re.findall(r"examples/[\w/]+\.\w+", README):
+    names = re.findall(r"examples/[\w/]+\.\w+", README)
+    assert names
+    for name in names:
         assert (ROOT / name).is_file(), name
 
 

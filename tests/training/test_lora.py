@@ -123,7 +123,9 @@ def test_training_moves_the_adapters_and_leaves_their_base(finished):
     assert bases
     for name, value in bases.items():
         assert torch.equal(value, base[name.replace(".base_layer", "")]), name
-    assert all(value.abs().max() > 0 for name, value in trained.items() if "lora_B" in name)
+    adapters = [value for name, value in trained.items() if "lora_B" in name]
+    assert len(adapters) == len([name for name in bases if name.endswith("weight")])
+    assert all(value.abs().max() > 0 for value in adapters)
     moved = {name for name, value in base.items() if name in trained and not torch.equal(trained[name], value)}
     assert {name.split(".")[0] for name in moved if not name.startswith("model.")} == {"vision_head"}
     assert {".".join(name.split(".")[:2]) for name in moved if name.startswith("model.")} == {

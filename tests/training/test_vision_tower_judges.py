@@ -71,8 +71,9 @@ def test_a_killed_run_with_a_discriminator_ends_as_an_unbroken_one(finished, jud
 def test_accumulation_does_not_change_a_step(finished, judges, tmp_path):
     """Four pictures one by one, with two optimizers: each steps once, on the mean of the gradients."""
     make_trainer(tmp_path, make_stage(judges), micro_batch_size=1).train()
-    expected = log_of(finished)
-    for step, record in log_of(tmp_path).items():
+    expected, found = log_of(finished), log_of(tmp_path)
+    assert found.keys() == expected.keys()
+    for step, record in found.items():
         assert record == pytest.approx(expected[step], rel=1e-4, abs=1e-5)
     for name in ("model", "discriminator"):
         torch.testing.assert_close(weights_of(tmp_path, name), weights_of(finished, name), rtol=0, atol=1e-4)
