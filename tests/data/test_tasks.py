@@ -40,7 +40,7 @@ def test_a_name_that_is_no_task_is_refused():
 def test_a_source_is_for_a_task_that_records_can_be_read_for():
     for name, task in TASKS.items():
         if task.read is None:
-            with pytest.raises(ValueError, match=f"task='{name}' comes later"):
+            with pytest.raises(ValueError, match=f"task='{name}' is not supported yet"):
                 Source(task=name, path="a.jsonl")
         else:
             assert Source(task=name, path="a.jsonl").task == name
