@@ -87,6 +87,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8, whole or not at all."""
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -43,6 +43,7 @@ class Source:
             self.tensors |= _read_header(file)
 
     def read(self, name: str) -> Tensor:
+        """The tensor of this name, read from its file."""
         with safe_open(self.tensors[name].file, framework="pt") as file:
             return file.get_tensor(name)
 

@@ -239,6 +239,7 @@ def json_value(content: bytes, reason: str):
 
 
 def parse_json(content: bytes, reason: str) -> dict:
+    """The record that a JSON text holds. Raises UnreadableRecordError, with `reason` if it is not JSON."""
     record = json_value(content, reason)
     if not isinstance(record, dict):
         raise UnreadableRecordError("a record that is not a dict of columns")

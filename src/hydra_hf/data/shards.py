@@ -95,6 +95,7 @@ class Progress:
         self.files, self.kind, self.last = files, kind, time.monotonic()
 
     def show(self, file: str) -> None:
+        """Logs a line if the last one is `seconds` old."""
         if time.monotonic() - self.last < self.seconds:
             return
         self.last = time.monotonic()

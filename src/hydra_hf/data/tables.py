@@ -240,6 +240,7 @@ class Stream:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
+        """Continues from a position of `state_dict`."""
         self._start(state["round"])
         self.share.load_state_dict(state["block_start"])
         self.num_blocks = state["num_blocks"] - state["has_block"]

@@ -64,6 +64,7 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], complaint: str) 
 
 
 def freeze(model: nn.Module) -> nn.Module:
+    """The model in eval mode, without gradients."""
     return model.eval().requires_grad_(False)
 
 
@@ -77,4 +78,5 @@ class PooledFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1], clamped -> features (B, d)."""
         return self.model(to_imagenet(pixel_values.float().clamp(-1, 1)))

@@ -25,6 +25,7 @@ NUM_POSITION_FEATURES = 128
 
 
 def num_tokens(grid: Grid) -> int:
+    """t h w."""
     return math.prod(grid)
 
 

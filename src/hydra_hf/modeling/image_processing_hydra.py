@@ -91,6 +91,7 @@ def _image_file(source: str | os.PathLike) -> BytesIO | Path:
 
 
 def check_image_size(height: int, width: int, max_input_pixels: int) -> None:
+    """Raises ValueError for an image without pixels, or with more than `max_input_pixels`."""
     if height < 1 or width < 1:
         raise ValueError(f"The image is {height}x{width} (height x width): it has no pixels.")
     if height * width > max_input_pixels:

@@ -24,6 +24,7 @@ class LayerScale(nn.Module):
         self.weight = nn.Parameter(torch.full((hidden_size,), float(init_value)))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
         return hidden_states * self.weight
 
 
@@ -32,6 +33,7 @@ class RMSNorm(nn.RMSNorm):
     weight."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., D) -> (..., D), in the type of the input."""
         return super().forward(hidden_states.to(self.weight.dtype)).to(hidden_states.dtype)
 
 
@@ -89,6 +91,7 @@ class ViTAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None = None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
+        """(B, N, D) -> (B, N, D), and the attention weights if the implementation returns them; `rotary` as from `rotary_positions_2d`."""
         heads = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, heads, N, head_dim)
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
@@ -132,12 +135,14 @@ class ViTLayer(GradientCheckpointingLayer):
         self.scale_2 = LayerScale(config.hidden_size, config.layer_scale_init_value) if scaled else nn.Identity()
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
         attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
         hidden_states = hidden_states + self.scale_1(attended)
         return hidden_states + self.scale_2(self.mlp(self.layernorm_after(hidden_states)))
 
 
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN's modulation of (B, N, D); shift and scale broadcast over it."""
     return hidden_states * (1 + scale) + shift
 
 

@@ -281,6 +281,7 @@ class HydraTokModel(HydraTokPreTrainedModel):
 
     @property
     def decodes_from_noise(self) -> bool:
+        """Whether the decoder is a flow decoder, which starts from noise."""
         return isinstance(self.config.decoder_config, PixelFlowDecoderConfig)
 
     def decode_rows(

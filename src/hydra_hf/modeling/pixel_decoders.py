@@ -27,6 +27,7 @@ class FlowMLPBlock(GradientCheckpointingLayer):
         self.modulation = ZeroLinear(hidden_size, 3 * hidden_size)
 
     def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
+        """`hidden_states` and `condition` (B, N, D) -> (B, N, D)."""
         shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
         hidden_states_in = modulate(self.norm(hidden_states), shift, scale)
         return hidden_states + gate * self.fc2(nn.functional.silu(self.fc1(hidden_states_in)))

@@ -12,6 +12,7 @@ class FrozenLayer(DynamicLayer):
     """`update` returns the prefix followed by the new states, and keeps only the prefix."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, heads, P + N, head_dim) of the prefix and of new states (B, heads, N, head_dim)."""
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 

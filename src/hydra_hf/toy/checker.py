@@ -8,7 +8,7 @@ from .world import SPRITE, ToyWorld, check_canvas, sprite_size
 
 
 STEP = 2  # pixels between neighbouring places that are tried
-THRESHOLD = 0.25  # of the error at an empty place; that of a sprite mixed half and half with the background
+THRESHOLD = 0.25  # a share of the error at an empty place; a sprite mixed half and half with the background reaches it
 
 
 class ToyChecker:

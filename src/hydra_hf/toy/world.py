@@ -106,6 +106,7 @@ def canvas_of(items: Iterable) -> tuple[int, int]:
 
 
 def check_canvas(canvas: tuple[int, int]) -> None:
+    """Raises ValueError for a size that is not one of `CANVASES`."""
     if canvas not in CANVASES:
         raise ValueError(
             f"{canvas=} must be (height, width) of {SIDES[0]} to {SIDES[-1]} px in steps of {PATCH}, 1:2 to 2:1."
@@ -294,6 +295,7 @@ def _far(size: int) -> int:
 
 
 def check_split(split: str) -> None:
+    """Raises ValueError for a name other than train or test."""
     if split not in ("train", "test"):
         raise ValueError(f"{split=} must be 'train' or 'test'.")
 

@@ -206,6 +206,7 @@ class BundleTrainer(Trainer):
         self.accelerator.gradient_state._set_sync_gradients(True)
 
     def sum_over_processes(self, values: dict[str, Tensor | float]) -> dict[str, Tensor]:
+        """Named numbers, each added up over all processes."""
         device = self.accelerator.device
         total = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()])
         return dict(zip(values, self.accelerator.reduce(total, "sum")))

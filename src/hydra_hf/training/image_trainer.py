@@ -388,6 +388,7 @@ class TokenizerTrainer:
         self.accelerator.wait_for_everyone()
 
     def load_checkpoint(self, folder: Path) -> None:
+        """Restores the state in a checkpoint. Raises ValueError for one of another launcher."""
         check_launcher(self.accelerator, folder)
         for name, part in self.state().items():
             part.load_state_dict(load_state(folder, name)["value"])

@@ -56,7 +56,7 @@ class ModelKind(Protocol):
         """Writes all that users of the model need."""
 
     def save_compact(self, model: PreTrainedModel, recipe: HydraRecipe, folder: Path) -> None:
-        """Writes the same after the last stage, for distribution."""
+        """Writes the finished model after the last stage; its weights may be rounded."""
 
     def add_samples(self, trainer: Trainer, recipe: HydraRecipe, stage: HydraStage, folder: Path) -> None:
         """Makes the trainer generate sample images into `folder` while it trains, if there is anything to generate."""

@@ -140,6 +140,7 @@ class Lpips(nn.Module):
         freeze(self)
 
     def forward(self, pixel_values: Tensor, targets: Tensor) -> Tensor:
+        """Mean LPIPS between images (B, 3, H, W) in [-1, 1], as one number."""
         return self.model(pixel_values, targets).mean()
 
 
@@ -154,10 +155,12 @@ class FeatureDistance(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor, targets: Tensor) -> Tensor:
+        """Mean distance between images (B, 3, H, W) in [-1, 1], as one number."""
         pairs = zip(self.features(pixel_values), self.features(targets), strict=True)
         return sum(((first - second) ** 2).sum(1).mean() for first, second in pairs)
 
     def features(self, pixel_values: Tensor) -> list[Tensor]:
+        """Normalised feature maps (B, C, h, w) of images (B, 3, H, W) in [-1, 1]."""
         maps = self.model.forward_intermediates(to_imagenet(pixel_values), intermediates_only=True)
         return [nn.functional.normalize(map, dim=1, eps=1e-6) for map in maps]
 

@@ -214,6 +214,7 @@ class HarmonForUniMRG:
         return null_ids, (torch.arange(length, device=null_ids.device) >= length - own_length).expand_as(null_ids)
 
     def decode_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Pixels (B, 3, H, W), near [-1, 1], of tokens (B, N, C)."""
         patch = self.mar.patch_size
         size = grid[0] * patch, grid[1] * patch
         latents = nn.functional.fold(tokens.transpose(1, 2), size, patch, stride=patch)

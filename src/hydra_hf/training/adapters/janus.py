@@ -136,6 +136,7 @@ class JanusForUniMRG(JanusForConditionalGeneration):
         guidance_scale: float,
         generator: torch.Generator,
     ) -> Tensor:
+        """Images (B, 3, H, W), near [-1, 1], decoded from `sample_codes`."""
         codes = self.sample_codes(
             input_ids, attention_mask, pixel_values, guidance_scale=guidance_scale, generator=generator
         )

@@ -176,6 +176,7 @@ class OpenUniForUniMRG(PreTrainedModel):
         return self.autoencoder.encode(pixel_values).latent * self.autoencoder.config.scaling_factor
 
     def predict_velocity(self, noisy_latents: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
+        """SANA's velocity (B, C, h, w) at `sigma` (B,), given the condition (B, Q, C) of `encode_prompts`."""
         timestep = 1000 * sigma * self.transformer.config.timestep_scale
         return self.transformer(noisy_latents, encoder_hidden_states=condition, timestep=timestep).sample
 
@@ -216,11 +217,13 @@ class OpenUniForUniMRG(PreTrainedModel):
         return self.autoencoder.decode(latents / self.autoencoder.config.scaling_factor).sample
 
     def latent_shape(self, num_images: int, pixel_values: Tensor | None) -> tuple[int, ...]:
+        """(B, C, h, w) for images of the size of the given ones, otherwise of SANA's own."""
         ratio, sample_size = self.autoencoder.spatial_compression_ratio, self.transformer.config.sample_size
         given = (sample_size, sample_size) if pixel_values is None else [s // ratio for s in pixel_values.shape[-2:]]
         return num_images, self.transformer.config.in_channels, *given
 
     def null_condition(self, like: Tensor) -> Tensor:
+        """The condition (1, Q, C) of the null prompt. Raises ValueError if the model has none."""
         if not self.config.null_prompt_ids:
             raise ValueError("guidance_scale must be 1 for a model without null_prompt_ids.")
         null_ids = like.new_tensor([self.config.null_prompt_ids])
