@@ -30,9 +30,7 @@ def measure(dtype_name: str, arguments) -> dict:
     hidden_states = torch.randn(num_tokens, text.hidden_size, dtype=dtype, device=device)
     weight = torch.randn(text.intermediate_size, text.hidden_size, dtype=dtype, device=device)
     product_flops = 2 * num_tokens * text.hidden_size * text.intermediate_size
-    repeats = max(
-        1, counter.get_total_flops() // (10 * product_flops)
-    )  # a tenth of a step; one product alone is too short to time
+    repeats = max(1, counter.get_total_flops() // (10 * product_flops))  # a tenth of a step: one is too short to time
 
     def products() -> None:
         for _ in range(repeats):

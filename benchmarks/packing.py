@@ -99,9 +99,8 @@ def measure(model: nn.Module, arguments) -> dict:
     difference = abs(losses["padded"] - losses["packed"]) / losses["padded"]
     assert arguments.dtype != "fp32" or difference < 1e-4, f"the two losses are {losses}"
     seconds = {name: [] for name in bundles}
-    clock = (
-        time.process_time if arguments.device == "cpu" else time.perf_counter
-    )  # other work of the CPU counts little
+    # the CPU's other work counts little
+    clock = time.process_time if arguments.device == "cpu" else time.perf_counter
     for _ in range(arguments.runs):  # they take turns: a slow minute of the machine slows both
         for name, parts in bundles.items():
             synchronize()

@@ -175,9 +175,8 @@ class TaskReader(SourceMix):
     def _sample(self, reader: RecordReader, record: dict, place: int, number: int) -> Sample:
         rng = random.Random(key_of(self.seed, "sample", number))
         if reader.prompts:
-            prompt = choose_prompt(
-                self.task, reader.prompts, self.seed, number
-            )  # numbers keep counting through epochs
+            # numbers keep counting through epochs, so each epoch chooses again
+            prompt = choose_prompt(self.task, reader.prompts, self.seed, number)
             record = record | {PROMPT_COLUMN: prompt}
         sample = reader.sample(record, self.task, rng, place)
         messages = sample.messages

@@ -50,9 +50,8 @@ def train_toy_tokenizer(corpus: list[str], vocab_size: int = 1024) -> PreTrained
     # a word in the vocabulary is matched whole: merges alone would also need all its intermediate pieces
     tokenizer = _untrained_tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.add_tokens(
-        [AddedToken(LINE_BREAK, normalized=False)]
-    )  # a token of its own, so that a line starts like a text
+    # a line break is a token of its own, so that a line starts like a text
+    tokenizer.add_tokens([AddedToken(LINE_BREAK, normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|endoftext|>",

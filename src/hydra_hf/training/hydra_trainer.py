@@ -121,9 +121,7 @@ def train_stage(
 def save_finished(kind: ModelKind, trainer: BundleTrainer, recipe: HydraRecipe, folder: Path) -> None:
     """Writes `final`: the model with merged adapters, and in `final/adapter` the adapters themselves."""
     accelerator, model = trainer.accelerator, trainer.averaged_model
-    weights = (
-        accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_sharded else None
-    )  # every process contributes its part
+    weights = accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_sharded else None  # by all processes
     if accelerator.is_main_process:
         if trainer.is_sharded:
             model = kind.empty_model(recipe)
