@@ -84,7 +84,7 @@ class HydraTest(common.ModelTesterMixin, generation.GenerationTesterMixin, unitt
         hasattr(generation.GenerationTesterMixin, "is_missing"), f"no GenerationTesterMixin: {COMMAND} says why"
     )
     def test_left_padding_compatibility(self):
-        """The suite pads the inputs that it knows; the token types are left to the model's test."""
+        """The suite compares logits with and without padding; it pads the inputs that it knows, and the token types are added here."""
         _, inputs = self.prepare_config_and_inputs_for_generate()
         types = torch.nn.functional.pad((inputs["input_ids"] == IMAGE).long(), (32, 0))
         super().test_left_padding_compatibility(padded_custom_inputs={"mm_token_type_ids": types})
