@@ -19,7 +19,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     index.add_argument("--num_processes", type=int, help="files read at the same time; all CPU cores by default")
     index.set_defaults(prepare=_index)
     latents = steps.add_parser(
-        "latents", help="encode images once, for stages that leave Gen-ViT as it is; a killed run is resumed"
+        "latents", help="encode images once, for stages that do not train Gen-ViT; a killed run is resumed"
     )
     latents.add_argument(
         "--data", action="append", required=True, metavar="TASK=PATH,latents=FOLDER", help="as for `hydra train`"

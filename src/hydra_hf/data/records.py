@@ -109,7 +109,7 @@ def find_columns(names: set[str], class_names: tuple[str, ...]) -> Columns:
 
 
 class RecordReader:
-    """Records of one data set to samples, and to images alone. Whatever is wrong is an `UnreadableRecordError`.
+    """Records of one data set to samples, and to images alone. Every error is an `UnreadableRecordError`.
 
     Args:
         image_root: the folder that image paths are relative to.

@@ -275,7 +275,7 @@ NEXT_RECORD = re.compile(r"\}\s*,\s*(?=\{)")
 
 
 def _list_places(path: str, contents: Contents) -> Iterator[tuple[int, int]]:
-    """Offset and size of every element of one list; after a malformed one, it resumes behind the next `},{`."""
+    """Offset and size of every element of one list; after a malformed one, it resumes after the next `},{`."""
     content = Path(path).read_bytes()
     contents.digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     text = content.decode("latin-1")  # one character per byte, so the punctuation of JSON keeps its place

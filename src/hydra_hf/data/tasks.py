@@ -63,7 +63,7 @@ class Task:
         return (self.user + self.assistant).count("image")
 
     def blank_messages(self, image: Tensor) -> list[dict]:
-        """Messages of the task's form without meaning, with `image` (3, H, W) wherever there is one."""
+        """Placeholder messages in the form of the task, with `image` (3, H, W) wherever it has one."""
         parts = {"text": {"type": "text", "text": DESCRIBE}, "image": {"type": "image", "image": image}}
         return [
             {"role": role, "content": [parts[kind] for kind in getattr(self, role)]} for role in ("user", "assistant")

@@ -139,7 +139,7 @@ class ImageGenerationMixin:
             image_grid_thw: (B, 3), the grids of packed latents.
 
         Raises:
-            ValueError: if there is no branch, or a prefix or weight has another number of rows than the latents.
+            ValueError: if there is no branch, or a prefix or weight does not have as many rows as there are images.
         """
         if not branches:
             raise ValueError("Got no branches, expected at least one.")

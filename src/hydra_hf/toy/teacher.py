@@ -44,7 +44,7 @@ class ToyTeacher(nn.Module):
             patches = patchify(world.render(scenes)[:, :, :size, :size], patch_size)  # (V, 4 or 1, 3 p p)
             codes = torch.cat(codes, -1).repeat_interleave(patches.shape[1], 0)
             patches = patches.flatten(0, 1)
-            is_object = patches.unflatten(1, (3, -1)).std(-1).amax(-1) > 1e-3  # an empty corner is background alone
+            is_object = patches.unflatten(1, (3, -1)).std(-1).amax(-1) > 1e-3  # an empty corner is only background
             known_patches.append(patches[is_object])
             known_codes.append(codes[is_object])
         self.register_buffer("patches", torch.cat(known_patches), persistent=False)

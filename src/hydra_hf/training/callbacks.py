@@ -98,7 +98,7 @@ class SampleGrids(TrainerCallback):
 
 
 def is_due(state: TrainerState, args: TrainingArguments, every: int) -> bool:
-    """Whether a step is one of `every` steps, or the last one."""
+    """Whether the step is a multiple of `every`, or the last one."""
     return state.global_step % every == 0 or state.global_step == args.max_steps
 
 
