@@ -180,4 +180,6 @@ class ToyBundles(Dataset):
         if task == "edit":
             return self.edits.samples(count, generator, max_objects=data.max_objects, canvas=canvas, split=split)
         tasks = ", ".join(("generate", "understand", *PAINTED, "edit"))
-        raise ValueError(f"{task=} of stage {self.stage.name!r} is not a task of the toy world, expected one of {tasks}.")
+        raise ValueError(
+            f"{task=} of stage {self.stage.name!r} is not a task of the toy world, expected one of {tasks}."
+        )
