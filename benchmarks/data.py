@@ -21,6 +21,7 @@ from hydra_hf.modeling import HydraImageProcessor
 
 
 BAR = 0.8  # of decoding and resizing alone
+BATCH_SIZE = 8
 CAPTION = "a photograph of a grey cat that sleeps on a red sofa, next to a window with a view of the sea"
 
 
@@ -47,15 +48,17 @@ def decode_and_resize(image: bytes, size: int) -> torch.Tensor:
     return resize(levels, [size, size], antialias=True, interpolation=3)
 
 
-def cpu_seconds(functions: dict[str, Callable], runs: int) -> dict[str, float]:
-    """CPU seconds of each function, the least of all runs, so that other work counts little. They take turns."""
-    seconds = {name: [] for name in functions}
-    for _ in range(runs + 1):
-        for name, function in functions.items():
-            start = time.process_time()
-            function()
-            seconds[name].append(time.process_time() - start)
-    return {name: min(values) for name, values in seconds.items()}
+def cpu_seconds(functions: dict[str, Callable[[int], object]], num_steps: int, runs: int) -> dict[str, float]:
+    """Seconds on the core of all steps, of each the median of its runs. The functions take turns at every step, so that what
+    else the machine does slows them alike."""
+    seconds = {name: np.zeros((runs, num_steps)) for name in functions}
+    for run in range(-1, runs):  # the first is to warm up, and is written over
+        for step in range(num_steps):
+            for name, function in functions.items():
+                start = time.process_time()
+                function(step)
+                seconds[name][run, step] = time.process_time() - start
+    return {name: np.median(values, axis=0).sum() for name, values in seconds.items()}
 
 
 def measure(folder: Path, source_size: tuple[int, int], size: int, number: int, runs: int) -> list[dict]:
@@ -72,14 +75,16 @@ def measure(folder: Path, source_size: tuple[int, int], size: int, number: int, 
         readers = create_readers(
             (Source(task=task, path=str(folder / "0.tar")),), {task: 1}, processor, 0, max_length=8192
         )
-        bundles = Bundles(readers, {task: 8}, processor, num_steps=number // 8)
+        bundles = Bundles(readers, {task: BATCH_SIZE}, processor, num_steps=number // BATCH_SIZE)
         seconds = cpu_seconds(
             {
-                "decode and resize": lambda: [decode_and_resize(image, size) for image in images],
-                "bundles": lambda bundles=bundles: [bundles[index] for index in range(len(bundles))],
+                "decode and resize": lambda step: [
+                    decode_and_resize(image, size) for image in images[step * BATCH_SIZE :][:BATCH_SIZE]
+                ],
+                "bundles": bundles.__getitem__,
             },
-            runs,
-        )
+            len(bundles), runs,
+        )  # fmt: skip
         rates = {f"{name} /s": number / value for name, value in seconds.items()}
         ratio = rates["bundles /s"] / rates["decode and resize /s"]
         shape = f"{source_size[0]}x{source_size[1]} to {size}"

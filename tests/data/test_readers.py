@@ -3,16 +3,22 @@ import json
 import logging
 from collections import Counter
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
+import torch
 from PIL import Image
 
 from hydra_hf.data.collate import collate
 from hydra_hf.data.readers import TaskReader, create_readers
 from hydra_hf.data.sources import Source, parse_source
+from hydra_hf.modeling import HydraProcessor
+from hydra_hf.modeling.processing_hydra import CHAT_TEMPLATE
 
 
 pytestmark = pytest.mark.usefixtures("cache")
+
+CHAT = CHAT_TEMPLATE.read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -356,6 +362,32 @@ def test_a_sample_longer_than_the_context_is_skipped_whole_and_counted(files, op
     (reason,), (count,) = limited[-1]["num_skipped"].keys(), limited[-1]["num_skipped"].values()
     assert reason == f"{path}: more than max_length={middle} tokens"
     assert count >= 4  # once in each epoch of three
+
+
+def test_samples_read_together_are_those_read_alone(files, tiny_processor):
+    path = files.tar([{"png": files.png(n), "txt": b"a cat" + n * b" a cat"} for n in range(4)])
+    alone, together = (
+        TaskReader((parse_source(f"understand={path}"),), tiny_processor, 0, max_length=42) for _ in range(2)
+    )
+    expected, found = [alone[number] for number in range(12)], together.batch(range(12))
+    assert {len(sample.encoding["input_ids"]) for sample in found} == {40, 42}  # the two shorter ones
+    assert together.num_skipped == alone.num_skipped == {f"{path}: more than max_length=42 tokens": ANY}
+    for a, b in zip(expected, found, strict=True):
+        assert a.encoding.keys() == b.encoding.keys()
+        assert all(torch.equal(a.encoding[name], b.encoding[name]) for name in a.encoding)
+        assert torch.equal(*[sample.messages[0]["content"][0]["image"] for sample in (a, b)])
+
+
+def test_a_chat_that_a_template_of_the_users_own_refuses_is_skipped_alone(files, tiny_processor):
+    template = "{%- if messages|length > 2 -%}{{- raise_exception('one turn each') -}}{%- endif -%}" + CHAT
+    processor = HydraProcessor(
+        tiny_processor.image_processor, tiny_processor.tokenizer, patch_size=8, chat_template=template
+    )
+    chats = [[("human", "what"), ("gpt", "a cat")], [("human", "what"), ("gpt", "a cat"), ("human", "and")]]
+    path = files.jsonl([{"conversations": [{"from": name, "value": text} for name, text in chat]} for chat in chats])
+    reader = TaskReader((parse_source(f"text={path}"),), processor, 0, max_length=64)
+    assert [len(sample.messages) for sample in reader.batch(range(8))] == [2] * 8
+    assert list(reader.num_skipped) == [f"{path}: a record of another form (TemplateError)"]
 
 
 @pytest.mark.parametrize("streaming", ["false", "true"])

@@ -11,7 +11,7 @@ from PIL import Image
 from hydra_hf.data.collate import collate
 from hydra_hf.data.records import MAX_CHARACTERS, RecordReader, UnreadableRecordError, find_columns
 from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
-from hydra_hf.modeling.image_processing_hydra import as_pixel_values
+from hydra_hf.modeling.image_processing_hydra import as_pixel_values, packed_pixel_values
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_a_picture_of_fractions_of_levels_keeps_them_next_to_one_of_levels(tiny_
     batch = collate([reader.sample(record, "understand")], tiny_processor)
     pictures = [Image.open(files.folder / name) for name in ("a.tif", "b.png")]
     asked = tiny_processor.image_processor(pictures, return_tensors="pt")
-    assert torch.equal(as_pixel_values(batch["pixel_values"]), asked["pixel_values"])
+    assert torch.equal(packed_pixel_values(batch["pixel_values"]), asked["pixel_values"])
     assert len(asked["pixel_values"].unique()) > 300
 
 
@@ -173,7 +173,7 @@ def test_what_training_encodes_of_a_file_is_what_the_processor_gives_bit_for_bit
         chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     assert trained["pixel_values"].dtype == torch.uint8
-    assert torch.equal(as_pixel_values(trained["pixel_values"]), asked["pixel_values"])
+    assert torch.equal(packed_pixel_values(trained["pixel_values"]), asked["pixel_values"])
     assert torch.equal(trained["image_grid_thw"], asked["image_grid_thw"])
     length = asked["input_ids"].shape[1]
     assert torch.equal(trained["input_ids"][:, :length], asked["input_ids"])

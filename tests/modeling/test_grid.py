@@ -8,6 +8,7 @@ from hydra_hf.modeling.grid import (
     latents_to_tokens,
     num_tokens,
     pack_images,
+    pack_levels,
     patchify,
     per_token,
     position_features,
@@ -18,6 +19,7 @@ from hydra_hf.modeling.grid import (
     unpack_images,
     unpatchify,
 )
+from hydra_hf.modeling.image_processing_hydra import normalize_levels, packed_pixel_values
 
 
 WIDE, TALL, SQUARE = (1, 2, 3), (1, 3, 2), (1, 2, 2)
@@ -81,6 +83,18 @@ def test_packed_images_come_back_in_their_order_and_sizes():
     assert pixel_values.shape == (6 + 1 + 6, 48)
     for image, unpacked in zip(images, unpack_images(pixel_values, image_grid_thw, 4), strict=True):
         assert torch.equal(image, unpacked)
+
+
+@pytest.mark.parametrize("is_decoded", [True, False])
+def test_packed_levels_are_the_packed_pixels_to_the_bit(is_decoded):
+    levels = [torch.randint(0, 256, (8, 12, 3)), torch.randint(0, 256, (4, 4, 3)), torch.randint(0, 256, (12, 8, 3))]
+    levels = [image.to(torch.uint8).permute(2, 0, 1) for image in levels]  # as a decoder writes them
+    levels = levels if is_decoded else [image.contiguous() for image in levels]
+    packed = pack_levels(levels, 4)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (6 + 1 + 6, 48))
+    expected, _ = pack_images([normalize_levels(image) for image in levels], 4)
+    assert torch.equal(packed_pixel_values(packed), expected)
+    assert packed_pixel_values(expected) is expected
 
 
 def test_one_value_for_each_image_is_repeated_for_its_tokens():

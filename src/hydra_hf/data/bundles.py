@@ -77,11 +77,9 @@ class Bundles(Dataset):
     def _batch(self, task: str, step: int, micro_step: int) -> tuple[dict, list[int]]:
         count = self.tasks[task]
         first = self.process_index + self.num_processes * micro_step
-        samples = {
-            row: sample
-            for row in range(first, count, self.num_processes * self.accumulation)
-            if (sample := self.readers[task][step * count + row]) is not None
-        }
+        rows = range(first, count, self.num_processes * self.accumulation)
+        read = self.readers[task].batch([step * count + row for row in rows])
+        samples = {row: sample for row, sample in zip(rows, read) if sample is not None}
         batch = collate(list(samples.values()) or [self._blank_sample(task)], self.processor)
         return {**batch, "num_samples": len(samples)}, list(samples) or [count]
 

@@ -3,13 +3,15 @@
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import Any
+
+from torch import Tensor
 
 from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
 
@@ -83,6 +85,11 @@ class SourceMix:
 
         None if this process's share of a stream is empty. Raises ValueError if nothing in 1000 tries can be read.
         """
+        return next(self.readable(number, convert), None)
+
+    def readable(self, number: int, convert: Callable[[RecordReader, dict, int], Any]) -> Generator:
+        """What `read` gives, and then what it would give if that could not be read: for whoever refuses one by throwing an
+        `UnreadableRecordError` in."""
         index, own_number = self.place_of(number)
         table, place = self.tables[index], None
         for place in islice(table.candidates(own_number), MAX_TRIES):
@@ -90,14 +97,14 @@ class SourceMix:
                 with one_record():
                     with READING:
                         record = table.record(place)
-                    return convert(self.readers[index], record, place)
+                    value = convert(self.readers[index], record, place)
+                yield value
             except UnreadableRecordError as error:
                 self._skip(self.sources[index], place, error)
-        if place is None:
-            return None
-        raise ValueError(
-            f"{self.sources[index].path}: none of {MAX_TRIES} records can be read; {dict(self.num_skipped)}."
-        )
+        if place is not None:
+            raise ValueError(
+                f"{self.sources[index].path}: none of {MAX_TRIES} records can be read; {dict(self.num_skipped)}."
+            )
 
     def _skip(self, source: Source, place: int, error: UnreadableRecordError) -> None:
         key = f"{source.path}: {error}"
@@ -164,7 +171,24 @@ class TaskReader(SourceMix):
 
     def __getitem__(self, number: int) -> Sample | None:
         """None if this process's share of a stream is empty."""
-        return self.read(number, lambda reader, record, place: self._sample(reader, record, place, number))
+        return self.batch([number])[0]
+
+    def batch(self, numbers: Sequence[int]) -> list[Sample | None]:
+        """The samples of some numbers, their chats encoded together."""
+        candidates = [self.readable(number, partial(self._sample, number)) for number in numbers]
+        samples = [next(candidate, None) for candidate in candidates]
+        open_places = [place for place, sample in enumerate(samples) if sample is not None]
+        while open_places:
+            encodings = self._encode([samples[place] for place in open_places])
+            refused = []
+            for place, encoding in zip(open_places, encodings):
+                if isinstance(encoding, UnreadableRecordError):
+                    samples[place] = candidates[place].throw(encoding)
+                    refused.append(place)
+                else:
+                    samples[place] = replace(samples[place], encoding=encoding)
+            open_places = refused
+        return samples
 
     @property
     def latent_channels(self) -> int | None:
@@ -172,20 +196,27 @@ class TaskReader(SourceMix):
         latents = self.readers[0].latents
         return None if latents is None else latents.latent_channels
 
-    def _sample(self, reader: RecordReader, record: dict, place: int, number: int) -> Sample:
+    def _sample(self, number: int, reader: RecordReader, record: dict, place: int) -> Sample:
         rng = random.Random(key_of(self.seed, "sample", number))
         if reader.prompts:
             # numbers keep counting through epochs, so each epoch chooses again
             prompt = choose_prompt(self.task, reader.prompts, self.seed, number)
             record = record | {PROMPT_COLUMN: prompt}
         sample = reader.sample(record, self.task, rng, place)
-        messages = sample.messages
         if TASKS[self.task].drops_prompt and rng.random() < self.drop_prompt:
-            messages = [{"role": "user", "content": [{"type": "text", "text": ""}]}, *messages[1:]]
-        encoding = self.processor.encode_conversations([messages])
-        if encoding["input_ids"].shape[1] > self.max_length:
-            raise UnreadableRecordError(f"more than max_length={self.max_length} tokens")
-        return replace(sample, messages=messages, encoding=encoding)
+            empty = {"role": "user", "content": [{"type": "text", "text": ""}]}
+            return replace(sample, messages=[empty, *sample.messages[1:]])
+        return sample
+
+    def _encode(self, samples: list[Sample]) -> list[dict[str, Tensor] | UnreadableRecordError]:
+        """The encoding of each sample, or why it has none."""
+        try:
+            with one_record():
+                encodings = self.processor.encode_each([sample.messages for sample in samples])
+        except UnreadableRecordError as error:  # of one of them
+            return [error] if len(samples) == 1 else [self._encode([sample])[0] for sample in samples]
+        too_long = UnreadableRecordError(f"more than max_length={self.max_length} tokens")
+        return [too_long if len(encoding["input_ids"]) > self.max_length else encoding for encoding in encodings]
 
 
 def create_readers(

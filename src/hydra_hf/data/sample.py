@@ -14,7 +14,7 @@ class Sample:
     before they are normalised.
 
     Args:
-        encoding: what `HydraProcessor.encode_conversations` gives for these messages, (1, L) each, if it is known.
+        encoding: what `HydraProcessor.encode_each` gives for these messages, if it is known.
     """
 
     task: str

@@ -103,6 +103,17 @@ def pack_images(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, Tens
     return packed, torch.tensor(grids)
 
 
+def pack_levels(images: Sequence[Tensor], patch_size: int) -> Tensor:
+    """As `pack_images`, with the channel last inside a patch, (total_patches, p p 3): as images are decoded, so that runs of bytes
+    are copied."""
+    grids = [image_grid(*image.shape[-2:], patch_size) for image in images]
+    packed = images[0].new_empty(sum(map(num_tokens, grids)), patch_size**2 * images[0].shape[0])
+    for patches, image, (_, h, w) in zip(split_images(packed, grids), images, grids):
+        rows = image.permute(1, 2, 0).reshape(h, patch_size, w, -1)
+        patches.view(h, w, patch_size, -1).copy_(rows.transpose(1, 2))
+    return packed
+
+
 def unpack_images(pixel_values: Tensor, image_grid_thw: Tensor, patch_size: int) -> list[Tensor]:
     """The images (3, H, W) of packed patches."""
     grids = image_grids(image_grid_thw)

@@ -38,6 +38,14 @@ def as_pixel_values(image: Tensor) -> Tensor:
     return image if image.is_floating_point() else normalize_levels(image)
 
 
+def packed_pixel_values(packed: Tensor) -> Tensor:
+    """`pixel_values` (total_patches, 3 p p) of levels of `pack_levels`, which are uint8; floats are pixels already."""
+    if packed.is_floating_point():
+        return packed
+    patch_size = math.isqrt(packed.shape[1] // 3)
+    return normalize_levels(packed.unflatten(1, (patch_size, patch_size, 3)).permute(0, 3, 1, 2).flatten(1))
+
+
 def normalize_levels(levels: Tensor) -> Tensor:
     """RGB levels from 0 to 255, of any shape and type, as fp32 pixels in [-1, 1]."""
     return levels.to(torch.float32, copy=True).sub_(WHITE / 2).div_(WHITE / 2)

@@ -4,12 +4,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
@@ -257,36 +260,52 @@ class HydraProcessor(ProcessorMixin):
             images: tensors (3, H, W) or only their grids, in the order of the image parts; None takes those in the parts.
             max_length: longer conversations lose their end; cutting an image is a ValueError.
         """
-        if padding_side not in ("left", "right"):
-            raise ValueError(f"Got {padding_side=}, expected 'left' or 'right'.")
         conversations, is_batched = self._readable_conversations(conversations)
         if not is_batched:
             raise ValueError("Got one conversation, expected a list of conversations.")
         if images is None:
             images = [part.get("image") for part in _image_parts(conversations)]
+        return self.pad_encodings(self._encode_each(conversations, images, max_length), padding_side)
+
+    def encode_each(self, conversations: list[list[dict]]) -> list[dict[str, Tensor]]:
+        """What `encode_conversations` gives for each conversation alone, without the axis of the batch: quicker than one by one."""
+        conversations, _ = self._readable_conversations(conversations)
+        return self._encode_each(conversations, [part.get("image") for part in _image_parts(conversations)])
+
+    def _encode_each(
+        self, conversations: list[list[dict]], images: list[Tensor | Grid], max_length: int | None = None
+    ) -> list[dict[str, Tensor]]:
         texts, generated_spans = render_jinja_template(
             conversations,
             chat_template=self._default_chat_template(),
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
-        num_placeholders = sum(text.count(self.image_token) for text in texts)
-        if num_placeholders != len(images):
-            raise ValueError(f"Got {len(images)} images for {num_placeholders} image parts.")
+        counts = [text.count(self.image_token) for text in texts]
+        if sum(counts) != len(images):
+            raise ValueError(f"Got {len(images)} images for {sum(counts)} image parts.")
         encodings = self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, padding=False)
-        grids = [self._grid_of(image) for image in images]
-        lengths_of_images = iter([self.image_length(grid) for grid in grids])
-        rows = [
-            self._expanded_row(ids, offsets, spans, lengths_of_images, max_length)
-            for ids, offsets, spans in zip(encodings["input_ids"], encodings["offset_mapping"], generated_spans)
+        grids = iter([self._grid_of(image) for image in images])
+        return [
+            self._expanded(ids, offsets, spans, list(islice(grids, count)), max_length)
+            for ids, offsets, spans, count in zip(
+                encodings["input_ids"], encodings["offset_mapping"], generated_spans, counts
+            )
         ]
+
+    def pad_encodings(self, encodings: list[dict[str, Tensor]], padding_side: str = "left") -> dict[str, Tensor]:
+        """What `encode_each` gives as one batch."""
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"Got {padding_side=}, expected 'left' or 'right'.")
+        fillings = {"input_ids": self.tokenizer.pad_token_id}
         batch = {
-            "input_ids": _padded([ids for ids, _ in rows], self.tokenizer.pad_token_id, padding_side),
-            "attention_mask": _padded([torch.ones_like(ids) for ids, _ in rows], 0, padding_side),
-            "assistant_masks": _padded([mask for _, mask in rows], 0, padding_side),
+            name: pad_sequence(
+                [encoding[name] for encoding in encodings], True, fillings.get(name, 0), padding_side=padding_side
+            )
+            for name in ("input_ids", "attention_mask", "assistant_masks", "mm_token_type_ids")
         }
-        batch["mm_token_type_ids"] = (batch["input_ids"] == self.image_token_id).long()
-        return {**batch, "image_grid_thw": torch.tensor(grids)} if grids else batch
+        grids = [encoding["image_grid_thw"] for encoding in encodings if "image_grid_thw" in encoding]
+        return {**batch, "image_grid_thw": torch.cat(grids)} if grids else batch
 
     def _default_chat_template(self) -> str:
         if isinstance(self.chat_template, str):
@@ -302,25 +321,32 @@ class HydraProcessor(ProcessorMixin):
             raise ValueError(f"Got {getattr(image, 'shape', image)} for an image, expected a tensor (3, H, W).")
         return image_grid(*image.shape[-2:], self.patch_size)
 
-    def _expanded_row(
+    def _expanded(
         self,
         ids: list[int],
         offsets: list[tuple[int, int]],
         generated_spans: list[tuple[int, int]],
-        lengths_of_images: Iterator[int],
+        grids: list[Grid],
         max_length: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Token ids and assistant mask (L,) of one conversation, with every image expanded to its length."""
-        starts, ends = torch.tensor(offsets, dtype=torch.long).reshape(-1, 2).T
-        is_generated = torch.zeros(len(ids), dtype=torch.bool)
+    ) -> dict[str, Tensor]:
+        """The encoding of one conversation, with every image expanded to its length."""
+        ids, (starts, ends) = np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+        is_generated = np.zeros_like(ids)
         for span_start, span_end in generated_spans:
-            is_generated |= (starts < span_end) & (ends > span_start)
-        lengths = [next(lengths_of_images) if token_id == self.image_token_id else 1 for token_id in ids]
-        lengths = torch.tensor(lengths)
-        row, mask = torch.tensor(ids).repeat_interleave(lengths), is_generated.long().repeat_interleave(lengths)
+            is_generated[(starts < span_end) & (ends > span_start)] = 1
+        lengths = np.ones_like(ids)
+        lengths[ids == self.image_token_id] = [self.image_length(grid) for grid in grids]
+        row = ids.repeat(lengths)
         if max_length is not None and (row[max_length:] == self.image_token_id).any():
             raise ValueError(f"Got {len(row)} tokens and {max_length=}, which would cut an image.")
-        return row[:max_length], mask[:max_length]
+        row = torch.from_numpy(row[:max_length])
+        encoding = {
+            "input_ids": row,
+            "attention_mask": torch.ones_like(row),
+            "assistant_masks": torch.from_numpy(is_generated.repeat(lengths)[:max_length]),
+            "mm_token_type_ids": (row == self.image_token_id).long(),
+        }
+        return {**encoding, "image_grid_thw": torch.tensor(grids)} if grids else encoding
 
     # Outputs
 
@@ -365,7 +391,3 @@ def _image_parts(conversations: list[list[dict]]) -> Iterator[dict]:
         for message in messages:
             if not isinstance(message["content"], str):
                 yield from (part for part in message["content"] if part["type"] == "image")
-
-
-def _padded(rows: list[Tensor], value: int, padding_side: str) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=padding_side)

@@ -27,8 +27,8 @@ from hydra_hf.data.readers import SourceMix, fits
 from hydra_hf.data.sources import Source, Sources
 from hydra_hf.data.tasks import TASKS, UnreadableRecordError, images_of
 from hydra_hf.modeling import HydraForConditionalGeneration, HydraProcessor, HydraTokModel
-from hydra_hf.modeling.grid import image_grids, run_by_grid, split_images
-from hydra_hf.modeling.image_processing_hydra import as_pixel_values
+from hydra_hf.modeling.grid import image_grid, run_by_grid, split_images
+from hydra_hf.modeling.image_processing_hydra import packed_pixel_values
 
 from .processes import on_main_process, partial_state
 from .recipe import Data, Stage
@@ -174,10 +174,11 @@ def encode(
     images = [image for record in records if not isinstance(record, str) for image in record]
     parts: Encoded = []
     for start in range(0, len(images), batch_size):
-        pixels, image_grid_thw = pack_pixels(images[start : start + batch_size], tower.config.patch_size)
-        grids = image_grids(image_grid_thw)
+        chosen, patch_size = images[start : start + batch_size], tower.config.patch_size
+        pixels = pack_pixels(chosen, patch_size)
+        grids = [image_grid(*image.shape[-2:], patch_size) for image in chosen]
         with torch.autocast(tower.device.type, torch.bfloat16, enabled=mixed_precision == "bf16"):
-            pixel_values = as_pixel_values(pixels.to(tower.device))
+            pixel_values = packed_pixel_values(pixels.to(tower.device))
             means = run_by_grid(tower.encode_means, grids, [pixel_values], config=tower.config)
         parts += zip(grids, split_images(means.cpu(), grids))
     rest = iter(parts)

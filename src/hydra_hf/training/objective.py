@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer
 from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.modeling.flow import add_noise, sample_sigma, shift_sigma, velocity_target
 from hydra_hf.modeling.grid import Grid, image_grids, noise_tokens, num_tokens, per_token
-from hydra_hf.modeling.image_processing_hydra import as_pixel_values
+from hydra_hf.modeling.image_processing_hydra import packed_pixel_values
 
 from .lora import add_adapters
 from .randomness import grids_per_sample, row_noise
@@ -67,7 +67,7 @@ def clean_latents(model: HydraForConditionalGeneration, batch: dict) -> Tensor:
     """Removes the images, pixels or stored means, from a batch; returns their normalised latents, packed (total_tokens, C)."""
     if "latent_means" in batch:
         return model.model.vision_tower.bottleneck.normalize(batch.pop("latent_means")).float()
-    return model.encode_images(as_pixel_values(batch.pop("pixel_values")), batch["image_grid_thw"]).float()
+    return model.encode_images(packed_pixel_values(batch.pop("pixel_values")), batch["image_grid_thw"]).float()
 
 
 class HydraObjective:

@@ -12,7 +12,7 @@ from hydra_hf.evaluation.maps import white_share
 from hydra_hf.files import write_image_grid
 from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.modeling.grid import image_starts, pack_images, unpack_images
-from hydra_hf.modeling.image_processing_hydra import as_pixel_values
+from hydra_hf.modeling.image_processing_hydra import packed_pixel_values
 
 from .callbacks import is_due
 from .randomness import row_generator
@@ -67,7 +67,7 @@ def paint_hydra(
 ) -> list[list[Tensor]]:
     """The rows of the grid, from samples that end with an image to be generated; the given image before it is shown."""
     batch, patch_size = bundle[task], model.config.vision_config.patch_size
-    images = unpack_images(as_pixel_values(batch["pixel_values"]), batch["image_grid_thw"], patch_size)
+    images = unpack_images(packed_pixel_values(batch["pixel_values"]), batch["image_grid_thw"], patch_size)
     is_generated = batch["is_generated"].tolist()
     targets = [image for image, generated in zip(images, is_generated) if generated][:NUM_IMAGES]
     given = [image for image, generated in zip(images, is_generated) if not generated]

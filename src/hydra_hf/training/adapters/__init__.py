@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 from hydra_hf.data.tasks import TASKS, task_number
 from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
 from hydra_hf.modeling.grid import Grid, image_starts, unpack_images
-from hydra_hf.modeling.image_processing_hydra import as_pixel_values
+from hydra_hf.modeling.image_processing_hydra import packed_pixel_values
 from hydra_hf.training.hydra_trainer import train_model
 from hydra_hf.training.lora import add_adapters
 from hydra_hf.training.painted_grids import NUM_IMAGES, PaintedGrids
@@ -131,7 +131,7 @@ class UnifiedObjective:
         if "pixel_values" not in batch:
             return inputs
         patch_size = isqrt(batch["pixel_values"].shape[1] // 3)
-        pixel_values = as_pixel_values(batch["pixel_values"])
+        pixel_values = packed_pixel_values(batch["pixel_values"])
         images = torch.stack(unpack_images(pixel_values, batch["image_grid_thw"], patch_size))
         is_generated = batch["is_generated"]
         if not is_generated.any():
