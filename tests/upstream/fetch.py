@@ -19,10 +19,10 @@ from PIL import Image
 
 
 SOURCES = Path(__file__).parent / ".sources"
-FOLDERS = {
+NEEDED = {  # by the mixins; and of diffusers, the file that they import, of the same commit whatever `--git` says
     "transformers": ["tests/exporters", "tests/generation"],
-    "diffusers": ["tests/models", "tests/pipelines"],
-}  # what the mixins need and the archives lack
+    "diffusers": ["tests/models", "tests/pipelines", "tests/testing_utils.py"],
+}
 PICTURE = """def url_to_local_path(url, **kwargs):
     return __file__.replace(".py", ".png") if url.endswith((".png", ".jpg", ".jpeg")) else url
 """
@@ -47,14 +47,14 @@ def unpack_archive(name: str, package: Path) -> None:
 
 def unpack_repository(name: str, package: Path, repository: str, ref: str) -> None:
     """What the archive lacks, from a git repository; one line says where that cannot be had."""
-    names = " and ".join(FOLDERS[name])
+    names = " and ".join(NEEDED[name])
     with tempfile.TemporaryDirectory() as folder:
         git = ["git", "-c", "advice.detachedHead=false", "-C", folder]
         commands = [
             [*git, "init", "-q"],
             [*git, "remote", "add", "origin", repository],
             [*git, "fetch", "-q", "--depth=1", "--filter=blob:none", "origin", ref],
-            [*git, "checkout", "-q", "FETCH_HEAD", "--", *FOLDERS[name]],
+            [*git, "checkout", "-q", "FETCH_HEAD", "--", *NEEDED[name]],
         ]
         try:
             for command in commands:
@@ -79,7 +79,7 @@ def main() -> None:
         "--git", action="append", default=[], metavar="NAME=REPOSITORY[@REF]",
         help="another git repository of a library than its public one, or another ref than the installed version's tag",
     )  # fmt: skip
-    repositories = {name: f"https://github.com/huggingface/{name}" for name in FOLDERS}
+    repositories = {name: f"https://github.com/huggingface/{name}" for name in NEEDED}
     repositories |= dict(source.split("=", 1) for source in parser.parse_args().git)
     shutil.rmtree(SOURCES, ignore_errors=True)
     for name, source in repositories.items():
