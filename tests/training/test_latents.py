@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hydra_hf.cli import main
-from hydra_hf.data.latents import StoredLatents
+from hydra_hf.data.latents import StaleLatentsError, StoredLatents
+from hydra_hf.data.readers import create_readers
 from hydra_hf.data.sources import Source, Sources, parse_source
 from hydra_hf.data.tasks import UnreadableRecordError
 from hydra_hf.modeling import HydraImageProcessor, HydraProcessor, HydraTokModel
@@ -225,6 +227,38 @@ def test_latents_of_something_else_are_refused_by_the_name_of_the_field(prepared
             train_hydra(made, tmp_path / str(number), only="stage1")
     with pytest.raises(ValueError, match="encoder.weights"):
         prepare(other_weights(prepared, tmp_path / "third"))
+
+
+@pytest.mark.parametrize("changed", ["3.png", "depth/3.png"])
+def test_latents_of_an_image_or_a_target_that_was_made_again_are_refused(files, tmp_path, changed):
+    own, folder = tmp_path / "own", tmp_path / "latents"
+    shutil.copytree(files, own)
+    (own / "depth").mkdir()
+    for number in range(NUM_RECORDS):
+        size = SIZES[number % len(SIZES)]
+        Image.linear_gradient("L").resize(size).save(own / "depth" / f"{number}.png")
+    source = Source(task="depth", path=f"{own}/captions.jsonl", targets=f"{own}/depth", latents=str(folder))
+    made = recipe_of(own, tmp_path)
+
+    def encode() -> None:
+        list(prepare_latents([source], made.processor, tower_of(made), mixed_precision="no", num_workers=0))
+
+    def read() -> None:
+        readers = create_readers((source,), {"depth": 1}, made.processor, 0, max_length=128)
+        readers["depth"].batch(range(NUM_RECORDS))
+
+    encode()
+    for file in (own / "3.png", own / "depth" / "3.png"):
+        os.utime(file)  # a copy has another time
+    read()
+    with Image.open(own / changed) as image:
+        image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(own / changed)
+    message = f"{own / changed} has changed since its latents were made: delete {folder}, or .* 000000.safetensors"
+    with pytest.raises(StaleLatentsError, match=message):
+        read()
+    (folder / "000000.safetensors").unlink()
+    encode()
+    read()
 
 
 def test_a_stage_that_trains_the_unprojection_for_sem_vit_reads_latents(prepared, tmp_path):

@@ -2,8 +2,10 @@
 
 A folder holds `latents.json`, which says what they were made from, and shards of a fixed number of records in safetensors:
 `num_images` (num_records,), `image_grid_thw` (num_images, 3), `means` (total_tokens, C). HYDRA is trained on the means.
+Stamps say what the files of a record's images held, where these are files of their own: data are known by their own digests.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -27,6 +29,26 @@ NAME = "latents.json"
 SHARD_SIZE = 1024  # records of one file
 OPEN_SHARDS = 64  # the most that a process keeps mapped into memory
 Encoded = list[tuple[Grid, Tensor]]  # the images of one record: grid, means (N, C)
+
+
+Stamp = list[int | str]  # of a file: size, time of change in ns, digest
+
+
+class StaleLatentsError(ValueError):
+    """Latents of an image that has other contents now."""
+
+
+def stamp(file: Path) -> Stamp:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()]
+
+
+def is_unchanged(file: Path, before: Stamp) -> bool:
+    """Whether a file has the contents that its stamp says. It is read only if its time is another one, as of a copy."""
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns] == before[:2] or (
+        status.st_size == before[0] and stamp(file)[2] == before[2]
+    )
 
 
 def describe_data(source: Source, image_processor: HydraImageProcessor) -> dict[str, Any]:
@@ -84,8 +106,8 @@ def missing_shards(folder: Path, description: dict[str, Any]) -> list[int]:
     return [number for number in range(count) if shard_path(folder, number).name not in found]
 
 
-def write_shard(path: Path, records: list[Encoded | str], latent_channels: int) -> None:
-    """Writes what the encoder gave for some records; a text is the reason why one has no latents."""
+def write_shard(path: Path, records: list[Encoded | str], stamps: list[list[Stamp]], latent_channels: int) -> None:
+    """Writes what the encoder gave for some records, and their stamps; a text is the reason why one has no latents."""
     from safetensors.torch import save_file
 
     images = [[] if isinstance(record, str) else record for record in records]
@@ -96,7 +118,7 @@ def write_shard(path: Path, records: list[Encoded | str], latent_channels: int) 
         "means": torch.cat([means for _, means in parts]) if parts else torch.empty(0, latent_channels),
     }
     reasons = {str(place): record for place, record in enumerate(records) if isinstance(record, str)}
-    metadata = {"unreadable": json.dumps(reasons)}
+    metadata = {"unreadable": json.dumps(reasons), "stamps": json.dumps(stamps)}
     write_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -107,7 +129,7 @@ class Shard:
         from safetensors import safe_open
 
         self.file = safe_open(path, "pt")
-        self.unreadable = json.loads(self.file.metadata()["unreadable"])
+        self.unreadable, self.stamps = (json.loads(self.file.metadata()[name]) for name in ("unreadable", "stamps"))
         self.grids = [tuple(grid) for grid in self.file.get_tensor("image_grid_thw").tolist()]
         self.first_image = [0, *accumulate(self.file.get_tensor("num_images").tolist())]
         self.first_token = [0, *accumulate(map(num_tokens, self.grids))]
@@ -141,11 +163,25 @@ class StoredLatents:
 
     def __getitem__(self, record: int) -> Encoded:
         number, place = divmod(record, self.shard_size)
+        return self._shard(number)[place]
+
+    def check_unchanged(self, record: int, files: list[Path]) -> None:
+        """Raises `StaleLatentsError` if a file of the record's images has other contents than those that were encoded; one that
+        is gone is not needed."""
+        number, place = divmod(record, self.shard_size)
+        for file, before in zip(files, self._shard(number).stamps[place]):
+            if file.is_file() and not is_unchanged(file, before):
+                raise StaleLatentsError(
+                    f"{file} has changed since its latents were made: delete {self.folder}, or of it what is stale such as"
+                    f" {shard_path(self.folder, number).name}, and run `hydra prepare latents` again."
+                )
+
+    def _shard(self, number: int) -> Shard:
         if number not in self.shards:
             if len(self.shards) >= OPEN_SHARDS:
                 del self.shards[next(iter(self.shards))]
             self.shards[number] = Shard(shard_path(self.folder, number))
-        return self.shards[number][place]
+        return self.shards[number]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"shards": {}}  # a worker opens its own

@@ -16,7 +16,7 @@ from torch import Tensor
 from hydra_hf.modeling import HydraImageProcessor
 from hydra_hf.modeling.image_processing_hydra import as_pixel_values, center_crop, check_image_size, normalize_levels
 
-from .latents import StoredLatents
+from .latents import StaleLatentsError, StoredLatents
 from .painting import (
     PROMPT_COLUMN,
     condition_size,
@@ -85,7 +85,7 @@ def one_record() -> Iterator[None]:
     """Turns every error in reading a record into `UnreadableRecordError`: data can be wrong in ways that nobody foresaw."""
     try:
         yield
-    except UnreadableRecordError:
+    except (UnreadableRecordError, StaleLatentsError):
         raise
     except OSError as error:
         raise UnreadableRecordError(f"a file that cannot be read ({error.strerror})") from error
@@ -134,13 +134,17 @@ class RecordReader:
         image_processor.check_plain()
 
     def sample(self, record: dict, task: str, rng: random.Random | None = None, number: int | None = None) -> Sample:
-        """The sample of a record. `rng` chooses one of several captions, the first without it; `number` finds stored latents."""
+        """The sample of a record. `rng` chooses one of several captions, the first without it; `number` finds stored latents.
+
+        Raises `StaleLatentsError` if the record's images are not those that the latents were made of.
+        """
         with one_record():
             row = TASKS[task]
             messages = row.read(self, self._with_one_caption(record, rng))
             parts = [part for message in messages for part in message["content"]]
             _check_texts([part["text"] for part in parts if part["type"] == "text"])
             if self.latents is not None:
+                self.latents.check_unchanged(number, self.files(record, task))
                 for part, (grid, mean) in zip(images_of(messages), self.latents[number], strict=True):
                     part |= {"image": grid, "latent_mean": mean}
             elif row.paint is not None:
@@ -148,6 +152,13 @@ class RecordReader:
             else:
                 self._load(messages)
             return Sample(task=task, messages=messages)
+
+    def files(self, record: dict, task: str) -> list[Path]:
+        """The files of the images, and of what is painted, that the record names."""
+        row = TASKS[task]
+        images = images_of(row.read(self, self._with_one_caption(record, None)))
+        values = [part["image"] for part in images] + ([self._target(record, row.target)] if row.target else [])
+        return [path for value in values if (path := self._path(value)) is not None]
 
     def _load(self, messages: list[dict]) -> None:
         """Replaces undecoded images with their pixels."""
@@ -303,7 +314,19 @@ class RecordReader:
         except Exception as error:  # decoders raise nearly anything for damaged files
             raise UnreadableRecordError("an image that cannot be decoded") from error
 
+    def _path(self, value: bytes | str | dict | None) -> Path | None:
+        """The file of an image, None for one that is not in a file of its own."""
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if not isinstance(value, str) or value.startswith("data:") or "://" in value:
+            return None
+        return self.image_root / value
+
     def _open(self, value: bytes | str | dict) -> BytesIO | Path:
+        if (path := self._path(value)) is not None:
+            if not path.is_file():
+                raise UnreadableRecordError("an image file that is not there")
+            return path
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
@@ -312,12 +335,7 @@ class RecordReader:
             raise UnreadableRecordError("an image that is neither bytes nor a path")
         if value.startswith("data:"):
             return BytesIO(base64.decodebytes(value.rpartition(",")[2].encode()))
-        if "://" in value:
-            return _fetch(value)
-        path = self.image_root / value
-        if not path.is_file():
-            raise UnreadableRecordError("an image file that is not there")
-        return path
+        return _fetch(value)
 
 
 def _fetch(url: str) -> BytesIO:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,13 @@ from hydra_hf.data.collate import pack_pixels
 from hydra_hf.data.latents import (
     SHARD_SIZE,
     Encoded,
+    Stamp,
     check_same,
     describe_data,
     missing_shards,
     read_description,
     shard_path,
+    stamp,
     write_description,
     write_shard,
 )
@@ -75,7 +77,7 @@ def check_latents(model: HydraForConditionalGeneration, stage: Stage, data: Data
 
 
 class RecordImages(Dataset):
-    """The images (3, H, W) of each record, as training would encode them, or the reason why it has none."""
+    """The images (3, H, W) of each record as training would encode them, or the reason why it has none; the stamps of their files."""
 
     def __init__(self, source: Source, processor: HydraProcessor):
         mix = SourceMix((replace(source, latents=None),), processor.image_processor, 0, fits)
@@ -84,12 +86,14 @@ class RecordImages(Dataset):
     def __len__(self) -> int:
         return len(self.table.rows)
 
-    def __getitem__(self, number: int) -> list[Tensor] | str:
+    def __getitem__(self, number: int) -> tuple[list[Tensor] | str, list[Stamp]]:
         try:
-            sample = self.reader.sample(self.table.record(number), self.task)
+            record = self.table.record(number)
+            sample = self.reader.sample(record, self.task)
+            files = self.reader.files(record, self.task)
         except UnreadableRecordError as error:
-            return str(error)
-        return [part["image"] for part in images_of(sample.messages)]
+            return str(error), []
+        return [part["image"] for part in images_of(sample.messages)], [stamp(file) for file in files]
 
 
 def prepare_latents(
@@ -124,10 +128,10 @@ def prepare_latents(
         state = partial_state()
         missing = missing_shards(folder, read_description(folder))[state.process_index :: state.num_processes]
         skipped: Counter[str] = Counter()
-        for done, (number, shard) in enumerate(
+        for done, (number, shard, stamps) in enumerate(
             encoded_shards(records, missing, folder, tower, mixed_precision, batch_size, num_workers), start=1
         ):
-            write_shard(shard_path(folder, number), shard, tower.config.latent_channels)
+            write_shard(shard_path(folder, number), shard, stamps, tower.config.latent_channels)
             skipped.update(record for record in shard if isinstance(record, str))
             yield f"{source.path}: {done} of {len(missing)} files"
         yield from (f"skipped: {source.path}: {reason} ({count})" for reason, count in skipped.items())
@@ -148,8 +152,8 @@ def begin(folder: Path, given: dict, num_records: int) -> None:
 def encoded_shards(
     records: RecordImages, shards: list[int], folder: Path, tower: HydraTokModel, mixed_precision: str, batch_size: int,
     num_workers: int,
-) -> Iterator[tuple[int, list[Encoded | str]]]:  # fmt: skip
-    """The numbers of `shards` and the contents of each."""
+) -> Iterator[tuple[int, list[Encoded | str], list[list[Stamp]]]]:  # fmt: skip
+    """The numbers of `shards`, and of each what its records hold and their stamps."""
     size = read_description(folder)["shard_size"]
     ranges = {number: range(number * size, min((number + 1) * size, len(records))) for number in shards}
     batches = [
@@ -160,15 +164,17 @@ def encoded_shards(
     )
     read = iter(loader)
     for number, numbers in ranges.items():
-        shard = []
+        shard, stamps = [], []
         while len(shard) < len(numbers):
-            shard += encode(next(read), tower, mixed_precision, batch_size)
-        yield number, shard
+            images, new_stamps = zip(*next(read))
+            shard += encode(images, tower, mixed_precision, batch_size)
+            stamps += new_stamps
+        yield number, shard, stamps
 
 
 @torch.no_grad()
 def encode(
-    records: list[list[Tensor] | str], tower: HydraTokModel, mixed_precision: str, batch_size: int
+    records: Sequence[list[Tensor] | str], tower: HydraTokModel, mixed_precision: str, batch_size: int
 ) -> list[Encoded | str]:
     """The grids and means of the images of some records, `batch_size` images at once; reasons are returned unchanged."""
     images = [image for record in records if not isinstance(record, str) for image in record]
