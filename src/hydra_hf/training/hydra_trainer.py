@@ -21,7 +21,7 @@ from .lora import describe_modules, has_adapters, merge_adapters, save_adapters
 from .objective import HydraObjective, ModelKind
 from .painted_grids import PaintedGrids, paint_hydra
 from .processes import num_accumulation_steps, partial_state
-from .recipe import HydraRecipe, HydraStage
+from .recipe import Data, HydraRecipe, HydraStage
 from .stages import check_stage, run_stages
 
 
@@ -36,6 +36,9 @@ class HydraKind:
 
     def create_model(self, recipe: HydraRecipe) -> HydraForConditionalGeneration:
         return create_model(recipe)
+
+    def check_data(self, model: HydraForConditionalGeneration, stage: HydraStage, data: Data) -> None:
+        check_latents(model, stage, data)
 
     def open_model(self, folder: Path, recipe: HydraRecipe) -> HydraForConditionalGeneration:
         return open_model(folder, recipe)
@@ -104,9 +107,9 @@ def train_stage(
     """Trains `model` to the end of a stage, from the last checkpoint in `folder` if there is one."""
     stage, seed = recipe.stages[index], recipe.seed + 1000 * index
     accumulation = num_accumulation_steps(stage.tasks, partial_state().num_processes, recipe.micro_batch_size)
+    for data in filter(None, (recipe.data_of(stage), stage.held_out)):
+        kind.check_data(model, stage, data)
     bundles, held_out = create_bundles(recipe, stage, seed, accumulation), create_held_out(recipe, stage)
-    for data in (recipe.data_of(stage), stage.held_out):
-        check_latents(model, stage, data)
     trainer = BundleTrainer(
         model, kind.create_objective(stage, seed), stage, bundles, folder,
         recipe=recipe, seed=seed, accumulation=accumulation, held_out=held_out,

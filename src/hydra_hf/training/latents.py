@@ -58,11 +58,15 @@ def describe_encoder(tower: HydraTokModel, mixed_precision: str) -> dict:
     return {**fields, "mixed_precision": mixed_precision, "weights": digest.hexdigest()}
 
 
-def check_latents(model: HydraForConditionalGeneration, stage: Stage, data: Data | None) -> None:
+def latent_folders(stage: Stage, data: Data) -> list[Path]:
+    """Where a stage reads latents in the place of images."""
+    sources = getattr(data, "sources", ())  # the toy world has none
+    return [Path(source.latents).expanduser() for source in sources if source.latents and source.task in stage.tasks]
+
+
+def check_latents(model: HydraForConditionalGeneration, stage: Stage, data: Data) -> None:
     """Raises ValueError if a stage reads latents that its model would not make, or trains the modules that make them."""
-    folders = [
-        Path(s.latents).expanduser() for s in getattr(data, "sources", ()) if s.latents and s.task in stage.tasks
-    ]
+    folders = latent_folders(stage, data)
     if not folders:
         return
     tower = model.model.vision_tower
@@ -73,7 +77,8 @@ def check_latents(model: HydraForConditionalGeneration, stage: Stage, data: Data
         )
     encoder = describe_encoder(tower, stage.mixed_precision)
     for folder in folders:
-        check_same(folder, read_description(folder), {"encoder": encoder})
+        if (description := read_description(folder)) is not None:  # whoever reads them says that there are none
+            check_same(folder, description, {"encoder": encoder})
 
 
 class RecordImages(Dataset):

@@ -15,7 +15,7 @@ from hydra_hf.modeling.image_processing_hydra import packed_pixel_values
 
 from .lora import add_adapters
 from .randomness import grids_per_sample, row_noise
-from .recipe import HydraRecipe, HydraStage, freeze_unnamed
+from .recipe import Data, HydraRecipe, HydraStage, freeze_unnamed
 
 
 class Objective(Protocol):
@@ -45,6 +45,9 @@ class ModelKind(Protocol):
 
     def create_model(self, recipe: HydraRecipe) -> PreTrainedModel:
         """The model that the first stage starts from."""
+
+    def check_data(self, model: PreTrainedModel, stage: HydraStage, data: Data) -> None:
+        """Raises ValueError for data that the stage cannot train the model on."""
 
     def open_model(self, folder: Path, recipe: HydraRecipe) -> PreTrainedModel:
         """The model that `save` wrote, for training: in fp32, whatever its dtype on disk."""

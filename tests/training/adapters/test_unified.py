@@ -9,6 +9,7 @@ import torch
 from unified_run import LOSSES, TASKS, FixedData, assert_frozen_and_trained, losses_of, rows_of
 
 from hydra_hf.cli import main as hydra
+from hydra_hf.data.sources import Source, Sources
 from hydra_hf.training.adapters import UnifiedObjective, length_of_prompts, train_unified
 
 
@@ -39,6 +40,15 @@ def test_the_example_is_trained_by_the_contract_alone(example, recipe, tmp_path)
     assert_frozen_and_trained(before, after)
     (measured,) = rows_of(tmp_path / "unimrg", key="held_out/depth/image")
     assert {f"held_out/{name}" for name in LOSSES} <= set(measured)
+
+
+@pytest.mark.parametrize("where", ["data", "held_out"])
+def test_latents_that_hydra_keeps_are_refused_for_another_model(recipe, tmp_path, where):
+    kept = Sources((Source(task="depth", path="images.jsonl", latents="latents/depth"),))
+    reading = replace(recipe, stages=(replace(recipe.stages[0], **{where: kept}),))
+    message = "latents=latents/depth, which are HYDRA's, for a PatchPainter: leave latents=... out"
+    with pytest.raises(ValueError, match=message):
+        train_unified(reading, tmp_path)
 
 
 def test_a_bundle_is_counted_by_answers_and_by_images(recipe):

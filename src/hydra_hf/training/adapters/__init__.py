@@ -24,10 +24,11 @@ from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
 from hydra_hf.modeling.grid import Grid, image_starts, unpack_images
 from hydra_hf.modeling.image_processing_hydra import packed_pixel_values
 from hydra_hf.training.hydra_trainer import train_model
+from hydra_hf.training.latents import latent_folders
 from hydra_hf.training.lora import add_adapters
 from hydra_hf.training.painted_grids import NUM_IMAGES, PaintedGrids
 from hydra_hf.training.randomness import row_generator
-from hydra_hf.training.recipe import HydraStage, UnifiedRecipe, freeze_unnamed
+from hydra_hf.training.recipe import Data, HydraStage, UnifiedRecipe, freeze_unnamed
 
 
 logger = logging.getLogger(__name__)
@@ -175,6 +176,12 @@ class UnifiedKind:
 
     def create_model(self, recipe: UnifiedRecipe) -> PreTrainedModel:
         return self.open_model(recipe.init, recipe)
+
+    def check_data(self, model: UnifiedModel, stage: HydraStage, data: Data) -> None:
+        if folders := latent_folders(stage, data):
+            raise ValueError(
+                f"Got latents={folders[0]}, which are HYDRA's, for a {type(model).__name__}: leave latents=... out."
+            )
 
     def open_model(self, folder: str | Path, recipe: UnifiedRecipe) -> PreTrainedModel:
         return recipe.model_class.from_pretrained(
