@@ -1,5 +1,6 @@
 """diffusers' mixins: for pipelines, and for autoencoders as far as they do not ask for its own model class."""
 
+import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from suites import skips, suite
@@ -13,6 +14,8 @@ pipelines = suite("diffusers_tests.pipelines.testing_utils")
 params = suite("diffusers_tests.pipelines.pipeline_params")
 models = suite("diffusers_tests.models.testing_utils")
 autoencoders = suite("diffusers_tests.models.autoencoders.testing_utils")
+
+pytestmark = pytest.mark.filterwarnings("always::FutureWarning")  # the suite of an older commit says `torch_dtype`
 
 SIZE = 3 * PATCH
 

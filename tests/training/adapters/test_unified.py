@@ -43,12 +43,14 @@ def test_the_example_is_trained_by_the_contract_alone(example, recipe, tmp_path)
 
 
 @pytest.mark.parametrize("where", ["data", "held_out"])
-def test_latents_that_hydra_keeps_are_refused_for_another_model(recipe, tmp_path, where):
-    kept = Sources((Source(task="depth", path="images.jsonl", latents="latents/depth"),))
+def test_latents_that_hydra_keeps_are_refused_for_another_model(recipe, tmp_path, monkeypatch, where):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "images.jsonl").write_text('{"image": "0.png"}\n')
+    kept = Sources((Source(task="depth", path=f"{tmp_path}/images.jsonl", latents="latents/depth"),))
     reading = replace(recipe, stages=(replace(recipe.stages[0], **{where: kept}),))
     message = "latents=latents/depth, which are HYDRA's, for a PatchPainter: leave latents=... out"
     with pytest.raises(ValueError, match=message):
-        train_unified(reading, tmp_path)
+        train_unified(reading, tmp_path / "run")
 
 
 def test_a_bundle_is_counted_by_answers_and_by_images(recipe):
