@@ -89,13 +89,18 @@ def _image_file(source: str | os.PathLike) -> BytesIO | Path:
         return Path(source)
     source = str(source)
     if source.startswith(("http://", "https://")):
-        try:
-            response = get_session().get(source, follow_redirects=True)
-            response.raise_for_status()
-        except (HTTPError, OfflineModeIsEnabled) as error:
-            raise ConnectionError(f"{source!r} cannot be fetched: {error}") from error
-        return BytesIO(response.content)
+        return fetch_url(source)
     return BytesIO(base64.decodebytes(source.removeprefix("data:").split(",")[-1].encode()))
+
+
+def fetch_url(url: str) -> BytesIO:
+    """The file behind a URL. ConnectionError if it cannot be fetched."""
+    try:
+        response = get_session().get(url, follow_redirects=True)
+        response.raise_for_status()
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise ConnectionError(f"{url!r} cannot be fetched: {error}") from error
+    return BytesIO(response.content)
 
 
 def check_image_size(height: int, width: int, max_input_pixels: int) -> None:
