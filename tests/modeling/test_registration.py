@@ -40,7 +40,7 @@ def fresh_modules() -> set[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        "peft", "datasets", "gradio", "diffusers.pipelines", "transformers.trainer", "skimage",
+        "peft", "datasets", "gradio", "av", "diffusers.pipelines", "transformers.trainer", "skimage",
         "hydra_hf.pipelines", "hydra_hf.training", "hydra_hf.evaluation", "hydra_hf.data", "hydra_hf.cli",
     ],
 )  # fmt: skip

@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    AutoVideoProcessor,
 )
 
 from .configuration_hydra import (
@@ -25,6 +26,7 @@ from .image_processing_hydra import HydraImageProcessor
 from .modeling_hydra import HydraForConditionalGeneration, HydraModel
 from .modeling_hydra_tok import HydraTokForPreTraining, HydraTokModel
 from .processing_hydra import HydraProcessor
+from .video_processing_hydra import HydraVideoProcessor
 
 
 AutoModel.register(HydraTokConfig, HydraTokModel)
@@ -33,6 +35,7 @@ AutoModelForImageTextToText.register(HydraConfig, HydraForConditionalGeneration)
 AutoModelForMultimodalLM.register(HydraConfig, HydraForConditionalGeneration)
 for _config in (HydraTokConfig, HydraConfig):
     AutoImageProcessor.register(_config, image_processor_classes={"torchvision": HydraImageProcessor})
+    AutoVideoProcessor.register(_config, HydraVideoProcessor)
 AutoProcessor.register(HydraConfig, HydraProcessor)
 
 __all__ = [
@@ -44,6 +47,7 @@ __all__ = [
     "HydraTokConfig",
     "HydraTokForPreTraining",
     "HydraTokModel",
+    "HydraVideoProcessor",
     "PixelFlowDecoderConfig",
     "PixelViTDecoderConfig",
     "VisionHeadConfig",
