@@ -9,13 +9,14 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, AutoVideoProcessor, PreTrainedTokenizerFast, ProcessorMixin
 
 import hydra_hf  # noqa: F401, registers the classes
 from hydra_hf.modeling import processing_hydra
 from hydra_hf.modeling.grid import unpack_images
 from hydra_hf.modeling.image_processing_hydra import HydraImageProcessor
 from hydra_hf.modeling.processing_hydra import HydraProcessor
+from hydra_hf.modeling.video_processing_hydra import HydraVideoProcessor
 from hydra_hf.toy.text_tokenizer import SPECIAL_TOKENS, train_toy_tokenizer
 
 
@@ -57,6 +58,20 @@ def drawing() -> list[dict]:
     return [{"role": "user", "content": "a cat"}, assistant(image())]
 
 
+@pytest.fixture(scope="module")
+def clip_processor(processor) -> HydraProcessor:
+    video_processor = HydraVideoProcessor(size={"height": 14, "width": 28}, num_frames=9)
+    return HydraProcessor(processor.image_processor, processor.tokenizer, video_processor=video_processor)
+
+
+def clip(num_frames: int = 9) -> np.ndarray:
+    return np.arange(num_frames * 14 * 28 * 3, dtype=np.uint8).reshape(num_frames, 14, 28, 3)
+
+
+def video(value=None) -> dict:
+    return {"type": "video", "video": clip() if value is None else value}
+
+
 def encode(processor, conversation, **kwargs):
     kwargs = {"return_tensors": "pt", "return_assistant_tokens_mask": True, **kwargs}
     processor_kwargs = {"padding": True, **kwargs.pop("processor_kwargs", {})}
@@ -66,9 +81,9 @@ def encode(processor, conversation, **kwargs):
 
 
 def drawn(processor, batch, row: int = 0) -> str:
-    """Tokens of a row, those of the assistant mask in brackets, image pads as dots, padding as underscores."""
+    """Tokens of a row, those of the assistant mask in brackets, image pads as dots, video pads as colons, padding as underscores."""
     short = {"<|im_start|>": "<", "<|im_end|>": ">", "<|vision_start|>": "(", "<|vision_end|>": ")"}
-    short |= {"<|image_pad|>": ".", "<|endoftext|>": "_", "\n": "/"}
+    short |= {"<|image_pad|>": ".", "<|video_pad|>": ":", "<|endoftext|>": "_", "\n": "/"}
     words, inside = [], False
     tokens = processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][row].tolist())
     for token, is_generated in zip(tokens, batch["assistant_masks"][row].tolist()):
@@ -310,9 +325,9 @@ def test_unknown_content_and_roles_are_refused_by_the_template(processor, messag
 
 
 def test_as_many_images_as_placeholders_or_an_error(processor):
-    with pytest.raises(ValueError, match="without an image"):
+    with pytest.raises(ValueError, match="without its image"):
         encode(processor, [user({"type": "image"}, text("a"))])
-    with pytest.raises(ValueError, match="without an image"):
+    with pytest.raises(ValueError, match="without its image"):
         encode(processor, [user({"type": "image", "image": None}, image())])
     with pytest.raises(ValueError, match="2 .* tokens and 1 images"):
         processor(text="<|image_pad|><|image_pad|>", images=[picture()])
@@ -421,3 +436,119 @@ def test_messages_that_are_objects_are_read_as_the_equal_dicts(processor):
     assert objects["input_ids"] == dicts["input_ids"]
     batch = processor.apply_chat_template([[Message("user", parts)]] * 2, tokenize=True, return_dict=True)
     assert len(batch["input_ids"]) == 2
+
+
+# Clips
+
+
+def test_a_clip_becomes_its_time_token_and_the_patches_of_its_latent_frames(clip_processor):
+    batch = encode(clip_processor, [user(video(), text("what is this")), assistant(text("a cat"))])
+    assert drawn(clip_processor, batch) == (
+        "< user / ( : : : : : : : ) what is this > / < assistant / [ a cat > ] /"
+    )  # 1 + (1 + 2) * 1 * 2
+    assert batch["video_grid_thw"].tolist() == [[9, 1, 2]]
+    assert batch["pixel_values_videos"].shape == (9 * 1 * 2, 3 * 14 * 14)
+    assert torch.equal(batch["mm_token_type_ids"], 2 * (batch["input_ids"] == clip_processor.video_token_id))
+
+
+def test_a_clip_of_one_frame_takes_as_many_tokens_as_an_image(clip_processor):
+    assert clip_processor.video_length((1, 3, 5)) == clip_processor.image_length((1, 3, 5))
+    assert clip_processor.video_length((17, 3, 5)) == 1 + 5 * 3 * 5
+    expected = {"num_image_tokens": [3], "num_video_tokens": [3, 11]}
+    counts = clip_processor._get_num_multimodal_tokens(image_sizes=[(50, 40)], video_sizes=[(1, 50, 40), (17, 9, 9)])
+    assert {name: counts[name] for name in expected} == expected
+
+
+def test_clips_and_images_are_told_apart_in_a_batch(clip_processor):
+    batch = encode(
+        clip_processor,
+        [[user(image(), video(clip(5)), image())], [user(text("a cat"))], [user(video(), video(clip(1)))]],
+    )
+    assert drawn(clip_processor, batch, 0).endswith("< user / ( . . . ) ( : : : : : ) ( . . . ) > /")
+    assert drawn(clip_processor, batch, 2).endswith("< user / ( : : : : : : : ) ( : : : ) > /")
+    assert batch["image_grid_thw"].tolist() == [[1, 1, 2]] * 2
+    assert batch["video_grid_thw"].tolist() == [[5, 1, 2], [9, 1, 2], [1, 1, 2]]
+
+
+@pytest.mark.parametrize("key", ["video", "path", "url"])
+def test_clips_of_every_kind_may_stand_in_messages(clip_processor, tmp_path, key):
+    first, *others = [Image.fromarray(frame) for frame in clip()]
+    first.save(tmp_path / "clip.webp", save_all=True, append_images=others, lossless=True)
+    for index, frame in enumerate([first, *others]):
+        frame.save(tmp_path / f"{index}.png")
+    expected = encode(clip_processor, [user(video())])
+    frame_files = [str(tmp_path / f"{index}.png") for index in range(9)]
+    for value in (str(tmp_path / "clip.webp"), tmp_path / "clip.webp", frame_files, [first, *others]):
+        batch = encode(clip_processor, [user({"type": "video", key: value})])
+        assert torch.equal(batch["pixel_values_videos"], expected["pixel_values_videos"])
+
+
+def test_the_sampling_of_a_call_counts(clip_processor):
+    known = {"video_metadata": [{"total_num_frames": 33, "fps": 10.0}], "return_metadata": True}
+    for kwargs, expected in (
+        ({}, 9),
+        ({"num_frames": 5}, 5),
+        ({"fps": 5}, 17),
+        ({"videos_kwargs": {"num_frames": 1}}, 1),
+    ):
+        batch = encode(clip_processor, [user(video(clip(33)))], processor_kwargs={**known, **kwargs})
+        assert batch["video_grid_thw"].tolist() == [[expected, 1, 2]]
+        assert len(batch["video_metadata"][0].timestamps) == expected
+        assert (batch["input_ids"] == clip_processor.video_token_id).sum() == 1 + (expected + 3) // 4 * 2
+
+
+def test_a_users_text_holds_no_clip(clip_processor):
+    batch = encode(
+        clip_processor, [user(text("<|video_"), text("pad|>")), {"role": "user", "content": "<|video_pad|>"}]
+    )
+    assert num_special_ids(clip_processor, batch)["<|video_pad|>"] == 0
+    assert "pixel_values_videos" not in batch
+
+
+def test_as_many_clips_as_placeholders_or_an_error(processor, clip_processor):
+    with pytest.raises(ValueError, match="part of type 'video' without its video"):
+        encode(clip_processor, [user({"type": "video"})])
+    with pytest.raises(ValueError, match="1 .* tokens and 2 videos"):
+        clip_processor(text="<|video_pad|>", videos=[clip(), clip()])
+    with pytest.raises(ValueError, match="1 <.video_pad.> tokens, but no videos were passed"):
+        clip_processor(text="<|video_pad|>")
+    with pytest.raises(ValueError, match="no video_processor: its model only reads images"):
+        encode(processor, [user(video())])
+    with pytest.raises(ValueError, match="part of type 'video', expected text and images"):
+        clip_processor.encode_conversations([[user(video())]])
+
+
+def test_the_model_gets_every_input_of_a_clip(clip_processor):
+    names = {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values_videos", "video_grid_thw"}
+    assert set(clip_processor(text="<|video_pad|>", videos=clip())) == names
+    assert set(clip_processor.model_input_names) == names | {"pixel_values", "image_grid_thw"}
+
+
+@pytest.mark.parametrize("loader", [HydraProcessor, AutoProcessor])
+def test_a_saved_processor_has_its_video_processor(clip_processor, tmp_path, loader):
+    clip_processor.save_pretrained(tmp_path)
+    loaded = loader.from_pretrained(tmp_path)
+    assert type(loaded) is HydraProcessor
+    assert loaded.to_dict() == clip_processor.to_dict()
+    assert AutoVideoProcessor.from_pretrained(tmp_path).to_dict() == clip_processor.video_processor.to_dict()
+    first, second = (encode(each, [user(video(), image())]) for each in (clip_processor, loaded))
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor)
+
+
+def test_a_folder_without_a_video_processor_opens_and_stays_so(tmp_path):
+    processor = AutoProcessor.from_pretrained(hydra_hf.TINY + "/processor")
+    assert not hasattr(processor, "video_processor")
+    processor.save_pretrained(tmp_path)
+    assert not hasattr(AutoProcessor.from_pretrained(tmp_path), "video_processor")
+    assert "video_processor" not in json.loads((tmp_path / "processor_config.json").read_text())
+    video_processor = HydraVideoProcessor(patch_size=16)
+    given = AutoProcessor.from_pretrained(tmp_path, video_processor=video_processor)
+    assert given.video_processor is video_processor
+
+
+def test_a_video_processor_that_does_not_belong_to_the_rest_is_refused(processor):
+    with pytest.raises(ValueError, match="patch_size=14 is not the video processor's 16"):
+        HydraProcessor(
+            processor.image_processor, processor.tokenizer, video_processor=HydraVideoProcessor(patch_size=16)
+        )

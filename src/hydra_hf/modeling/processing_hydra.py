@@ -1,4 +1,4 @@
-"""Chat messages with images to the model's inputs, and its outputs to text and images."""
+"""Chat messages with images and clips to the model's inputs, and its outputs to text and images."""
 
 import re
 from collections.abc import Iterator
@@ -14,18 +14,22 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.video_utils import VideoInput
 
 from .compat import TypedProcessingKwargs
 from .grid import Grid, image_grid, num_tokens
 from .image_processing_hydra import HydraImageProcessor
+from .video_processing_hydra import HydraVideoProcessor
 
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 WORD_JOINER = "\u2060"  # invisible and without a line break: the text looks the same
-IMAGE_KEYS = ("image", "url", "path", "base64")  # where transformers looks for the image of an image part
+VIDEO_TOKEN = "<|video_pad|>"
+PART_KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
+"""Where transformers looks for the image or the clip of a part of a message."""
 
 
 def check_unicode(name: str, text: str) -> None:
@@ -47,7 +51,7 @@ def _token_starts(tokens: tuple[str, ...]) -> re.Pattern:
 
 class HydraProcessor(ProcessorMixin):
     """
-    Image processor and tokenizer in one.
+    Image processor, video processor and tokenizer in one.
 
     Text in chat messages (`apply_chat_template`, `build_image_prompt`, `encode_conversations`) is read as text: a special
     token in it is broken up by a word joiner, whoever wrote the message. `processor(text=...)` is trusted, as everywhere in
@@ -57,11 +61,13 @@ class HydraProcessor(ProcessorMixin):
         patch_size: side of the tokenizer's patch in pixels; the image processor has the same.
         num_time_tokens: positions for the noise level in front of the patches of every image.
         known_words: all words, in lower case, that a model of a small world has ever read; None means any word.
-        chat_template: None is ChatML with images (`chat_template.jinja` in this folder).
+        chat_template: None is ChatML with images and clips (`chat_template.jinja` in this folder).
+        video_processor: None for a model that only reads images. A dict holds the settings that a saved processor has.
     """
 
     return_mm_token_type_ids = True
     image_token = "<|image_pad|>"
+    video_token = None  # without a video processor, whose attribute is then missing too, as in transformers
     vision_start_token = "<|vision_start|>"
     vision_end_token = "<|vision_end|>"
     valid_processor_kwargs = TypedProcessingKwargs
@@ -74,14 +80,23 @@ class HydraProcessor(ProcessorMixin):
         num_time_tokens: int = 1,
         known_words: list[str] | None = None,
         chat_template: str | dict[str, str] | None = None,
+        video_processor: HydraVideoProcessor | dict | None = None,
     ):
+        if isinstance(video_processor, dict):
+            video_processor = HydraVideoProcessor(**video_processor)
+        added_tokens = tokenizer.get_added_vocab()
+        expected_tokens = [self.image_token, self.vision_start_token, self.vision_end_token]
         if image_processor.patch_size != patch_size:
             raise ValueError(f"{patch_size=} is not the image processor's {image_processor.patch_size}.")
-        added_tokens = tokenizer.get_added_vocab()
-        expected_tokens = (self.image_token, self.vision_start_token, self.vision_end_token)
+        if video_processor is not None:
+            self.video_processor, self.video_token = video_processor, VIDEO_TOKEN
+            expected_tokens.append(VIDEO_TOKEN)
+            if video_processor.patch_size != patch_size:
+                raise ValueError(f"{patch_size=} is not the video processor's {video_processor.patch_size}.")
         if missing_tokens := [token for token in expected_tokens if token not in added_tokens]:
             raise ValueError(f"The tokenizer has no {missing_tokens}, expected the vision tokens of Qwen.")
         self.image_token_id = added_tokens[self.image_token]
+        self.video_token_id = added_tokens[VIDEO_TOKEN] if video_processor is not None else None
         self.patch_size = patch_size
         self.num_time_tokens = num_time_tokens
         self.known_words = known_words
@@ -94,11 +109,17 @@ class HydraProcessor(ProcessorMixin):
     def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
         """Does nothing: marking the installed class would make every later save copy this file into the folder."""
 
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """The parts that every processor has; the library saves and loads them by these names."""
+        return [name for name in super().get_attributes() if name != "video_processor"]
+
     @property
     def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "mm_token_type_ids"]
+        of_clips = [] if self.video_token is None else self.video_processor.model_input_names
+        return [*super().model_input_names, *of_clips, "mm_token_type_ids"]
 
-    # Images in text
+    # Images and clips in text
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs) -> str:
         grid = [int(side) for side in image_inputs["image_grid_thw"][image_idx]]
@@ -108,35 +129,54 @@ class HydraProcessor(ProcessorMixin):
         """How many positions an image of `grid` takes in the sequence."""
         return self.num_time_tokens + num_tokens(grid)
 
-    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
-        if image_sizes is None:
-            return MultiModalData()
-        sizes = [self.image_processor.output_size(*image_size, **kwargs) for image_size in image_sizes]
-        grids = [image_grid(*size, self.patch_size) for size in sizes]
-        return MultiModalData(
-            num_image_tokens=[self.image_length(grid) for grid in grids],
-            num_image_patches=[num_tokens(grid) for grid in grids],
+    def replace_video_token(self, video_inputs: dict[str, Any], video_idx: int, **kwargs) -> str:
+        grid = [int(side) for side in video_inputs["video_grid_thw"][video_idx]]
+        return self.video_token * self.video_length(grid)
+
+    def video_length(self, grid: Grid) -> int:
+        """How many positions a clip of `grid` takes in the sequence: one image per latent frame, and the time tokens once."""
+        num_frames, height, width = grid
+        return (
+            self.num_time_tokens + (1 + (num_frames - 1) // self.video_processor.temporal_patch_size) * height * width
         )
 
-    def validate_inputs(self, images=None, text=None, **kwargs) -> None:
+    def prepare_inputs_layout(self, images=None, text=None, videos: VideoInput | None = None, **kwargs) -> tuple:
+        if videos is not None:
+            if self.video_token is None:
+                raise ValueError("Got videos, but this processor has no video_processor: its model only reads images.")
+            videos = self.video_processor.clips(videos)
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
+
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: list[tuple[int, int]] | None = None,
+        video_sizes: list[tuple[int, int, int]] | None = None,
+        **kwargs,
+    ) -> MultiModalData:
+        """What images of (height, width) and clips of (frames, height, width) will take."""
+        counts = {}
+        if image_sizes is not None:
+            sizes = [self.image_processor.output_size(*image_size, **kwargs) for image_size in image_sizes]
+            grids = [image_grid(*size, self.patch_size) for size in sizes]
+            counts["num_image_tokens"] = [self.image_length(grid) for grid in grids]
+            counts["num_image_patches"] = [num_tokens(grid) for grid in grids]
+        if video_sizes is not None:
+            sizes = [(t, *self.video_processor.output_size(h, w, **kwargs)) for t, h, w in video_sizes]
+            grids = [(t, *image_grid(h, w, self.patch_size)[1:]) for t, h, w in sizes]
+            counts["num_video_tokens"] = [self.video_length(grid) for grid in grids]
+        return MultiModalData(**counts)
+
+    def validate_inputs(self, images=None, text=None, videos=None, **kwargs) -> None:
         if isinstance(text, list) and not text:
             raise ValueError("Got an empty list of texts, expected at least one.")
         if text is not None:
             for one in text:
                 check_unicode("text", one)
-            self._check_placeholders(text, images)
-        super().validate_inputs(images=images, text=text, **kwargs)
-
-    def _check_placeholders(self, texts: list[str], images: ImageInput | None) -> None:
-        """Raises ValueError unless there are as many placeholders as images; transformers checks this itself since 5.23."""
-        num_placeholders = sum(text.count(self.image_token) for text in texts)
-        if images is None and num_placeholders:
-            raise ValueError(f"Got {num_placeholders} {self.image_token} tokens, but no images were passed.")
-        if images is not None and (num_images := len(make_flat_list_of_images(images))) != num_placeholders:
-            raise ValueError(
-                f"Got {num_placeholders} {self.image_token} tokens and {num_images} images: the number of {self.image_token}"
-                " tokens in the prompts should be the same as the number of images."
-            )
+            num_images = None if images is None else len(make_flat_list_of_images(images))
+            _check_placeholders(text, self.image_token, num_images, "images")
+            if self.video_token is not None:
+                _check_placeholders(text, self.video_token, None if videos is None else len(videos), "videos")
+        super().validate_inputs(images=images, text=text, videos=videos, **kwargs)
 
     # Chats
 
@@ -173,10 +213,10 @@ class HydraProcessor(ProcessorMixin):
         Special tokens in the text of any message come out as text, see the class. The messages stay as they are.
         """
         conversations, is_batched = self._readable_conversations(conversation)
-        if tokenize and not (processor_kwargs or {}).get("images"):
-            for part in _image_parts(conversations):
-                if not any(part.get(key) is not None for key in IMAGE_KEYS):
-                    raise ValueError(f"Got an image part without an image, expected one of the keys {IMAGE_KEYS}.")
+        if tokenize:
+            _check_parts(conversations, "video")
+            if not (processor_kwargs or {}).get("images"):
+                _check_parts(conversations, "image")
         return super().apply_chat_template(
             conversations if is_batched else conversations[0],
             chat_template,
@@ -264,17 +304,21 @@ class HydraProcessor(ProcessorMixin):
         if not is_batched:
             raise ValueError("Got one conversation, expected a list of conversations.")
         if images is None:
-            images = [part.get("image") for part in _image_parts(conversations)]
+            images = [part.get("image") for part in _parts(conversations, "image")]
         return self.pad_encodings(self._encode_each(conversations, images, max_length), padding_side)
 
     def encode_each(self, conversations: list[list[dict]]) -> list[dict[str, Tensor]]:
         """What `encode_conversations` gives for each conversation alone, without the axis of the batch: quicker than one by one."""
         conversations, _ = self._readable_conversations(conversations)
-        return self._encode_each(conversations, [part.get("image") for part in _image_parts(conversations)])
+        return self._encode_each(conversations, [part.get("image") for part in _parts(conversations, "image")])
 
     def _encode_each(
         self, conversations: list[list[dict]], images: list[Tensor | Grid], max_length: int | None = None
     ) -> list[dict[str, Tensor]]:
+        if any(_parts(conversations, "video")):
+            raise ValueError(
+                "Got a part of type 'video', expected text and images: clips are read by apply_chat_template."
+            )
         texts, generated_spans = render_jinja_template(
             conversations,
             chat_template=self._default_chat_template(),
@@ -386,8 +430,26 @@ def _as_dicts(value: Any) -> Any:
     return value
 
 
-def _image_parts(conversations: list[list[dict]]) -> Iterator[dict]:
+def _parts(conversations: list[list[dict]], kind: str) -> Iterator[dict]:
     for messages in conversations:
         for message in messages:
             if not isinstance(message["content"], str):
-                yield from (part for part in message["content"] if part["type"] == "image")
+                yield from (part for part in message["content"] if part["type"] == kind)
+
+
+def _check_parts(conversations: list[list[dict]], kind: str) -> None:
+    keys = PART_KEYS[kind]
+    if any(not any(part.get(key) is not None for key in keys) for part in _parts(conversations, kind)):
+        raise ValueError(f"Got a part of type {kind!r} without its {kind}, expected one of the keys {keys}.")
+
+
+def _check_placeholders(texts: list[str], token: str, count: int | None, what: str) -> None:
+    """Raises ValueError unless there are as many placeholders as images or clips; transformers checks this itself since 5.23."""
+    num_placeholders = sum(text.count(token) for text in texts)
+    if count is None and num_placeholders:
+        raise ValueError(f"Got {num_placeholders} {token} tokens, but no {what} were passed.")
+    if count is not None and count != num_placeholders:
+        raise ValueError(
+            f"Got {num_placeholders} {token} tokens and {count} {what}: the number of {token} tokens in the prompts should"
+            f" be the same as the number of {what}."
+        )
