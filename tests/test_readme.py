@@ -59,7 +59,7 @@ def test_python_block_runs(index, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__readme__"}
     exec(compile(blocks("python")[index], f"README block {index}", "exec"), names)
-    (result,) = (names[name] for name in ("image", "picture", "decoded") if name in names)
+    (result,) = (names[name] for name in ("image", "picture", "decoded", "patches") if name in names)
     pixels = result.detach().float() if isinstance(result, torch.Tensor) else result
     assert np.asarray(pixels, dtype=float).std() > 0.01  # not one colour
     assert bool(capsys.readouterr().out.strip()) == ("print(" in blocks("python")[index])
