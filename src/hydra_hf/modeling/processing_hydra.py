@@ -28,8 +28,7 @@ from .video_processing_hydra import HydraVideoProcessor
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 WORD_JOINER = "\u2060"  # invisible and without a line break: the text looks the same
 VIDEO_TOKEN = "<|video_pad|>"
-PART_KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
-"""Where transformers looks for the image or the clip of a part of a message."""
+PART_KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}  # in their order
 
 
 def check_unicode(name: str, text: str) -> None:
@@ -111,7 +110,6 @@ class HydraProcessor(ProcessorMixin):
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """The parts that every processor has; the library saves and loads them by these names."""
         return [name for name in super().get_attributes() if name != "video_processor"]
 
     @property
@@ -136,9 +134,8 @@ class HydraProcessor(ProcessorMixin):
     def video_length(self, grid: Grid) -> int:
         """How many positions a clip of `grid` takes in the sequence: one image per latent frame, and the time tokens once."""
         num_frames, height, width = grid
-        return (
-            self.num_time_tokens + (1 + (num_frames - 1) // self.video_processor.temporal_patch_size) * height * width
-        )
+        num_latent_frames = 1 + (num_frames - 1) // self.video_processor.temporal_patch_size
+        return self.num_time_tokens + num_latent_frames * height * width
 
     def prepare_inputs_layout(self, images=None, text=None, videos: VideoInput | None = None, **kwargs) -> tuple:
         if videos is not None:
@@ -316,9 +313,7 @@ class HydraProcessor(ProcessorMixin):
         self, conversations: list[list[dict]], images: list[Tensor | Grid], max_length: int | None = None
     ) -> list[dict[str, Tensor]]:
         if any(_parts(conversations, "video")):
-            raise ValueError(
-                "Got a part of type 'video', expected text and images: clips are read by apply_chat_template."
-            )
+            raise ValueError("Got a part of type 'video', expected text and images; apply_chat_template reads clips.")
         texts, generated_spans = render_jinja_template(
             conversations,
             chat_template=self._default_chat_template(),
