@@ -4,8 +4,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from hydra_hf import HydraConfig, HydraForConditionalGeneration, HydraTokConfig, HydraTokModel, PixelFlowDecoderConfig
+from hydra_hf import (
+    HydraConfig,
+    HydraForConditionalGeneration,
+    HydraTokConfig,
+    HydraTokModel,
+    PixelFlowDecoderConfig,
+    PixelViTDecoderConfig,
+)
 from hydra_hf.modeling.layers import ZeroLinear
+from hydra_hf.modeling.temporal import FrameLinear
 
 
 IMAGE, START, END = 60, 61, 62
@@ -40,6 +48,25 @@ def tok_config(**changes) -> HydraTokConfig:
         "initializer_range": 0.2,
     }
     return HydraTokConfig(**{"decoder_config": flow_decoder_config(), **sizes, **changes})
+
+
+def clip_config(folds: tuple[int, ...] = (0, 1), temporal_attention: str = "tubelet", **changes) -> HydraTokConfig:
+    """HYDRA-XTok; a decoder of three layers unfolds in front of its second and in its head, or all at once in its head."""
+    unfolds = [3, 3] if len(set(folds)) == 1 else [1, 3]
+    decoder_config = PixelViTDecoderConfig(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, patch_size=PATCH,
+        temporal_unfold_layers=unfolds, temporal_attention=temporal_attention, rotary_axes=[4, 4, 4],
+        initializer_range=0.2,
+    )  # fmt: skip
+    fields = {
+        "temporal_fold_layers": list(folds),
+        "temporal_attention": temporal_attention,
+        "rotary_axes": [4, 2, 2],
+        "use_bottleneck_layernorm": True,
+        "use_cls_token": False,
+        "decoder_config": decoder_config,
+    }
+    return tok_config(**{**fields, **changes})
 
 
 def hydra_config(text: str = "qwen2", **changes) -> HydraConfig:
@@ -81,9 +108,11 @@ def hydra_config(text: str = "qwen2", **changes) -> HydraConfig:
 
 @torch.no_grad()
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model with random weights where training starts from zero; otherwise half of it would not be tested."""
+    """The model with random weights where training starts from zero or the identity; otherwise half of it would not be tested."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
+        if isinstance(module, FrameLinear):
+            module.weight.add_(0.2 * torch.randn(module.weight.shape, generator=generator))
         if isinstance(module, ZeroLinear):
             module.weight.copy_(0.2 * torch.randn(module.weight.shape, generator=generator))
             module.bias.copy_(0.2 * torch.randn(module.bias.shape, generator=generator))
@@ -93,6 +122,11 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
 def tok_model(seed: int = 0, **changes) -> HydraTokModel:
     torch.manual_seed(seed)
     return randomized(HydraTokModel(tok_config(**changes)), seed).eval()
+
+
+def clip_model(seed: int = 0, **changes) -> HydraTokModel:
+    torch.manual_seed(seed)
+    return randomized(HydraTokModel(clip_config(**changes)), seed).eval()
 
 
 def hydra_model(text: str = "qwen2", seed: int = 0, attn_implementation: str = "sdpa", **changes):
@@ -106,6 +140,12 @@ def pictures(number: int, height: int = 2 * PATCH, width: int = 2 * PATCH, seed:
     """Pixels (number, 3, height, width) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     return 2 * torch.rand(number, 3, height, width, generator=generator) - 1
+
+
+def clips(number: int, num_frames: int = 9, height: int = 2 * PATCH, width: int = 2 * PATCH, seed: int = 0) -> Tensor:
+    """Pixels (number, 3, num_frames, height, width) in [-1, 1]."""
+    frames = pictures(number * num_frames, height, width, seed)
+    return frames.unflatten(0, (number, num_frames)).transpose(1, 2)
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:

@@ -27,6 +27,11 @@ class Bottleneck(nn.Module):
     def __init__(self, config):
         super().__init__()
         decoder_size = config.hidden_size if config.decoder_config is None else config.decoder_config.hidden_size
+        self.norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.use_bottleneck_layernorm
+            else nn.Identity()
+        )
         self.down_proj = nn.Linear(config.hidden_size, 2 * config.latent_channels)
         self.semantic_up_proj = nn.Linear(config.latent_channels, config.hidden_size)
         self.decoder_up_proj = nn.Linear(config.latent_channels, decoder_size)
@@ -40,7 +45,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> BottleneckOutput:
         """`hidden_states` (B, N, D) of Gen-ViT."""
-        mean, logvar = self.down_proj(hidden_states).chunk(2, dim=-1)  # mu, rho in eq. 2
+        mean, logvar = self.down_proj(self.norm(hidden_states)).chunk(2, dim=-1)  # mu, rho in eq. 2
         return BottleneckOutput(
             mean=mean,
             logvar=logvar.clamp(-30, 20),

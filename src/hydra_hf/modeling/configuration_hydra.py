@@ -38,6 +38,20 @@ def _check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {sorted(choices)}.")
 
 
+def _check_temporal(name: str, config: PreTrainedConfig, layers: list[int], last_layer: int) -> None:
+    """Folds or unfolds at layers that exist, an attention that exists and rotary axes that a head has room for."""
+    if layers != sorted(layers) or any(not 0 <= layer <= last_layer for layer in layers):
+        raise ValueError(f"{name}: {layers} must be layers from 0 to {last_layer}, in ascending order.")
+    _check_choice(f"{name}: temporal_attention", config.temporal_attention, TEMPORAL_ATTENTION)
+    axes, head_dim = config.rotary_axes, config.hidden_size // config.num_attention_heads
+    if axes and (len(axes) != 3 or any(size < 0 or size % 2 for size in axes) or sum(axes) > head_dim):
+        raise ValueError(
+            f"{name}: rotary_axes={axes} must be none, or even numbers for frame, row and column, of {head_dim=} at most."
+        )
+    if head_dim % 2 and axes:
+        raise ValueError(f"{name}: rotary_axes={axes} turn pairs of dimensions, but {head_dim=} is odd.")
+
+
 def _check_language_model(config: PreTrainedConfig) -> None:
     """Checks what transformers checks only when the model is built. Raises ValueError."""
     _check_positive("text_config", config)
@@ -123,7 +137,13 @@ class PixelFlowDecoderConfig(HydraPreTrainedConfig):
 
 @strict
 class PixelViTDecoderConfig(HydraPreTrainedConfig):
-    """A ViT that regresses the pixels of each patch. HYDRA-X, section 2."""
+    """A ViT that regresses the pixels of each patch. HYDRA-X, section 2.
+
+    Args:
+        temporal_unfold_layers: layers before which one frame of a clip becomes two, `num_hidden_layers` for the output
+            projection; as many as the encoder's folds. Which layers is our choice.
+        temporal_attention, rotary_axes: as in `HydraTokConfig`.
+    """
 
     model_type = "hydra_pixel_vit_decoder"
     base_config_key = "decoder_config"
@@ -138,23 +158,36 @@ class PixelViTDecoderConfig(HydraPreTrainedConfig):
     attention_dropout: float | int = 0.0
     patch_size: int = 14
     num_channels: int = 3
+    temporal_unfold_layers: list[int] = field(default_factory=list)
+    temporal_attention: str = "tubelet"
+    rotary_axes: list[int] = field(default_factory=list)
     initializer_range: float = 0.02
 
     def validate_architecture(self):
         super().validate_architecture()
         _check_layers("decoder_config", self)
+        _check_temporal("decoder_config", self, self.temporal_unfold_layers, self.num_hidden_layers)
         if self.hidden_size % 4:
             raise ValueError(f"decoder_config: {self.hidden_size=} must be a multiple of 4 for 2D sine positions.")
 
 
+TEMPORAL_ATTENTION = ("tubelet", "causal", "full")
 FLOW_DECODER_SIZES = {"S": (6, 12), "M": (12, 16), "L": (18, 24)}  # (global layers, flow layers)
 
 
 @strict
 class HydraTokConfig(HydraPreTrainedConfig):
-    """One ViT cut in two by a bottleneck of `latent_channels`. HYDRA, section 3.
+    """One ViT cut in two by a bottleneck of `latent_channels`. HYDRA, section 3; HYDRA-X, section 2.
 
     Args:
+        temporal_fold_layers: layers of Gen-ViT before which two frames of a clip are merged into one, 0 for the patches; a
+            layer listed twice merges four. Empty for HYDRA-TOK, which reads only images. Which layers is our choice.
+        temporal_attention: what a frame of a clip attends to: itself and the frame before it ("tubelet"), itself and all
+            frames before it ("causal"), or all frames ("full").
+        rotary_axes: how many dimensions of each head are rotated by the frame, the row and the column, in addition to the
+            position table (our choice); empty for no rotary positions. Rotation by row and column changes the attention of
+            a converted ViT; with [24, 0, 0] its images start unchanged.
+        use_bottleneck_layernorm: a LayerNorm before the bottleneck (our choice), for the large activations of SigLIP2.
         image_size: size for which the position table was learned; any multiple of `patch_size` works.
         position_interpolation: how that table is resized to other grids: "bicubic" (InternViT and SigLIP), or "bilinear"
             with antialias (SigLIP2 naflex).
@@ -184,6 +217,10 @@ class HydraTokConfig(HydraPreTrainedConfig):
     attention_dropout: float | int = 0.0
     use_cls_token: bool = True
     use_post_layernorm: bool = False
+    use_bottleneck_layernorm: bool = False
+    temporal_fold_layers: list[int] = field(default_factory=list)
+    temporal_attention: str = "tubelet"
+    rotary_axes: list[int] = field(default_factory=list)
     image_size: int = 448
     patch_size: int = 14
     num_channels: int = 3
@@ -201,6 +238,11 @@ class HydraTokConfig(HydraPreTrainedConfig):
     def num_hidden_layers(self) -> int:
         return self.num_gen_layers + self.num_sem_layers
 
+    @property
+    def temporal_compression_ratio(self) -> int:
+        """How many frames of a clip, after the first, are one latent frame."""
+        return 2 ** len(self.temporal_fold_layers)
+
     def validate_architecture(self):
         super().validate_architecture()
         _check_layers("vision_config", self)
@@ -212,10 +254,24 @@ class HydraTokConfig(HydraPreTrainedConfig):
             raise ValueError(f"{self.image_std=} must be positive numbers.")
         if not len(self.image_mean) == len(self.image_std) == self.num_channels:
             raise ValueError(f"{self.image_mean=} and {self.image_std=} must have {self.num_channels=} numbers.")
+        _check_temporal("vision_config", self, self.temporal_fold_layers, self.num_gen_layers - 1)
+        self._check_unfolds()
         if self.position_interpolation not in ("bicubic", "bilinear"):
             raise ValueError(f"{self.position_interpolation=} must be 'bicubic' or 'bilinear'.")
         if self.decoder_config is not None and self.decoder_config.patch_size != self.patch_size:
             raise ValueError(f"{self.decoder_config.patch_size=} of the decoder must equal {self.patch_size=}.")
+
+    def _check_unfolds(self) -> None:
+        """Decoders give back the frames that the folds took; a flow decoder has images alone."""
+        if self.decoder_config is None:
+            return
+        is_vit = isinstance(self.decoder_config, PixelViTDecoderConfig)
+        unfolds = self.decoder_config.temporal_unfold_layers if is_vit else []
+        if len(unfolds) != len(self.temporal_fold_layers):
+            raise ValueError(
+                f"{self.temporal_fold_layers=} need a {PixelViTDecoderConfig.model_type} decoder with as many"
+                f" temporal_unfold_layers, got {unfolds} of a {self.decoder_config.model_type}."
+            )
 
     @classmethod
     def internvit_300m(cls, decoder: str = "S", **kwargs) -> "HydraTokConfig":
@@ -247,6 +303,19 @@ class HydraTokConfig(HydraPreTrainedConfig):
             "decoder_config": PixelViTDecoderConfig(patch_size=16),
         }
         return cls(**{**so400m, **kwargs})
+
+    @classmethod
+    def siglip2_so400m_video(cls, **kwargs) -> "HydraTokConfig":
+        """HYDRA-XTok: the same for images and clips, two folds and 3D rotary positions. HYDRA-X, section 2."""
+        video = {
+            "temporal_fold_layers": [0, 7],
+            "rotary_axes": [24, 24, 24],
+            "use_bottleneck_layernorm": True,
+            "decoder_config": PixelViTDecoderConfig(
+                patch_size=16, temporal_unfold_layers=[13, 27], rotary_axes=[24, 24, 24]
+            ),
+        }
+        return cls.siglip2_so400m(**{**video, **kwargs})
 
 
 @strict

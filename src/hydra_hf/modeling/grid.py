@@ -1,9 +1,9 @@
 """Where visual tokens are: grids, positions, patches, and images of several sizes packed one after the other.
 
-A grid is (t, h, w) in tokens; an image has t = 1. Packed, the tokens of all images are one tensor (total_tokens, ...), image by
-image and row by row, and `image_grid_thw` (num_images, 3) says which belong together, as in Qwen2-VL. Inside a network, tokens
-are in rows (B, N, ...): either every row is an image of one grid, or one row holds images of several grids; `grids` lists
-the grid, or the grids of the row.
+A grid is (t, h, w) in tokens; an image has t = 1. Before the tokenizer's folds t counts the frames of a clip, after them its latent
+frames. Packed, the tokens of all images are one tensor (total_tokens, ...), image by image and row by row, and `image_grid_thw`
+(num_images, 3) says which belong together, as in Qwen2-VL. Inside a network, tokens are in rows (B, N, ...): either every row is an
+image of one grid, or one row holds images of several grids; `grids` lists the grid, or the grids of the row.
 """
 
 import math
@@ -41,6 +41,21 @@ def image_grid(height: int, width: int, patch_size: int) -> Grid:
     return (1, height // patch_size, width // patch_size)
 
 
+def clip_grid(num_frames: int, height: int, width: int, patch_size: int, ratio: int, start: int = 0) -> Grid:
+    """The grid of the latents of a clip, where `ratio` frames after the first are one, and earlier chunks had `start` frames.
+
+    Raises ValueError for a size that is not one of whole patches, and frames that are not one and then groups of `ratio`.
+    """
+    first = int(start == 0)
+    if num_frames < 1 or (num_frames - first) % ratio:
+        groups = max(num_frames - first, 0) // ratio
+        nearest = [first + ratio * number for number in (groups, groups + 1) if first + number > 0]
+        expected = f"{ratio}n + 1: an anchor frame, then groups of {ratio}" if first else f"{ratio}n in a later chunk"
+        raise ValueError(f"{num_frames=} must be {expected}; the nearest are {' and '.join(map(str, nearest))}.")
+    _, h, w = image_grid(height, width, patch_size)
+    return (first + (num_frames - first) // ratio, h, w)
+
+
 def image_grids(image_grid_thw: Tensor) -> list[Grid]:
     """The grids of `image_grid_thw` (num_images, 3). Raises ValueError for another shape, or a grid that is not an image's."""
     if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3 or not len(image_grid_thw):
@@ -69,37 +84,43 @@ def aspect_buckets(max_tokens: int, max_aspect_ratio: float = 2.0) -> list[tuple
 
 
 def patchify(pixel_values: Tensor, patch_size: int) -> Tensor:
-    """(B, 3, H, W) -> (B, N, 3 p p); inside a patch, channel before row before column."""
-    patches = pixel_values.unflatten(-1, (-1, patch_size)).unflatten(-3, (-1, patch_size))  # (B, 3, h, p, w, p)
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    """(B, 3, H, W) or (B, 3, T, H, W) -> (B, N, 3 p p), frame by frame; inside a patch, channel before row before column."""
+    frames = pixel_values[:, :, None] if pixel_values.ndim == 4 else pixel_values
+    patches = frames.unflatten(-1, (-1, patch_size)).unflatten(-3, (-1, patch_size))  # (B, 3, T, h, p, w, p)
+    return patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid: Grid) -> Tensor:
-    """(B, N, 3 p p) -> (B, 3, H, W)."""
-    patches = patches.unflatten(2, (-1, patch_size, patch_size)).unflatten(1, grid[1:])  # (B, h, w, 3, p, p)
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    """(B, N, 3 p p) -> (B, 3, H, W), or (B, 3, T, H, W) of several frames."""
+    patches = patches.unflatten(2, (-1, patch_size, patch_size)).unflatten(1, grid)  # (B, T, h, w, 3, p, p)
+    frames = patches.permute(0, 4, 1, 2, 5, 3, 6).flatten(5).flatten(3, 4)
+    return frames if grid[0] > 1 else frames[:, :, 0]
 
 
 def latents_to_tokens(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, N, C)."""
+    """(B, C, h, w) or (B, C, T', h, w) -> (B, N, C)."""
     return latents.flatten(2).transpose(1, 2)
 
 
 def tokens_to_latents(tokens: Tensor, grid: Grid) -> Tensor:
-    """(B, N, C) -> (B, C, h, w)."""
-    return tokens.transpose(1, 2).unflatten(2, grid[1:])
+    """(B, N, C) -> (B, C, h, w), or (B, C, T', h, w) of several frames."""
+    return tokens.transpose(1, 2).unflatten(2, grid if grid[0] > 1 else grid[1:])
 
 
 # Packed images
 
 
 def pack_images(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, Tensor]:
-    """`pixel_values` (total_patches, 3 p p) and `image_grid_thw` (num_images, 3) of images (3, H, W) of any sizes."""
-    grids = [image_grid(*image.shape[-2:], patch_size) for image in images]
+    """`pixel_values` (total_patches, 3 p p) and `image_grid_thw` (num_images, 3) of images (3, H, W) of any sizes.
+
+    A clip (3, T, H, W) has its frames one after the other, and its grid is in frames.
+    """
+    clips = [image[:, None] if image.ndim == 3 else image for image in images]
+    grids = [(clip.shape[1], *image_grid(*clip.shape[-2:], patch_size)[1:]) for clip in clips]
     packed = images[0].new_empty(sum(map(num_tokens, grids)), images[0].shape[0] * patch_size**2)
-    for patches, image, (_, h, w) in zip(split_images(packed, grids), images, grids):  # each written once
-        places = patches.view(h, w, -1, patch_size, patch_size)
-        places.copy_(image.unflatten(2, (w, -1)).unflatten(1, (h, -1)).permute(1, 3, 0, 2, 4))
+    for patches, clip, grid in zip(split_images(packed, grids), clips, grids):  # each written once
+        places = patches.view(*grid, -1, patch_size, patch_size)
+        places.copy_(clip.unflatten(3, (grid[2], -1)).unflatten(2, (grid[1], -1)).permute(1, 2, 4, 0, 3, 5))
     return packed, torch.tensor(grids)
 
 

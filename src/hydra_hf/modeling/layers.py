@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,10 @@ def eager_attention_forward(
 
 
 class ViTAttention(nn.Module):
-    """Bidirectional multi-head attention over all tokens; with `qk_norm` queries and keys are RMS-normalised."""
+    """Bidirectional multi-head attention over all tokens; with `qk_norm` queries and keys are RMS-normalised.
+
+    In clips `frames` says which frames see each other, see `temporal.py`.
+    """
 
     is_causal = False
     num_key_value_groups = 1
@@ -89,8 +93,8 @@ class ViTAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps=config.layer_norm_eps) if qk_norm else nn.Identity()
 
     def forward(
-        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None = None, **kwargs
-    ) -> tuple[Tensor, Tensor | None]:
+        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor] | None = None, frames: Callable | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """(B, N, D) -> (B, N, D), and the attention weights if the implementation returns them; `rotary` as from `rotary_positions_2d`."""
         heads = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)  # (B, heads, N, head_dim)
@@ -101,10 +105,11 @@ class ViTAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        dropout = self.dropout if self.training else 0.0
-        output, weights = attention(
-            self, query, key, value, None, dropout=dropout, scaling=self.scaling, is_causal=False, **kwargs
-        )
+        attend = partial(
+            attention, self, attention_mask=None, dropout=self.dropout if self.training else 0.0, scaling=self.scaling,
+            is_causal=False, **kwargs,
+        )  # fmt: skip
+        output, weights = attend(query, key, value) if frames is None else frames(attend, self, query, key, value)
         return self.out_proj(output.reshape(hidden_states.shape)), weights
 
 

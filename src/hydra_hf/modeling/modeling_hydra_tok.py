@@ -1,10 +1,10 @@
-"""HYDRA-TOK: one ViT as visual tokenizer. HYDRA, section 3; figure 2.
+"""HYDRA-TOK and HYDRA-XTok: one ViT as visual tokenizer. HYDRA, section 3, figure 2; HYDRA-X, section 2.
 
 pixels -> Gen-ViT -> bottleneck (64 channels a token) -> Sem-ViT -> semantic states
                          `-> pixel decoder -> pixels
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -17,21 +17,19 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .bottleneck import Bottleneck, sample_posterior
 from .compat import capture_outputs
-from .configuration_hydra import HydraTokConfig, PixelFlowDecoderConfig
+from .configuration_hydra import HydraTokConfig, PixelFlowDecoderConfig, PixelViTDecoderConfig
 from .flow import add_noise, predict_clean, velocity_target
 from .grid import (
-    NUM_POSITION_FEATURES,
     Grid,
+    clip_grid,
     image_grid,
     latents_to_tokens,
     num_tokens,
     patchify,
-    position_features,
     tokens_to_latents,
     unpatchify,
-    varlen_arguments,
 )
-from .layers import ViTAttention, ViTLayer, ZeroLinear, init_layer
+from .layers import ViTAttention, ViTLayer, init_layer
 from .outputs import (
     HydraTokDecoderOutput,
     HydraTokEncoderOutput,
@@ -40,99 +38,8 @@ from .outputs import (
 )
 from .pixel_decoders import PIXEL_DECODERS
 from .pretrained import HydraPreTrainedMixin
-
-
-class Embeddings(nn.Module):
-    """Patches, a class token and a learned position table that is interpolated to any grid."""
-
-    def __init__(self, config: HydraTokConfig):
-        super().__init__()
-        self.grid_size = config.image_size // config.patch_size
-        self.position_interpolation = config.position_interpolation
-        self.projection = nn.Conv2d(
-            config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size
-        )
-        num_cls = int(config.use_cls_token)
-        self.cls_token = nn.Parameter(torch.zeros(1, num_cls, config.hidden_size))
-        self.position_embeddings = nn.Parameter(torch.zeros(1, num_cls + self.grid_size**2, config.hidden_size))
-
-    def interpolate_positions(self, grid: Grid) -> Tensor:
-        """The table (1, cls + N, D) for a grid of one frame, computed in fp32 as in the original code."""
-        own_grid = (1, self.grid_size, self.grid_size)
-        if grid == own_grid:
-            return self.position_embeddings
-        num_cls = self.cls_token.shape[1]
-        table = tokens_to_latents(self.position_embeddings[:, num_cls:].float(), own_grid)
-        antialias = self.position_interpolation == "bilinear"
-        table = nn.functional.interpolate(
-            table, size=grid[1:], mode=self.position_interpolation, align_corners=False, antialias=antialias
-        )
-        table = latents_to_tokens(table).to(self.position_embeddings.dtype)
-        return torch.cat([self.position_embeddings[:, :num_cls], table], dim=1)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Normalised pixels (B, 3, H, W) -> (B, cls + N, D)."""
-        patches = self.projection(pixel_values.to(self.projection.weight.dtype))  # (B, D, h, w)
-        hidden_states = torch.cat([self.cls_token.expand(len(patches), -1, -1), latents_to_tokens(patches)], dim=1)
-        return hidden_states + self.interpolate_positions((1, *patches.shape[-2:]))
-
-
-class GenViT(nn.Module):
-    """The first layers: pixels to the states that the bottleneck compresses."""
-
-    def __init__(self, config: HydraTokConfig):
-        super().__init__()
-        self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList([ViTLayer(config) for _ in range(config.num_gen_layers)])
-
-    def forward(
-        self, pixel_values: Tensor | Sequence[Tensor], layer_outputs: list[Tensor] | None = None, **kwargs
-    ) -> Tensor:
-        """Normalised pixels (B, 3, H, W) -> (B, N, D); the class token is dropped, or it would leak past the bottleneck.
-
-        Several such tensors with the same B give rows of several images, only for flash attention. The outputs
-        (B, cls + N, D) of all layers are appended to `layer_outputs`: FSDP replaces the class that hooks would record.
-        """
-        images = [pixel_values] if isinstance(pixel_values, Tensor) else pixel_values
-        embeddings = [self.embeddings(image) for image in images]
-        lengths = [embedding.shape[1] for embedding in embeddings]
-        hidden_states = torch.cat(embeddings, dim=1) if len(images) > 1 else embeddings[0]
-        kwargs |= varlen_arguments(lengths, hidden_states.device)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
-            if layer_outputs is not None:
-                layer_outputs.append(hidden_states)
-        num_cls = self.embeddings.cls_token.shape[1]
-        if len(images) == 1:
-            return hidden_states[:, num_cls:]
-        return torch.cat([states[:, num_cls:] for states in hidden_states.split(lengths, dim=1)], dim=1)
-
-
-class SemViT(nn.Module):
-    """The last layers: unprojected latents to semantic states."""
-
-    def __init__(self, config: HydraTokConfig):
-        super().__init__()
-        self.position_proj = None
-        if config.use_sem_positions:
-            self.position_proj = ZeroLinear(NUM_POSITION_FEATURES, config.hidden_size)
-        self.layers = nn.ModuleList([ViTLayer(config) for _ in range(config.num_sem_layers)])
-        self.post_layernorm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.use_post_layernorm else nn.Identity()
-        )
-
-    def forward(
-        self, hidden_states: Tensor, grids: Sequence[Grid], layer_outputs: list[Tensor] | None = None, **kwargs
-    ) -> Tensor:
-        """Unprojected latents (B, N, D) -> (B, N, D), in rows of images with `grids`, see `grid.py`."""
-        if self.position_proj is not None:
-            hidden_states = hidden_states + self.position_proj(position_features(grids, hidden_states))
-        kwargs |= varlen_arguments([num_tokens(grid) for grid in grids], hidden_states.device)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
-            if layer_outputs is not None:
-                layer_outputs.append(hidden_states)
-        return self.post_layernorm(hidden_states)
+from .temporal import FrameCache, FrameLinear, split_clip
+from .vit import Embeddings, GenViT, SemViT
 
 
 class HydraTokPreTrainedModel(HydraPreTrainedMixin, PreTrainedModel):
@@ -165,6 +72,8 @@ class HydraTokPreTrainedModel(HydraPreTrainedMixin, PreTrainedModel):
             init.normal_(module.position_embeddings, std=self.config.initializer_range)
         elif isinstance(module, Bottleneck):
             module.init_statistics()
+        elif isinstance(module, FrameLinear):
+            module.init_identity()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -196,9 +105,9 @@ class HydraTokModel(HydraTokPreTrainedModel):
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> HydraTokOutput:
-        """Understanding path for `pixel_values` (B, 3, H, W) in [-1, 1].
+        """Understanding path for `pixel_values` (B, 3, H, W), or clips (B, 3, 1 + 4n, H, W), in [-1, 1].
 
-        Raises ValueError for another rank, type or range, or sides that are not multiples of the patch size.
+        Raises ValueError for another rank, type, range or number of frames, or sides that are not multiples of the patch size.
         """
         grid = self.get_grid(pixel_values)
         self.check_range(pixel_values)
@@ -207,39 +116,69 @@ class HydraTokModel(HydraTokPreTrainedModel):
         semantic_states = self.sem_vit(bottleneck.hidden_states, [grid], **kwargs)  # (B, N, D)
         return HydraTokOutput(
             last_hidden_state=semantic_states,
-            latents=tokens_to_latents(self.bottleneck.normalize(bottleneck.mean), grid),
+            latents=_as_clip(tokens_to_latents(self.bottleneck.normalize(bottleneck.mean), grid), pixel_values),
             mean=bottleneck.mean,
             logvar=bottleneck.logvar,
         )
 
     @apply_forward_hook
-    def encode(self, pixel_values: Tensor, return_dict: bool = True) -> HydraTokEncoderOutput | tuple:
+    def encode(
+        self, pixel_values: Tensor, return_dict: bool = True, *, chunk_frames: int | None = None
+    ) -> HydraTokEncoderOutput | tuple:
         """Normalised latents (B, C, h, w) of `pixel_values` (B, 3, H, W) in [-1, 1], as a Gaussian (eq. 2-3).
 
-        Raises ValueError for another rank, type or range, or sides that are not multiples of the patch size.
-        """
-        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+        For clips (B, 3, 1 + 4n, H, W) they are (B, C, 1 + n, h, w).
 
-        grid = self.get_grid(pixel_values)
+        Args:
+            chunk_frames: encodes a clip in chunks of at most this many frames, a multiple of 4: the same latents, in the
+                memory of one chunk.
+
+        Raises ValueError for another rank, type, range or number of frames, or sides that are not multiples of the patch size.
+        """
+        if chunk_frames is None:
+            output = _posterior(self._encode(pixel_values))
+        else:
+            self.get_grid(pixel_values)  # its error is about the whole clip
+            chunks = split_clip(pixel_values, chunk_frames, self.config.temporal_compression_ratio)
+            posteriors = [chunk.latent_dist for chunk in self.encode_chunks(chunks)]
+            output = _posterior(torch.cat([posterior.parameters for posterior in posteriors], dim=2))
+        return output if return_dict else output.to_tuple()
+
+    @apply_forward_hook
+    def encode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[HydraTokEncoderOutput]:
+        """`encode` of one long clip that comes in chunks: (B, 3, 1 + 4n, H, W), then (B, 3, 4n, H, W) any number of times.
+
+        Raises ValueError in training, and for full attention, which reads all frames at once.
+        """
+        cache = self._empty_cache(self.config)
+        return (_posterior(self._encode(chunk, cache)) for chunk in chunks)
+
+    def _encode(self, pixel_values: Tensor, cache: FrameCache | None = None) -> Tensor:
+        """Mean and log variance of normalised latents, (B, 2 C, [T',] h, w)."""
+        grid = self.get_grid(pixel_values, cache)
         self.check_range(pixel_values)
-        bottleneck = self.bottleneck(self.gen_vit(self.normalize_pixels(pixel_values)))
+        bottleneck = self.bottleneck(self.gen_vit(self.normalize_pixels(pixel_values), cache=cache))
+        if cache is not None:
+            cache.num_frames += pixel_values.shape[2]
         mean = self.bottleneck.normalize(bottleneck.mean)
         logvar = bottleneck.logvar - 2 * self.bottleneck.latents_std.log()
-        latent_dist = DiagonalGaussianDistribution(tokens_to_latents(torch.cat([mean, logvar], dim=-1), grid))
-        return HydraTokEncoderOutput(latent_dist=latent_dist) if return_dict else (latent_dist,)
+        return _as_clip(tokens_to_latents(torch.cat([mean, logvar], dim=-1), grid), pixel_values)
 
     @apply_forward_hook
     def get_semantic_states(self, latents: Tensor) -> Tensor:
-        """Semantic states (B, N, D) of normalised latents (B, C, h, w), clean or noised."""
-        self._check_latents(latents)
-        return self.sem_vit(self.get_bottleneck_states(latents_to_tokens(latents)), [(1, *latents.shape[-2:])])
+        """Semantic states (B, N, D) of normalised latents (B, C, h, w) or (B, C, T', h, w), clean or noised."""
+        grid = self._latent_grid(latents)
+        return self.sem_vit(self.get_bottleneck_states(latents_to_tokens(latents)), [grid])
 
     def get_bottleneck_states(self, tokens: Tensor) -> Tensor:
         """The input (B, N, D) of Sem-ViT for normalised latents as tokens (B, N, C): denormalised and unprojected."""
         return self.bottleneck.semantic_up_proj(self._denormalize(tokens))
 
     def encode_rows(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """The mode of normalised latents as tokens (B, N, C), for pixels in [-1, 1] as patches (B, N, 3 p p), see `grid.py`."""
+        """The mode of normalised latents as tokens (B, N, C), for pixels in [-1, 1] as patches (B, N, 3 p p), see `grid.py`.
+
+        The grids are those of the pixels: t frames of a clip, which are 1 + (t - 1) / 4 latent frames.
+        """
         return self.bottleneck.normalize(self.encode_means(patches, grids))
 
     def encode_means(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
@@ -257,27 +196,55 @@ class HydraTokModel(HydraTokPreTrainedModel):
         num_inference_steps: int | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
+        chunk_frames: int | None = None,
     ) -> HydraTokDecoderOutput | tuple:
-        """Pixels (B, 3, H, W), near [-1, 1], of normalised latents (B, C, h, w).
+        """Pixels (B, 3, H, W), near [-1, 1], of normalised latents (B, C, h, w); of (B, C, 1 + n, h, w), (B, 3, 1 + 4n, H, W).
 
         Args:
             num_inference_steps: Euler steps of a flow decoder; None is the number in its config.
             generator: draws the starting noise of a flow decoder; None is torch's global generator, as in diffusers.
             noise: the starting noise itself, (B, 3, H, W).
+            chunk_frames: decodes a clip in chunks of at most this many frames, a multiple of 4: the same pixels.
 
         Raises:
             ValueError: without a decoder, for latents of another rank or number of channels, or noise of another shape.
         """
-        if self.pixel_decoder is None:
-            raise ValueError("This HydraTokModel has no pixel decoder (decoder_config is None), so it cannot decode.")
-        self._check_latents(latents)
-        grid = (1, *latents.shape[-2:])
+        self._check_decoder()
+        grid = self._latent_grid(latents)
+        if chunk_frames is not None:
+            ratio = self.config.temporal_compression_ratio
+            chunks = split_clip(latents, chunk_frames, ratio, frames_per_step=ratio)
+            sample = torch.cat(list(self.decode_chunks(chunks)), dim=2)
+            return HydraTokDecoderOutput(sample=sample) if return_dict else (sample,)
         rows = [latents_to_tokens(latents)]
         if self.decodes_from_noise:
             rows.append(self.get_decoder_noise([grid] * len(latents), latents.device, generator, noise))
         patches = self.decode_rows(*rows, grids=[grid], num_inference_steps=num_inference_steps)
-        sample = unpatchify(patches, self.config.patch_size, grid).to(latents.dtype)
+        sample = self.as_pixels(patches, grid, latents).to(latents.dtype)
         return HydraTokDecoderOutput(sample=sample) if return_dict else (sample,)
+
+    @apply_forward_hook
+    def decode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`decode` of the latents of one long clip that come in chunks (B, C, T', h, w), to pixels as `encode_chunks` takes them.
+
+        Raises ValueError as `encode_chunks` does.
+        """
+        self._check_decoder()
+        cache = self._empty_cache(self.config.decoder_config)
+        return (self._decode(chunk, cache) for chunk in chunks)
+
+    def _decode(self, latents: Tensor, cache: FrameCache) -> Tensor:
+        grid = self._latent_grid(latents)
+        states = self._unproject_for_decoder(latents_to_tokens(latents))
+        patches = self._denormalize_patches(self.pixel_decoder(states, [grid], cache=cache))
+        cache.num_frames += grid[0]
+        return self.as_pixels(patches, grid, latents).to(latents.dtype)
+
+    def as_pixels(self, patches: Tensor, grid: Grid, like: Tensor) -> Tensor:
+        """Images of patches (B, N, 3 p p), or clips where `like` is one; `grid` is that of their latents."""
+        height, width = grid[1:]
+        pixels = unpatchify(patches, self.config.patch_size, (patches.shape[1] // (height * width), height, width))
+        return _as_clip(pixels, like)
 
     @property
     def decodes_from_noise(self) -> bool:
@@ -292,13 +259,22 @@ class HydraTokModel(HydraTokPreTrainedModel):
         grids: Sequence[Grid],
         num_inference_steps: int | None = None,
     ) -> Tensor:
-        """Pixels as patches (B, N, 3 p p) of normalised latents as tokens (B, N, C), see `grid.py`; `noise` is patches, too."""
-        patches = self.pixel_decoder.decode(
-            self.bottleneck.decoder_up_proj(self._denormalize(tokens)), grids,
-            noise=noise, num_inference_steps=num_inference_steps,
-        )  # fmt: skip
+        """Pixels as patches (B, N, 3 p p) of normalised latents as tokens (B, N, C), see `grid.py`; `noise` is patches, too.
+
+        The grids are those of the latents; a clip has the patches of all its frames.
+        """
+        states = self._unproject_for_decoder(tokens)
+        patches = self.pixel_decoder.decode(states, grids, noise=noise, num_inference_steps=num_inference_steps)
+        return self._denormalize_patches(patches)
+
+    def _unproject_for_decoder(self, tokens: Tensor) -> Tensor:
+        return self.bottleneck.decoder_up_proj(self._denormalize(tokens))
+
+    def _denormalize_patches(self, patches: Tensor) -> Tensor:
+        """(B, N, 3 p p), each patch a small image."""
         patch = self.config.patch_size
-        return self.denormalize_pixels(patches.unflatten(-1, (-1, patch, patch))).flatten(-3)
+        images = patches.flatten(0, 1).unflatten(-1, (-1, patch, patch))
+        return self.denormalize_pixels(images).flatten(1).unflatten(0, patches.shape[:2])
 
     def set_latents_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Sets the per-channel statistics (C,) of sampled latents that `encode` and `decode` normalise with.
@@ -314,7 +290,7 @@ class HydraTokModel(HydraTokPreTrainedModel):
         self.bottleneck.latents_std.copy_(std)
 
     def normalize_pixels(self, pixel_values: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1] with the statistics that the ViT was trained with."""
+        """Images or clips (B, 3, ...) in [-1, 1] with the statistics that the ViT was trained with."""
         mean, std = self._pixel_statistics(pixel_values)
         return ((pixel_values + 1) / 2 - mean) / std
 
@@ -323,19 +299,30 @@ class HydraTokModel(HydraTokPreTrainedModel):
         mean, std = self._pixel_statistics(pixel_values)
         return (pixel_values * std + mean) * 2 - 1
 
-    def get_grid(self, pixel_values: Tensor) -> Grid:
-        """The grid of each image.
-
-        Raises ValueError for anything but a batch of images whose sides are multiples of the patch size.
-        """
-        channels, patch = self.config.num_channels, self.config.patch_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
+    def get_grid(self, pixel_values: Tensor, cache: FrameCache | None = None) -> Grid:
+        """The latent grid of each image, clip, or next chunk after `cache`. Raises ValueError for any other tensor."""
+        config, shape = self.config, tuple(pixel_values.shape)
+        ranks = {4: f"(B, {config.num_channels}, H, W)", 5: f"(B, {config.num_channels}, T, H, W)"}
+        if not self.reads_clips:
+            del ranks[5]
+        elif cache is not None:
+            del ranks[4]
+        if len(shape) not in ranks or shape[1] != config.num_channels or not pixel_values.is_floating_point():
             raise ValueError(
-                f"pixel_values {tuple(pixel_values.shape)} of {pixel_values.dtype} must be floats (B, {channels}, H, W)."
+                f"pixel_values {shape} of {pixel_values.dtype} must be floats {' or '.join(ranks.values())}"
+                f"{'' if self.reads_clips else ': without temporal_fold_layers the model reads images alone'}."
             )
         if not len(pixel_values):
-            raise ValueError(f"pixel_values {tuple(pixel_values.shape)} hold no image, expected at least one.")
-        return image_grid(*pixel_values.shape[-2:], patch)
+            raise ValueError(f"pixel_values {shape} hold no image, expected at least one.")
+        if len(shape) == 4:
+            return image_grid(*shape[-2:], config.patch_size)
+        start = 0 if cache is None else cache.num_frames
+        return clip_grid(*shape[-3:], config.patch_size, config.temporal_compression_ratio, start)
+
+    @property
+    def reads_clips(self) -> bool:
+        """Whether clips are accepted, too."""
+        return bool(self.config.temporal_fold_layers)
 
     def check_range(self, pixel_values: Tensor) -> None:
         """Raises ValueError for pixels clearly outside [-1, 1], except in a compiled graph, which cannot branch on data."""
@@ -347,11 +334,30 @@ class HydraTokModel(HydraTokPreTrainedModel):
 
     def _pixel_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = like.new_tensor(self.config.image_mean), like.new_tensor(self.config.image_std)
-        return mean[:, None, None], std[:, None, None]
+        shape = (-1, *[1] * (like.ndim - 2))
+        return mean.view(shape), std.view(shape)
 
-    def _check_latents(self, latents: Tensor) -> None:
-        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
-            raise ValueError(f"latents {tuple(latents.shape)} must be (B, {self.config.latent_channels}, h, w).")
+    def _latent_grid(self, latents: Tensor) -> Grid:
+        """The grid of each image or clip. Raises ValueError for anything but latents."""
+        channels, shape = self.config.latent_channels, tuple(latents.shape)
+        if len(shape) not in ((4, 5) if self.reads_clips else (4,)) or shape[1] != channels:
+            clips = f" or (B, {channels}, T, h, w)" if self.reads_clips else ""
+            raise ValueError(f"latents {shape} must be (B, {channels}, h, w){clips}.")
+        return shape[2:] if len(shape) == 5 else (1, *shape[2:])
+
+    def _check_decoder(self) -> None:
+        if self.pixel_decoder is None:
+            raise ValueError("This HydraTokModel has no pixel decoder (decoder_config is None), so it cannot decode.")
+
+    def _empty_cache(self, config: HydraTokConfig | PixelViTDecoderConfig) -> FrameCache:
+        """For the first chunk of a clip. Raises ValueError if chunks would differ from the whole clip."""
+        if not self.reads_clips or self.training or config.temporal_attention == "full":
+            raise ValueError(
+                "Chunks need a model for clips, in evaluation, whose frames see no later ones; got"
+                f" temporal_fold_layers={self.config.temporal_fold_layers}, training={self.training},"
+                f" temporal_attention={config.temporal_attention!r}."
+            )
+        return FrameCache()
 
     def _denormalize(self, tokens: Tensor) -> Tensor:
         """Denormalised tokens, in the dtype of the weights that read them rather than that of the statistics."""
@@ -374,6 +380,17 @@ class HydraTokModel(HydraTokPreTrainedModel):
         return patchify(noise, patch)
 
 
+def _posterior(parameters: Tensor) -> HydraTokEncoderOutput:
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    return HydraTokEncoderOutput(latent_dist=DiagonalGaussianDistribution(parameters))
+
+
+def _as_clip(tensor: Tensor, like: Tensor) -> Tensor:
+    """A clip of one frame has the frame's axis too."""
+    return tensor[:, :, None] if like.ndim == 5 and tensor.ndim == 4 else tensor
+
+
 class HydraTokForPreTraining(HydraTokPreTrainedModel):
     """The tokenizer for training: one call, so that DDP and FSDP wrap all of it. Save its `.model` with `save_pretrained`."""
 
@@ -393,7 +410,7 @@ class HydraTokForPreTraining(HydraTokPreTrainedModel):
         """Reconstruction path (eq. 1-7), and as much of the understanding path as `distill_layers` need.
 
         Args:
-            pixel_values: (B, 3, H, W) in [-1, 1].
+            pixel_values: (B, 3, H, W), or clips (B, 3, 1 + 4n, H, W), in [-1, 1].
             latent_noise: (B, N, C), the noise that samples the latents from their posterior; zeros give the mean.
             pixel_noise, sigma: (B, N, 3 p p) and (B,), the noise of a flow decoder's patches and its level.
             distill_layers: blocks, counted from 1, whose outputs are compared with a teacher's (L_dist).
@@ -421,7 +438,7 @@ class HydraTokForPreTraining(HydraTokPreTrainedModel):
         else:
             clean_patches = model.pixel_decoder(decoder_states, [grid])
         return HydraTokForPreTrainingOutput(
-            clean_pixel_values=model.denormalize_pixels(unpatchify(clean_patches, patch, grid)),
+            clean_pixel_values=model.denormalize_pixels(model.as_pixels(clean_patches, grid, pixel_values)),
             velocity=velocity,
             velocity_target=target,
             mean=bottleneck.mean,

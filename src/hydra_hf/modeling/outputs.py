@@ -9,8 +9,9 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class HydraTokOutput(ModelOutput):
-    """`last_hidden_state` (B, N, D): the semantic states; `latents` (B, C, h, w): the normalised mean; `mean` and `logvar`
-    (B, N, C): the posterior; `hidden_states`: the embeddings and the outputs of every layer, Gen-ViT's with the class token."""
+    """`last_hidden_state` (B, N, D): the semantic states; `latents` (B, C, h, w), of clips (B, C, T', h, w): the normalised
+    mean; `mean` and `logvar` (B, N, C): the posterior; `hidden_states`: the embeddings and the outputs of every layer,
+    Gen-ViT's with the class tokens."""
 
     last_hidden_state: Tensor | None = None
     latents: Tensor | None = None
@@ -22,7 +23,7 @@ class HydraTokOutput(ModelOutput):
 
 @dataclass
 class HydraTokEncoderOutput(ModelOutput):
-    """`latent_dist`: diffusers' Gaussian over normalised latents (B, C, h, w)."""
+    """`latent_dist`: diffusers' Gaussian over normalised latents (B, C, h, w), of clips (B, C, T', h, w)."""
 
     latent_dist: object | None = None
 
@@ -34,7 +35,7 @@ class HydraTokEncoderOutput(ModelOutput):
 
 @dataclass
 class HydraTokDecoderOutput(ModelOutput):
-    """`sample` (B, 3, H, W), near [-1, 1] and not clamped."""
+    """`sample` (B, 3, H, W), of clips (B, 3, T, H, W), near [-1, 1] and not clamped."""
 
     sample: Tensor | None = None
 

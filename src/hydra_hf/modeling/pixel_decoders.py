@@ -14,6 +14,14 @@ from .configuration_hydra import PixelFlowDecoderConfig, PixelViTDecoderConfig
 from .flow import euler_step, inference_sigmas, velocity_from_clean
 from .grid import Grid, num_tokens, sinusoidal_positions_2d, varlen_arguments
 from .layers import TimestepEmbedding, ViTLayer, ZeroLinear, modulate
+from .temporal import (
+    FrameCache,
+    FrameLayout,
+    TemporalUnfold,
+    attention_arguments,
+    channels_to_frames,
+    fold_factors,
+)
 
 
 class FlowMLPBlock(GradientCheckpointingLayer):
@@ -89,22 +97,37 @@ class PixelFlowDecoder(nn.Module):
 
 
 class PixelViTDecoder(nn.Module):
-    """Regresses the pixels in one pass, without noise."""
+    """Regresses the pixels in one pass, without noise. Clips are unfolded between layers, as the encoder folds them."""
 
     def __init__(self, config: PixelViTDecoderConfig):
         super().__init__()
         self.config = config
+        factors = fold_factors(config.temporal_unfold_layers)
+        self.head_factor = factors.pop(config.num_hidden_layers, 1)
+        self.unfolds = nn.ModuleDict({
+            str(layer): TemporalUnfold(config.hidden_size, factor) for layer, factor in factors.items()
+        })  # fmt: skip
         self.layers = nn.ModuleList([ViTLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.out_proj = nn.Linear(config.hidden_size, config.num_channels * config.patch_size**2)
+        self.out_proj = nn.Linear(config.hidden_size, self.head_factor * config.num_channels * config.patch_size**2)
 
-    def forward(self, hidden_states: Tensor, grids: Sequence[Grid], **kwargs) -> Tensor:
-        """Unprojected latents (B, N, D) -> patches (B, N, 3 p p)."""
+    def forward(
+        self, hidden_states: Tensor, grids: Sequence[Grid], cache: FrameCache | None = None, **kwargs
+    ) -> Tensor:
+        """Unprojected latents (B, N, D) -> patches (B, N, 3 p p), of a clip those of all its frames.
+
+        The `cache` is what earlier chunks of a clip left.
+        """
         hidden_states = hidden_states + sinusoidal_positions_2d(grids, self.config.hidden_size, hidden_states)
-        kwargs |= varlen_arguments([num_tokens(grid) for grid in grids], hidden_states.device)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
-        return self.out_proj(self.norm(hidden_states)).float()
+        layout = FrameLayout(tuple(grids), start=0 if cache is None else cache.num_frames)
+        arguments = attention_arguments(self.config, layout, hidden_states, cache)
+        for index, layer in enumerate(self.layers):
+            if str(index) in self.unfolds:
+                unfold = self.unfolds[str(index)]
+                hidden_states, layout = unfold(hidden_states, layout), layout.unfolded(unfold.factor)
+                arguments = attention_arguments(self.config, layout, hidden_states, cache)
+            hidden_states = layer(hidden_states, **arguments, **kwargs)
+        return channels_to_frames(self.out_proj(self.norm(hidden_states)).float(), layout, self.head_factor)
 
     def decode(
         self, hidden_states: Tensor, grids: Sequence[Grid], *, noise: Tensor | None = None, num_inference_steps: int | None = None
