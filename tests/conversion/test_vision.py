@@ -2,7 +2,15 @@ import pytest
 import timm
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from small_sources import ANY_GRID, OWN_GRID, PATCH, original_tensors
+from small_sources import (
+    ANY_GRID,
+    OWN_GRID,
+    PATCH,
+    internvl_vision,
+    original_tensors,
+    siglip2_vision,
+    siglip_vision,
+)
 from transformers import (
     InternVLVisionConfig,
     InternVLVisionModel,
@@ -13,6 +21,7 @@ from transformers import (
 )
 
 from hydra_hf import HydraTokConfig, HydraTokModel, PixelFlowDecoderConfig, PixelViTDecoderConfig
+from hydra_hf.cli import main
 from hydra_hf.conversion.convert import convert
 from hydra_hf.conversion.vision import convert_vision, vision_config, vision_layout
 
@@ -222,3 +231,45 @@ def test_a_config_without_sizes_is_an_error_that_names_them():
 def test_patches_that_are_not_square_are_an_error():
     with pytest.raises(ValueError, match=r"patch_size=\[14, 16\] must be square"):
         vision_config({**INTERNVIT_300M, "patch_size": [14, 16]})
+
+
+# Images and clips
+
+
+@pytest.mark.parametrize("source", [siglip2_vision, siglip_vision, internvl_vision])
+@torch.no_grad()
+def test_an_image_starts_as_in_the_published_vit_though_clips_are_folded(source, tmp_path):
+    """With positions in time alone; 3D positions turn what each layer compares by row and column."""
+    reference = source(tmp_path / "vit")
+    folder = convert(str(tmp_path / "vit"), tmp_path / "out", video=True)
+    for size in (SQUARE, WIDE):
+        for rotary_axes in ([], [6, 0, 0]):
+            model = HydraTokModel.from_pretrained(folder, rotary_axes=rotary_axes).eval()
+            normalized = model.normalize_pixels(pixels(*size))
+            expected = reference(normalized)[2][:, int(model.config.use_cls_token) :]
+            close(model.gen_vit(normalized), expected)
+            clip = torch.stack([normalized, *torch.rand(4, *normalized.shape)], dim=2)
+            close(model.gen_vit(clip)[:, : expected.shape[1]], expected)
+    turned = HydraTokModel.from_pretrained(folder).eval()
+    assert (turned.config.temporal_fold_layers, turned.config.rotary_axes) == ([0, 1], [4, 4, 4])
+    assert turned.gen_vit.embeddings.projection.in_channels == 6
+    assert not torch.allclose(turned.gen_vit(normalized), expected, atol=1e-3)
+
+
+def test_siglip2_so400m_naflex_gives_the_preset_for_clips():
+    config = vision_config({"model_type": "siglip2", "vision_config": SO400M}, video=True)
+    assert config.to_dict() == HydraTokConfig.siglip2_so400m_video().to_dict()
+
+
+def test_a_flow_decoder_for_clips_is_an_error():
+    with pytest.raises(ValueError, match="decoder='S' is a flow decoder, which has no frames"):
+        vision_config({"model_type": "siglip2", "vision_config": SO400M}, "S", video=True)
+
+
+def test_the_card_of_a_tokenizer_for_clips_names_its_folds(tmp_path):
+    siglip2_vision(tmp_path / "vit")
+    main(["convert", "--vision", str(tmp_path / "vit"), "--video", "--out", str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| folds, bottleneck, position_proj, pixel_decoder | nowhere" in card
+    assert "--video --" in card
+    assert "--video True" not in card

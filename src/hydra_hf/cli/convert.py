@@ -26,6 +26,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shard_size", default="5GB", help="largest size of a file, and of what is in memory at a time"
     )
+    command.add_argument(
+        "--video", action="store_true", help="a tokenizer for images and clips, with a ViT decoder (HYDRA-X)"
+    )
     add_seed(command, "for the weights that no source has")
     command.add_argument("--revision", help="of the vision model on the Hub")
     command.add_argument("--language_revision", help="of the language model on the Hub")
@@ -42,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
             options.language,
             decoder=options.decoder,
             num_gen_layers=options.num_gen_layers,
+            video=options.video,
             dtype=options.dtype,
             shard_size=options.shard_size,
             seed=options.seed,

@@ -36,7 +36,7 @@ from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
 
 IN_HYDRA = "model.vision_tower."
-NEW_IN_TOKENIZER = ("bottleneck", "sem_vit.position_proj", "pixel_decoder")
+NEW_IN_TOKENIZER = ("gen_vit.folds", "bottleneck", "sem_vit.position_proj", "pixel_decoder")
 NEW_IN_HYDRA = ("model.multi_modal_projector", "model.time_embedding", "vision_head")
 
 COPIED_PARTS = ("Gen-ViT, Sem-ViT", "language model, text tokenizer")
@@ -76,6 +76,7 @@ def convert(
     *,
     decoder: str | None = None,
     num_gen_layers: int | None = None,
+    video: bool = False,
     dtype: str | None = None,
     shard_size: str = "5GB",
     seed: int = 0,
@@ -88,7 +89,7 @@ def convert(
 
     Args:
         vision, language: folders or Hub ids; InternViT (alone or in InternVL) or SigLIP2, and Qwen2.5, Qwen3 or Llama.
-        decoder, num_gen_layers: see `vision_config`.
+        decoder, num_gen_layers, video: see `vision_config`.
         dtype: such as "bfloat16"; None is the narrowest that holds the weights of all sources.
         shard_size: such as "5GB".
         seed: that of the initial values of the parts that no source has.
@@ -101,7 +102,7 @@ def convert(
     source = Source(vision, revision)
     text_source = None if language is None else Source(language, language_revision)
     try:
-        tok_config = vision_config(source.config, decoder, num_gen_layers)
+        tok_config = vision_config(source.config, decoder, num_gen_layers, video)
         if text_source is None:
             model, processor, sources = _plan_tokenizer(source, tok_config)
         else:
@@ -115,7 +116,7 @@ def convert(
     _set_dtype(model.config, torch_dtype)
 
     options = {"vision": vision, "language": language, "out": out.name, "decoder": decoder,
-               "num_gen_layers": num_gen_layers, "dtype": dtype, "seed": seed, "revision": revision,
+               "num_gen_layers": num_gen_layers, "video": video, "dtype": dtype, "seed": seed, "revision": revision,
                "language_revision": language_revision}  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
@@ -245,7 +246,12 @@ def _write_configs(
 def _write_card(path: Path, options: dict, sources: Sources, targets: dict[str, Tensor], new: set[str]) -> None:
     """The model card: where the weights come from, and what is untrained."""
     is_hydra = len(sources) == 2
-    given = [(f"--{name}", str(value)) for name, value in options.items() if value is not None]
+    given = [
+        (f"--{name}",) if value is True else (f"--{name}", str(value))
+        for name, value in options.items()
+        if value is not None and value is not False
+    ]
+    parts = (*NEW_IN_TOKENIZER, *(NEW_IN_HYDRA if is_hydra else ()))
     on_hub = [source.name for source, _ in sources if not Path(source.name).is_dir()]
     text = CARD.format(
         base_model="".join(f"\n- {name}" for name in on_hub) or " []",
@@ -255,7 +261,7 @@ def _write_card(path: Path, options: dict, sources: Sources, targets: dict[str, 
         number=sum(value.numel() for value in targets.values()),
         number_new=sum(targets[name].numel() for name in new),
         sources="\n".join(f"| {part} | `{source.name}` |" for part, (source, _) in zip(COPIED_PARTS, sources)),
-        new_parts=", ".join(name.split(".")[-1] for name in (*NEW_IN_TOKENIZER, *(NEW_IN_HYDRA if is_hydra else ()))),
+        new_parts=", ".join(part.split(".")[-1] for part in parts if any(f"{part}." in name for name in new)),
         seed=options["seed"],
         command=shlex.join(["hydra", "convert", *(word for pair in given for word in pair)]),
     )

@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from hydra_hf.modeling import HydraTokConfig, PixelFlowDecoderConfig, PixelViTDecoderConfig
 from hydra_hf.modeling.configuration_hydra import FLOW_DECODER_SIZES
+from hydra_hf.modeling.temporal import fold_factors
 
 
 PREFIXES = ("model.vision_tower.", "vision_tower.", "vision_model.")  # of a ViT inside InternVL or SigLIP
@@ -167,19 +168,26 @@ def convert_vision(
         value = value.unflatten(1, patch).permute(
             0, 3, 1, 2
         )  # the nn.Linear of naflex reads a patch with its channels last
+    if ours.endswith("embeddings.projection.weight"):  # the anchor is the last of the frames that are one patch
+        num_others = fold_factors(config.temporal_fold_layers).get(0, 1) - 1
+        value = nn.functional.pad(value, (0, 0, 0, 0, num_others * config.num_channels, 0))
     return {ours: value}
 
 
-def vision_config(source: dict, decoder: str | None = None, num_gen_layers: int | None = None) -> HydraTokConfig:
+def vision_config(
+    source: dict, decoder: str | None = None, num_gen_layers: int | None = None, video: bool = False
+) -> HydraTokConfig:
     """HYDRA-TOK of the ViT with the config.json `source`.
 
     Args:
         decoder: "S", "M" or "L": a flow decoder of that depth, as wide as the ViT (for InternViT-300M the paper's three).
             None is what the papers use with this ViT: S for InternViT; for SigLIP2 a ViT decoder of the encoder's size.
         num_gen_layers: None for half of the layers, rounded down.
+        video: HYDRA-XTok, for images and clips, with a ViT decoder.
 
     Raises:
-        ValueError: for another model, an unknown size, images or patches that are not square, or a cut outside the layers.
+        ValueError: for another model, an unknown size, images or patches that are not square, a cut outside the layers, or
+            a flow decoder for clips.
     """
     kind = _kind(source)
     fields = source.get("vision_config", source)
@@ -193,14 +201,34 @@ def vision_config(source: dict, decoder: str | None = None, num_gen_layers: int 
     num_gen_layers = num_layers // 2 if num_gen_layers is None else num_gen_layers
     if not 0 < num_gen_layers < num_layers:
         raise ValueError(f"{num_gen_layers=} must leave each half at least one of the ViT's {num_layers} layers.")
-    if decoder is None and LAYOUTS[kind] is not SIGLIP:
+    if video and decoder is not None:
+        raise ValueError(
+            f"{decoder=} is a flow decoder, which has no frames; clips need the ViT decoder, the default."
+        )
+    if decoder is None and LAYOUTS[kind] is not SIGLIP and not video:
         decoder = "S"
+    decoder_config = _decoder_config(decoder, sizes, num_layers)
+    if video:
+        sizes |= _video_fields(sizes, decoder_config, num_gen_layers)
     return HydraTokConfig(
         **sizes,
         num_gen_layers=num_gen_layers,
         num_sem_layers=num_layers - num_gen_layers,
-        decoder_config=_decoder_config(decoder, sizes, num_layers),
+        decoder_config=decoder_config,
     )
+
+
+def _video_fields(sizes: dict, decoder_config: PixelViTDecoderConfig, num_gen_layers: int) -> dict:
+    """Where HYDRA-XTok folds and turns, as in the preset; the decoder is told as well."""
+    rotary_axes = 3 * [2 * (sizes["hidden_size"] // sizes["num_attention_heads"] // 6)]
+    num_layers = decoder_config.num_hidden_layers
+    decoder_config.temporal_unfold_layers = [num_layers // 2, num_layers]
+    decoder_config.rotary_axes = rotary_axes
+    return {
+        "temporal_fold_layers": [0, (num_gen_layers + 1) // 2],
+        "rotary_axes": rotary_axes,
+        "use_bottleneck_layernorm": True,
+    }
 
 
 def _decoder_config(
