@@ -225,10 +225,7 @@ class HydraTokModel(HydraTokPreTrainedModel):
 
     @apply_forward_hook
     def decode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """`decode` of the latents of one long clip that come in chunks (B, C, T', h, w), to pixels as `encode_chunks` takes them.
-
-        Raises ValueError as `encode_chunks` does.
-        """
+        """`decode` of one long clip whose latents come in chunks (B, C, T', h, w). Raises ValueError as `encode_chunks`."""
         self._check_decoder()
         cache = self._empty_cache(self.config.decoder_config)
         return (self._decode(chunk, cache) for chunk in chunks)
