@@ -64,7 +64,7 @@ def token_mask(mode: str, num_frames: int) -> Tensor:
         ([1, 2, 3], 1, 0, [[1], [2], [3]]),
     ],
 )
-def test_zeros_stand_in_front_of_the_anchor_and_of_nothing_else(frames, factor, start, groups):
+def test_the_anchor_alone_is_padded_with_zeros_in_front(frames, factor, start, groups):
     tensor = torch.tensor([frames])
     grouped = group_frames(tensor, factor, start)
     assert grouped.tolist() == [groups]

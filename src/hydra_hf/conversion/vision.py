@@ -219,7 +219,7 @@ def vision_config(
 
 
 def _video_fields(sizes: dict, decoder_config: PixelViTDecoderConfig, num_gen_layers: int) -> dict:
-    """Where HYDRA-XTok folds and turns, as in the preset; the decoder is told as well."""
+    """Where HYDRA-XTok folds and turns, as in the preset; sets the fields of the decoder, too."""
     rotary_axes = 3 * [2 * (sizes["hidden_size"] // sizes["num_attention_heads"] // 6)]
     num_layers = decoder_config.num_hidden_layers
     decoder_config.temporal_unfold_layers = [num_layers // 2, num_layers]

@@ -114,7 +114,7 @@ def group_frames(frames: Tensor, factor: int, start: int = 0) -> Tensor:
 
 
 def ungroup_frames(groups: Tensor, start: int = 0) -> Tensor:
-    """Groups (B, T', factor, ...) to frames (B, T, ...), without what stands in front of the anchor."""
+    """Groups (B, T', factor, ...) to frames (B, T, ...), without the padding in front of the anchor."""
     frames = groups.flatten(1, 2)
     return frames[:, groups.shape[2] - 1 :] if start == 0 else frames
 
