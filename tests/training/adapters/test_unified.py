@@ -96,10 +96,10 @@ def test_an_image_to_paint_is_one_and_the_last():
     with pytest.raises(ValueError, match="3 images to generate in 2 samples"):
         length_of_prompts(is_image, torch.tensor([True, True, False, True]))
     is_image[1] = torch.tensor([1, 1, 0, 1, 1, 0]).bool()
-    with pytest.raises(ValueError, match=r"behind \[3, 4\] tokens"):
+    with pytest.raises(ValueError, match=r"after \[3, 4\] tokens"):
         length_of_prompts(is_image, torch.tensor([False, True, False, True]))
 
 
 def test_the_command_line_asks_for_the_model(capsys):
     assert hydra(["train", "unimrg.janus"]) == 2
-    assert "needs --model: a folder or Hub id of the model" in capsys.readouterr().err
+    assert "needs --model: the model to be trained, a folder or Hub id" in capsys.readouterr().err
