@@ -9,7 +9,7 @@ import torch
 import hydra_hf
 from hydra_hf import HydraConfig, HydraForConditionalGeneration, HydraPipeline
 from hydra_hf.toy.checker import ToyChecker
-from hydra_hf.toy.evaluation import evaluate_reconstruction, evaluate_understanding
+from hydra_hf.toy.evaluation import evaluate_painting, evaluate_reconstruction, evaluate_understanding
 from hydra_hf.toy.language import CATEGORIES, QUESTION_TYPES, Prompt, ToyLanguage
 from hydra_hf.toy.phrasing import KINDS
 from hydra_hf.toy.world import CANVASES, ToyWorld
@@ -102,6 +102,13 @@ def test_it_answers_questions_about_held_out_scenes(pipeline, language):
 def test_it_rebuilds_held_out_scenes(pipeline, language):
     scores = evaluate_reconstruction(pipeline.model.model.vision_tower, language, num_scenes=16, seed=1)
     assert scores["reconstruction/psnr"] >= 30
+
+
+def test_it_paints_depth_and_boundaries_of_held_out_scenes(pipeline, language):
+    scores = evaluate_painting(pipeline.model, pipeline.processor, language.world, num_scenes=8, seed=1)
+    for name in ("foreground_iou", "boundary_f"):
+        assert scores[f"paint/{name}"] >= 0.9
+        assert scores[f"paint_another/{name}"] < 0.6  # of the next scene
 
 
 def test_its_measured_scores_have_not_fallen():
