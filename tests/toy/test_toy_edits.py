@@ -246,7 +246,7 @@ def test_true_targets_pass_and_unedited_sources_and_other_targets_do_not(world, 
     ]
     followed = [sum(verdict.is_followed for verdict in row) / NUM_EDITS for row in verdicts]
     assert followed[0] == 1
-    assert followed[1] >= 0.95
+    assert followed[1] >= 0.9
     assert followed[2] == 0
     is_same = [set(edit.target) == set(other.target) for edit, other in zip(sampled, sampled[-1:] + sampled[:-1])]
     assert [verdict.is_followed for verdict in verdicts[3]] == is_same

@@ -128,7 +128,9 @@ def test_the_stages_of_tiny_hydra_follow_the_paper(hydra_recipe):
     names = ["stage1", "stage2_describe", "stage2_find", "stage2", "stage3", "stage3_small"]
     assert [stage.name for stage in hydra_recipe.stages] == names
     assert [stage.data.max_objects for stage in hydra_recipe.stages] == [1, 4, 4, 4, 4, 4]
-    assert [set(stage.tasks) for stage in hydra_recipe.stages] == [{"understand", "generate"}] * 6
+    assert [set(stage.tasks) for stage in hydra_recipe.stages] == [{"understand", "generate"}] * 3 + [
+        {"understand", "generate", "reconstruct", "depth", "segment"}
+    ] * 3
     shares = [stage.tasks["generate"] / stage.tasks["understand"] for stage in hydra_recipe.stages]
     assert shares[0] == 3  # the paper's 0 : 1 : 3
     assert max(shares[1:3]) < 1  # what the language model learns first is about questions
