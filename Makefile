@@ -13,7 +13,7 @@ try: .venv/try.done  ## draw a picture and ask about it with the embedded checkp
 	@echo "Left here: cat.png (the picture), answer.txt (the answer), .venv (the installed package; delete it to start anew)"
 
 test: .venv/test.done
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest -n 2 --dist loadfile $(TESTS)
 
 test-slow: .venv/test.done
 	$(BIN)/pytest -m slow

@@ -27,6 +27,10 @@ PATCH_SIZE = 8
 SENTENCES = ["a cat", "a red circle and two blue squares", "draw a dog left of a green star", "what is in the picture"]
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers have the cores
+
+
 def pytest_collection_modifyitems(items) -> None:
     if not torch.accelerator.is_available():
         for item in items:
