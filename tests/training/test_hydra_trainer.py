@@ -525,6 +525,7 @@ def test_skipped_records_are_in_the_log(make_trainer, recipe, tmp_path):
 # Micro steps
 
 
+@pytest.mark.smoke
 def test_a_run_with_accumulation_ends_as_one_without(make_trainer, tmp_path):
     # Muon makes a whole step of the smallest difference, and Adam of every rounding error
     stage = replace(STAGE1, muon_scale=0.0, learning_rates=dict.fromkeys(HEADS, 3e-5))
@@ -556,7 +557,7 @@ def test_gradient_checkpointing_changes_the_memory_and_not_the_weights(make_trai
     )
     plain.train()
     checkpointed.train()
-    assert checkpointed.model.is_activation_checkpointing
+    assert checkpointed.model.is_gradient_checkpointing
     torch.testing.assert_close(checkpointed.model.state_dict(), plain.model.state_dict(), rtol=1e-5, atol=1e-6)
 
 

@@ -101,6 +101,7 @@ class BundleTrainer(Trainer):
             model, arguments, train_dataset=bundles, data_collator=itemgetter(0),  # of a list of one bundle
             callbacks=[EveryStep(self, output_dir, recipe.sample_every)],
         )  # fmt: skip
+        self.model_accepts_loss_kwargs = True  # as `loss_is_scaled_for_ga`, for transformers that do not have that
         self.is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         configure_sharding(self.accelerator, stage, model)
         if self.is_sharded and stage.lora_rank:
