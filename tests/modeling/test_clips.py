@@ -353,7 +353,7 @@ def test_bf16_reads_and_writes_clips_near_fp32(tmp_path, tubelet, how):
 @pytest.mark.parametrize(
     ("num_frames", "message"),
     [
-        (16, "num_frames=16 must be 4n . 1: an anchor frame, then groups of 4; the nearest are 13 and 17"),
+        (16, r"num_frames=16 must be 1 \+ 4n: an anchor frame, then groups of 4; the nearest are 13 and 17"),
         (2, "num_frames=2 must be .*; the nearest are 1 and 5"),
         (0, "num_frames=0 must be .*; the nearest are 1 and 5"),
     ],

@@ -41,19 +41,29 @@ def image_grid(height: int, width: int, patch_size: int) -> Grid:
     return (1, height // patch_size, width // patch_size)
 
 
+def folded_length(num_frames: int, ratio: int) -> int:
+    """The number of latent frames of the first `num_frames` of a clip, where `ratio` frames after the first are one."""
+    return 1 + (num_frames - 1) // ratio
+
+
+def check_num_frames(num_frames: int, ratio: int, start: int = 0) -> None:
+    """Raises ValueError for frames, after `start` earlier ones, that are not an anchor and then groups of `ratio`."""
+    first = int(start == 0)
+    if num_frames < 1 or (num_frames - first) % ratio:
+        groups = max(num_frames - first, 0) // ratio
+        nearest = [first + ratio * number for number in (groups, groups + 1) if first + number > 0]
+        expected = f"1 + {ratio}n: an anchor frame, then groups of {ratio}" if first else f"{ratio}n in a later chunk"
+        raise ValueError(f"{num_frames=} must be {expected}; the nearest are {' and '.join(map(str, nearest))}.")
+
+
 def clip_grid(num_frames: int, height: int, width: int, patch_size: int, ratio: int, start: int = 0) -> Grid:
     """The grid of the latents of a clip, where `ratio` frames after the first are one, and earlier chunks had `start` frames.
 
     Raises ValueError for a size that is not one of whole patches, and frames that are not one and then groups of `ratio`.
     """
-    first = int(start == 0)
-    if num_frames < 1 or (num_frames - first) % ratio:
-        groups = max(num_frames - first, 0) // ratio
-        nearest = [first + ratio * number for number in (groups, groups + 1) if first + number > 0]
-        expected = f"{ratio}n + 1: an anchor frame, then groups of {ratio}" if first else f"{ratio}n in a later chunk"
-        raise ValueError(f"{num_frames=} must be {expected}; the nearest are {' and '.join(map(str, nearest))}.")
+    check_num_frames(num_frames, ratio, start)
     _, h, w = image_grid(height, width, patch_size)
-    return (first + (num_frames - first) // ratio, h, w)
+    return (folded_length(start + num_frames, ratio) - folded_length(start, ratio), h, w)
 
 
 def image_grids(image_grid_thw: Tensor) -> list[Grid]:

@@ -18,9 +18,9 @@ from .temporal import (
     FrameCache,
     FrameLayout,
     TemporalUnfold,
-    attention_arguments,
     channels_to_frames,
     fold_factors,
+    run_layers,
 )
 
 
@@ -120,13 +120,7 @@ class PixelViTDecoder(nn.Module):
         """
         hidden_states = hidden_states + sinusoidal_positions_2d(grids, self.config.hidden_size, hidden_states)
         layout = FrameLayout(tuple(grids), start=0 if cache is None else cache.num_frames)
-        arguments = attention_arguments(self.config, layout, hidden_states, cache)
-        for index, layer in enumerate(self.layers):
-            if str(index) in self.unfolds:
-                unfold = self.unfolds[str(index)]
-                hidden_states, layout = unfold(hidden_states, layout), layout.unfolded(unfold.factor)
-                arguments = attention_arguments(self.config, layout, hidden_states, cache)
-            hidden_states = layer(hidden_states, **arguments, **kwargs)
+        hidden_states, layout = run_layers(self, self.unfolds, hidden_states, layout, cache, **kwargs)
         return channels_to_frames(self.out_proj(self.norm(hidden_states)).float(), layout, self.head_factor)
 
     def decode(

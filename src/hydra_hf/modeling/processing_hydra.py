@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoInput
 
 from .compat import TypedProcessingKwargs
-from .grid import Grid, image_grid, num_tokens
+from .grid import Grid, folded_length, image_grid, num_tokens
 from .image_processing_hydra import HydraImageProcessor
 from .video_processing_hydra import HydraVideoProcessor
 
@@ -134,7 +134,7 @@ class HydraProcessor(ProcessorMixin):
     def video_length(self, grid: Grid) -> int:
         """How many positions a clip of `grid` takes in the sequence: one image per latent frame, and the time tokens once."""
         num_frames, height, width = grid
-        num_latent_frames = 1 + (num_frames - 1) // self.video_processor.temporal_patch_size
+        num_latent_frames = folded_length(num_frames, self.video_processor.temporal_patch_size)
         return self.num_time_tokens + num_latent_frames * height * width
 
     def prepare_inputs_layout(self, images=None, text=None, videos: VideoInput | None = None, **kwargs) -> tuple:

@@ -5,7 +5,7 @@ anchor, which has no partner, of zeros and itself. So n frames of a clip are 1 +
 A long clip goes through in chunks of whole groups; what a chunk leaves for the next one is a `FrameCache`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -13,19 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .grid import Grid, varlen_arguments
+from .grid import Grid, folded_length, varlen_arguments
 
 
 Attention = tuple[Tensor, Tensor | None]
 """Outputs (B, N, heads, head_dim), and where the implementation gives them the weights (B, heads, N, N)."""
 
 
-def folded_length(num_frames: int, factor: int) -> int:
-    """How many frames the first `num_frames` of a clip are after a fold."""
-    return 1 + (num_frames - 1) // factor
-
-
 def unfolded_length(num_frames: int, factor: int) -> int:
+    """The inverse of `folded_length`."""
     return max(0, 1 + (num_frames - 1) * factor)
 
 
@@ -154,6 +150,9 @@ class TemporalFold(nn.Module):
         """(B, N, D) of `layout` -> (B, N', D) of the folded layout."""
         return layout.apply(lambda frames: self.projection(self._grouped(frames, layout.start)), hidden_states)
 
+    def resize(self, layout: FrameLayout) -> FrameLayout:
+        return layout.folded(self.factor)
+
     def _grouped(self, frames: Tensor, start: int) -> Tensor:
         """(B, T, S, D) -> (B, T', S, factor D)."""
         return group_frames(frames, self.factor, start).transpose(2, 3).flatten(3)
@@ -170,6 +169,9 @@ class TemporalUnfold(nn.Module):
     def forward(self, hidden_states: Tensor, layout: FrameLayout) -> Tensor:
         """(B, N, D) of `layout` -> (B, N', D) of the unfolded layout."""
         return channels_to_frames(self.projection(hidden_states), layout, self.factor)
+
+    def resize(self, layout: FrameLayout) -> FrameLayout:
+        return layout.unfolded(self.factor)
 
 
 def fold_factors(layers: list[int]) -> dict[int, int]:
@@ -280,6 +282,24 @@ def attention_arguments(config, layout: FrameLayout, like: Tensor, cache: FrameC
     else:
         arguments["frames"] = _row_frame_attention(config.temporal_attention, layout, like.device)
     return arguments
+
+
+def run_layers(
+    network: nn.Module, resizers: Mapping[str, nn.Module], hidden_states: Tensor, layout: FrameLayout,
+    cache: FrameCache | None = None, layer_outputs: list[Tensor] | None = None, **kwargs,
+) -> tuple[Tensor, FrameLayout]:  # fmt: skip
+    """A row (B, N, D) through the layers of `network`, in front of some of which a fold or an unfold resizes clips; and its
+    layout then. The outputs of all layers are appended to `layer_outputs`."""
+    arguments = attention_arguments(network.config, layout, hidden_states, cache)
+    for index, layer in enumerate(network.layers):
+        if str(index) in resizers:
+            resizer = resizers[str(index)]
+            hidden_states, layout = resizer(hidden_states, layout), resizer.resize(layout)
+            arguments = attention_arguments(network.config, layout, hidden_states, cache)
+        hidden_states = layer(hidden_states, **arguments, **kwargs)
+        if layer_outputs is not None:
+            layer_outputs.append(hidden_states)
+    return hidden_states, layout
 
 
 # Positions

@@ -17,7 +17,7 @@ from transformers.utils import TensorType
 from transformers.video_processing_utils import BaseVideoProcessor, BatchFeature
 from transformers.video_utils import VideoInput, VideoMetadataType, make_batched_metadata
 
-from .grid import image_grid, pack_images
+from .grid import check_num_frames, image_grid, pack_images
 from .image_processing_hydra import HydraImageProcessor
 from .video_reading import ClipMetadata, read_video, stack_frames
 
@@ -196,14 +196,6 @@ class HydraVideoProcessor(HydraImageProcessor, BaseVideoProcessor):
         packed, _ = pack_images(frames, patch_size)
         return BatchFeature(
             {"pixel_values_videos": packed, "video_grid_thw": torch.tensor(grids)}, tensor_type=return_tensors
-        )
-
-
-def check_num_frames(num_frames: int, temporal_patch_size: int) -> None:
-    """ValueError for a number of frames that is not one anchor and whole groups."""
-    if num_frames < 1 or (num_frames - 1) % temporal_patch_size:
-        raise ValueError(
-            f"{num_frames=} must be 1 + {temporal_patch_size}n: an anchor frame, then groups of {temporal_patch_size}."
         )
 
 

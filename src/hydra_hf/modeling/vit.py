@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .configuration_hydra import HydraTokConfig
 from .grid import NUM_POSITION_FEATURES, Grid, latents_to_tokens, position_features, tokens_to_latents
 from .layers import ViTLayer, ZeroLinear
-from .temporal import FrameCache, FrameLayout, TemporalFold, attention_arguments, fold_factors, group_frames
+from .temporal import FrameCache, FrameLayout, TemporalFold, fold_factors, group_frames, run_layers
 
 
 class Embeddings(nn.Module):
@@ -89,15 +89,7 @@ class GenViT(nn.Module):
         embeddings = [self.embeddings(image, start) for image in images]
         hidden_states = torch.cat(embeddings, dim=1) if len(images) > 1 else embeddings[0]
         layout = self.embeddings.get_layout(images, start)
-        arguments = attention_arguments(self.config, layout, hidden_states, cache)
-        for index, layer in enumerate(self.layers):
-            if str(index) in self.folds:
-                fold = self.folds[str(index)]
-                hidden_states, layout = fold(hidden_states, layout), layout.folded(fold.factor)
-                arguments = attention_arguments(self.config, layout, hidden_states, cache)
-            hidden_states = layer(hidden_states, **arguments, **kwargs)
-            if layer_outputs is not None:
-                layer_outputs.append(hidden_states)
+        hidden_states, layout = run_layers(self, self.folds, hidden_states, layout, cache, layer_outputs, **kwargs)
         return layout.apply(lambda frames: frames[:, :, layout.num_leading :], hidden_states)
 
 
@@ -121,9 +113,6 @@ class SemViT(nn.Module):
         """Unprojected latents (B, N, D) -> (B, N, D), in rows of images with `grids`, see `grid.py`."""
         if self.position_proj is not None:
             hidden_states = hidden_states + self.position_proj(position_features(grids, hidden_states))
-        kwargs |= attention_arguments(self.config, FrameLayout(tuple(grids)), hidden_states)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
-            if layer_outputs is not None:
-                layer_outputs.append(hidden_states)
+        layout = FrameLayout(tuple(grids))
+        hidden_states, _ = run_layers(self, {}, hidden_states, layout, layer_outputs=layer_outputs, **kwargs)
         return self.post_layernorm(hidden_states)
