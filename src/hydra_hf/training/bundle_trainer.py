@@ -53,8 +53,6 @@ class BundleTrainer(Trainer):
         ValueError: for several GPUs in one process, or Muon or adapters on sharded weights (FSDP, DeepSpeed).
     """
 
-    loss_is_scaled_for_ga = True  # by the targets of the whole step
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -101,7 +99,9 @@ class BundleTrainer(Trainer):
             model, arguments, train_dataset=bundles, data_collator=itemgetter(0),  # of a list of one bundle
             callbacks=[EveryStep(self, output_dir, recipe.sample_every)],
         )  # fmt: skip
-        self.model_accepts_loss_kwargs = True  # as `loss_is_scaled_for_ga`, for transformers that do not have that
+        self.model_accepts_loss_kwargs = (
+            True  # its loss is divided by the targets of the whole step, not by the micro steps
+        )
         self.is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         configure_sharding(self.accelerator, stage, model)
         if self.is_sharded and stage.lora_rank:
