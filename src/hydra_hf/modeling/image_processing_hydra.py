@@ -342,7 +342,7 @@ class HydraImageProcessor(TorchvisionBackend):
         return h * self.patch_size, w * self.patch_size
 
     def preprocess_generated(self, image: Image.Image, **kwargs) -> BatchFeature:
-        """Like a call, but for an image that the model learns to generate: its middle part, at its `generated_size`."""
+        """What a call gives for an image that the model learns to generate: its middle part, at its `generated_size`."""
         image, height, width = self._crop_generated(image)
         return self(image, size={"height": height, "width": width}, **kwargs)
 

@@ -181,8 +181,7 @@ class HydraPipeline(HydraDiffusionPipeline):
             pad_to_multiple_of: pads prompts so that those of similar lengths share a compiled step, see
                 `model.compile_denoise_step`.
 
-        Raises:
-            ValueError: as `check_inputs`, or if latents or images are not finite.
+        Raises ValueError as `check_inputs`, and if latents or images are not finite.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs

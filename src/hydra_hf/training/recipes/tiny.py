@@ -189,7 +189,8 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
     small = tuple(canvas for canvas in CANVASES if min(canvas) < 64)
     last = replace(
         stage3, name="stage3_small", num_steps=600, tasks={"understand": 20, "generate": 28, **dict.fromkeys(PAINTED, 2)},
-        task_weights={"generate": 1.0, **dict.fromkeys(PAINTED, 0.2)}, decay_share=0.8, learning_rates={name: 0.4 * rate for name, rate in everything.items()},
+        task_weights={"generate": 1.0, **dict.fromkeys(PAINTED, 0.2)}, decay_share=0.8,
+        learning_rates={name: 0.4 * rate for name, rate in everything.items()},
         data=replace(stage3.data, canvases=(*CANVASES, *small)),
     )  # fmt: skip
     return HydraRecipe(
