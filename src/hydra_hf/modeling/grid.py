@@ -163,11 +163,12 @@ def pack_dense(pixel_values: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
 def pack_levels(images: Sequence[Tensor], patch_size: int) -> Tensor:
     """As `pack_images`, with the channel last inside a patch, (total_patches, p p 3): as images are decoded, so that runs of bytes
     are copied."""
-    grids = [image_grid(*image.shape[-2:], patch_size) for image in images]
+    clips = [image[:, None] if image.ndim == 3 else image for image in images]
+    grids = [(clip.shape[1], *image_grid(*clip.shape[-2:], patch_size)[1:]) for clip in clips]
     packed = images[0].new_empty(sum(map(num_tokens, grids)), patch_size**2 * images[0].shape[0])
-    for patches, image, (_, h, w) in zip(split_images(packed, grids), images, grids):
-        rows = image.permute(1, 2, 0).reshape(h, patch_size, w, -1)
-        patches.view(h, w, patch_size, -1).copy_(rows.transpose(1, 2))
+    for patches, clip, (t, h, w) in zip(split_images(packed, grids), clips, grids):
+        rows = clip.permute(1, 2, 3, 0).reshape(t, h, patch_size, w, -1)
+        patches.view(t, h, w, patch_size, -1).copy_(rows.transpose(2, 3))
     return packed
 
 

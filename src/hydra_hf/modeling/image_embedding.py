@@ -183,6 +183,9 @@ class ImageEmbeddingMixin:
     ) -> tuple | BaseModelOutputWithPooling:
         """As `get_image_features` for clips: (num_clips, 3, 1 + 4n, H, W), or packed, whose grids count frames."""
         if video_grid_thw is None:
+            if pixel_values_videos.ndim != 5:
+                shape = tuple(pixel_values_videos.shape)
+                raise ValueError(f"pixel_values_videos {shape} must be (B, 3, T, H, W), or packed with video_grid_thw.")
             patch_size = self.vision_tower.config.patch_size
             pixel_values_videos, video_grid_thw = pack_dense(pixel_values_videos, patch_size)
         return self._packed_features(pixel_values_videos, video_grid_thw)
