@@ -185,7 +185,9 @@ class ImageEmbeddingMixin:
         if video_grid_thw is None:
             if pixel_values_videos.ndim != 5:
                 shape = tuple(pixel_values_videos.shape)
-                raise ValueError(f"pixel_values_videos {shape} must be (B, 3, T, H, W), or packed with video_grid_thw.")
+                raise ValueError(
+                    f"pixel_values_videos {shape} must be (B, 3, T, H, W), or packed with video_grid_thw."
+                )
             patch_size = self.vision_tower.config.patch_size
             pixel_values_videos, video_grid_thw = pack_dense(pixel_values_videos, patch_size)
         return self._packed_features(pixel_values_videos, video_grid_thw)

@@ -261,6 +261,13 @@ class HydraProcessor(ProcessorMixin):
         chat = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         return chat + self.vision_start_token
 
+    def expand_images(self, text: str, grids: list[Grid]) -> str:
+        """A rendered chat with as many placeholders for each of its images as `grids` need."""
+        first, *rest = text.split(self.image_token)
+        if len(rest) != len(grids):
+            raise ValueError(f"Got {len(grids)} images for {len(rest)} image parts.")
+        return first + "".join(self.image_token * self.image_length(grid) + part for grid, part in zip(grids, rest))
+
     def encode_conversations(
         self,
         conversations: list[list[dict]],
