@@ -372,6 +372,7 @@ class HydraConfig(HydraPreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     vision_head_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 151655  # <|image_pad|>
+    video_token_id: int | None = None
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
     llm_visual_input: str = "semantic"
