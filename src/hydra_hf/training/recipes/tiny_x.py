@@ -34,7 +34,7 @@ def hydra(init: str = EMBEDDED, tokenizer: str = "runs/tiny_x.tokenizer/decoder/
     video = HydraStage(
         name="video",
         num_steps=300,
-        tasks={"understand": 6, "generate": 12, "video_understand": 14, "video_generate": 12, "edit": 8,
+        tasks={"understand": 6, "generate": 12, "video_understand": 12, "video_generate": 10, "edit": 8,
                **dict.fromkeys(PAINTED, 1)},
         task_weights={"generate": 0.8, "video_generate": 0.8, "edit": 0.6, **dict.fromkeys(PAINTED, 0.1)},
         learning_rates={**dict.fromkeys(heads, 6e-4), **dict.fromkeys(semantics, 1e-4)},
@@ -48,7 +48,7 @@ def hydra(init: str = EMBEDDED, tokenizer: str = "runs/tiny_x.tokenizer/decoder/
     )  # fmt: skip
     everything = replace(
         video, name="all", num_steps=900, warmup_steps=50, decay_share=0.8,
-        tasks={**video.tasks, "generate": 20, "video_understand": 10, "edit": 10},
+        tasks={**video.tasks, "generate": 20, "video_understand": 8, "video_generate": 12, "edit": 10},
         data=replace(video.data, clip_lengths=(17, 17, 17, 9, 5)),
     )  # fmt: skip
     return HydraRecipe(
