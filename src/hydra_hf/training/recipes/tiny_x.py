@@ -27,7 +27,7 @@ def tokenizer(init: str = f"{EMBEDDED}/model") -> Recipe:
         name="decoder",
         data=ToyData(canvases=CANVASES),
         held_out=ToyData(is_held_out=True),
-        num_steps=3000,
+        num_steps=4000,
         batch_size=32,
         clip_share=0.5,
         keeps_image_latents=True,
