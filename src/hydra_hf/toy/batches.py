@@ -61,6 +61,11 @@ class ToyData:
             return ToyHeldOut(world, batch_size, seed)
         return ToyBatches(world, batch_size, seed, self.canvases, self.first_canvas_share)
 
+    def clips(self, image_size: int, num_frames: int, batch_size: int, seed: int) -> Batches:
+        """Clips of 64 px to train a vision tower on, or to measure it on."""
+        clips, split = ToyClips(ToyWorld(self.difficulty)), "test" if self.is_held_out else "train"
+        return ToyClipBatches(clips, num_frames, batch_size, seed, split)
+
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
         """Held-out prompts to generate images of while training."""
         generator = hashed_generator(seed, 0)
@@ -118,6 +123,23 @@ class ToyHeldOut:
 
     def __call__(self, step: int, rows: range) -> Tensor:
         return self.world.render(self.scenes[rows.start : rows.stop])
+
+
+class ToyClipBatches:
+    """Clips of a split, half of them scattered (see `ToyClips.sample`); those of the test split are the same at every step."""
+
+    def __init__(self, clips: ToyClips, num_frames: int, num_clips: int, seed: int, split: str = "train"):
+        self.clips, self.num_frames, self.num_clips, self.seed, self.split = clips, num_frames, num_clips, seed, split
+        self.num_skipped = {}
+
+    def __call__(self, step: int, rows: range) -> Tensor:
+        generator = hashed_generator(self.seed, 0 if self.split == "test" else step)
+        num_scattered, chosen = self.num_clips // 2, []
+        for count, scattered in ((num_scattered, True), (self.num_clips - num_scattered, False)):
+            chosen += self.clips.sample(
+                count, generator, split=self.split, scattered=scattered, num_frames=self.num_frames
+            )
+        return render_clips(self.clips.world, chosen[rows.start : rows.stop])
 
 
 class ToyBundles(Dataset):

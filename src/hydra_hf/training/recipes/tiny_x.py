@@ -1,20 +1,66 @@
-"""HYDRA-X at the size of the embedded checkpoint, from which it starts: clips and edits, with all that is known of images.
+"""The embedded checkpoint's way to HYDRA-X: clips and edits, at a size that two CPU cores train in hours.
 
+hydra train tiny_x.tokenizer
 hydra train tiny_x.hydra
 """
 
 from dataclasses import replace
 
-from hydra_hf.modeling import HydraConfig, HydraProcessor, HydraTokConfig, HydraVideoProcessor
+from hydra_hf.modeling import HydraConfig, HydraProcessor, HydraTokConfig, HydraVideoProcessor, PixelViTDecoderConfig
 from hydra_hf.toy.batches import ToyData
 from hydra_hf.toy.clips import clip_corpus
 from hydra_hf.toy.edits import edit_corpus
 from hydra_hf.toy.language import PAINTED
 from hydra_hf.toy.text_tokenizer import extend_toy_tokenizer, words_of
 from hydra_hf.toy.world import CANVASES
-from hydra_hf.training.recipe import HydraRecipe, HydraStage
+from hydra_hf.training.recipe import HydraRecipe, HydraStage, Recipe, TokenizerLossWeights, TokenizerStage
 
-from .tiny import ATTENTION, EMBEDDED, QUESTIONS
+from .tiny import ATTENTION, EMBEDDED, QUESTIONS, tokenizer_config
+
+
+FOLDS = [0, 2]
+
+
+def video_config() -> HydraTokConfig:
+    """`tiny.tokenizer_config` with two folds, and heads that turn with the frame, which leaves images as they are."""
+    return HydraTokConfig.from_dict(
+        {**tokenizer_config().to_dict(), "temporal_fold_layers": FOLDS, "rotary_axes": [8, 0, 0]}
+    )
+
+
+def tokenizer(init: str = f"{EMBEDDED}/model") -> Recipe:
+    """Clips for a vision tower that knows images: folds and a ViT decoder. Latents of images stay as they are."""
+    decoder = TokenizerStage(
+        name="decoder",
+        data=ToyData(canvases=CANVASES),
+        held_out=ToyData(is_held_out=True),
+        num_steps=4000,
+        batch_size=32,
+        clip_share=0.5,
+        keeps_image_latents=True,
+        learning_rates={
+            "model.gen_vit.embeddings.projection.weight": 1e-3,
+            "model.gen_vit.folds.2.projection.weight": 1e-3,
+            "model.pixel_decoder": 1e-3,
+            "model.bottleneck.decoder_up_proj": 1e-3,
+        },
+        muon_scale=3.0,
+        weight_decay=0.0,  # it would change the latents of images
+        decoder_config=PixelViTDecoderConfig(
+            hidden_size=192, num_hidden_layers=3, num_attention_heads=6, intermediate_size=576, patch_size=16,
+            temporal_unfold_layers=[1, 3], rotary_axes=[8, 8, 8],
+        ),
+        loss_weights=TokenizerLossWeights(cosine=0.0),
+    )  # fmt: skip
+    return Recipe(
+        name="tiny_x.tokenizer",
+        config=video_config(),
+        stages=(decoder,),
+        init=init,
+        attn_implementation=ATTENTION,
+        save_every=200,
+        sample_every=500,
+    )
 
 
 def hydra(init: str = EMBEDDED, tokenizer: str = "runs/tiny_x.tokenizer/decoder/final") -> HydraRecipe:
