@@ -833,7 +833,7 @@ def test_an_image_is_edited_without_guidance(qwen):
         "num_inference_steps": 1,
     }
     assert qwen.generate(**kwargs, guidance_scale=1).shape == (1, 3, 12, 12)
-    with pytest.raises(ValueError, match="guidance_scale=1"):
+    with pytest.raises(ValueError, match="guidance_scale=4.5 for prompts with images, expected 1"):
         qwen.generate(**kwargs)
 
 
