@@ -320,6 +320,10 @@ class HydraImageProcessor(TorchvisionBackend):
             )
         return array_to_levels(pixels)
 
+    def to_levels(self, image: ImageInput) -> Tensor:
+        """RGB levels from 0 to 255 of an image that is read as in a call, but not resized, (3, H, W)."""
+        return self._levels(image, True, None, self.max_input_pixels)
+
     def output_size(self, height: int, width: int, **images_kwargs) -> tuple[int, int]:
         """Height and width of the result for an image of `height` x `width`, under the same overrides as a call."""
         names = ("do_resize", "size", "patch_size", "do_center_crop", "crop_size")
@@ -375,14 +379,14 @@ class HydraImageProcessor(TorchvisionBackend):
     def given_levels(self, image: Image.Image) -> Tensor:
         """The RGB levels from 0 to 255, (3, H, W), that a call of a plain processor normalises; floats if levels have
         fractions."""
-        levels = self._levels(image, True, None, self.max_input_pixels)
+        levels = self.to_levels(image)
         return self._resized_levels(levels, *self.output_size(*levels.shape[-2:]))
 
     def generated_levels(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
         """As `given_levels`, for `preprocess_generated`; a `size` (height, width) that another image decides takes the place of
         the `generated_size`."""
         image, size = self._crop_generated(image, size)
-        return self._resized_levels(self._levels(image, True, None, self.max_input_pixels), *size)
+        return self._resized_levels(self.to_levels(image), *size)
 
     def _resized_levels(self, levels: Tensor, height: int, width: int) -> Tensor:
         return self.resize(levels, SizeDict(height=height, width=width), resample=self.resample)
