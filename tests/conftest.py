@@ -11,13 +11,21 @@ import copy
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from tokenizers import AddedToken
 from transformers import AutoConfig
 
-from hydra_hf.modeling.configuration_hydra import HydraConfig, HydraTokConfig, PixelFlowDecoderConfig, VisionHeadConfig
+from hydra_hf.modeling.configuration_hydra import (
+    HydraConfig,
+    HydraTokConfig,
+    PixelFlowDecoderConfig,
+    PixelViTDecoderConfig,
+    VisionHeadConfig,
+)
 from hydra_hf.modeling.image_processing_hydra import HydraImageProcessor
 from hydra_hf.modeling.layers import ZeroLinear
 from hydra_hf.modeling.modeling_hydra import HydraForConditionalGeneration
 from hydra_hf.modeling.processing_hydra import HydraProcessor
+from hydra_hf.modeling.video_processing_hydra import HydraVideoProcessor
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 from hydra_hf.toy.text_tokenizer import train_toy_tokenizer
 
@@ -118,5 +126,27 @@ def tiny_pipeline(tiny_model, tiny_processor) -> HydraPipeline:
         tiny_model, tiny_processor, FlowMatchEulerDiscreteScheduler(),
         default_num_inference_steps=3, default_guidance_scale=3.0,
     )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def clip_pipeline(tiny_tokenizer) -> HydraPipeline:
+    """A pipeline that draws clips and edits images; it reads images of any size from 16 to 256 pixels in all."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens([AddedToken("<|video_pad|>", special=True, normalized=False)])
+    decoder = PixelViTDecoderConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, patch_size=PATCH_SIZE,
+        temporal_unfold_layers=[0, 2],
+    )  # fmt: skip
+    vision_config = make_tok_config(decoder_config=decoder, temporal_fold_layers=[0, 0], rotary_axes=[4, 0, 0])
+    video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    model = make_model(make_config(tokenizer, vision_config=vision_config, video_token_id=video_token_id))
+    size = {"min_pixels": PATCH_SIZE**2, "max_pixels": 16 * PATCH_SIZE**2}
+    processor = HydraProcessor(
+        HydraImageProcessor(size=size, patch_size=PATCH_SIZE), tokenizer, patch_size=PATCH_SIZE,
+        video_processor=HydraVideoProcessor(size=size, patch_size=PATCH_SIZE, num_frames=5),
+    )  # fmt: skip
+    pipeline = HydraPipeline(model, processor, FlowMatchEulerDiscreteScheduler(), default_num_inference_steps=3)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -42,6 +42,9 @@ RIGHT = {
     "callback_on_step_end_tensor_inputs": {"list", "none"},
     "max_sequence_length": {"huge", "none"},
     "pad_to_multiple_of": {"seven", "none"},
+    "image": {"picture", "none"},
+    "image_guidance_scale": {"zero", "seven", "half", "none"},
+    "num_frames": {"none"},  # of a model that draws images alone
 }
 
 

@@ -295,6 +295,18 @@ def test_the_source_is_the_users_and_the_target_the_assistants(world, edits):
     assert batch["is_generated"].tolist() == [False, True] * 3
 
 
+def test_a_share_of_prompts_is_dropped_half_of_it_with_the_picture(edits):
+    samples = edits.samples(300, seeded(), drop_prompt=0.4)
+    forms = [
+        tuple(part["type"] for part in sample.messages[0]["content"] if part.get("text", part)) for sample in samples
+    ]
+    counts = {form: forms.count(form) for form in set(forms)}
+    assert set(counts) == {("image", "text"), ("image",), ()}
+    assert all(40 < counts[form] < 80 for form in (("image",), ()))
+    texts = [part["text"] for sample in samples for part in sample.messages[0]["content"] if part["type"] == "text"]
+    assert len(texts) == 300  # an empty one, not none, as the pipeline's null prompt has it
+
+
 def test_a_stage_of_edits_trains(tmp_path):
     toy_pipeline().save_pretrained(tmp_path / "base")
     recipe = tiny.unimrg(str(tmp_path / "base"))

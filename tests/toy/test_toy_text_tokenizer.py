@@ -1,7 +1,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from hydra_hf.toy.text_tokenizer import SPECIAL_TOKENS, train_toy_tokenizer
+from hydra_hf.toy import text_tokenizer
+from hydra_hf.toy.text_tokenizer import SPECIAL_TOKENS, extend_toy_tokenizer, train_toy_tokenizer, words_of
 
 
 CORPUS = [
@@ -104,3 +105,31 @@ def test_saving_and_loading_keeps_ids_text_and_padding(tokenizer, tmp_path):
     assert set(reloaded(text)) == {"input_ids", "attention_mask"}
     assert reloaded(["a", "a red"], padding=True)["attention_mask"] == [[0, 1], [1, 1]]
     assert reloaded.get_vocab() == tokenizer.get_vocab()
+
+
+def test_an_extended_tokenizer_keeps_ids_and_reads_new_words_as_one_token_each(tokenizer, tmp_path):
+    text = "<|im_start|>user\na red zebra moves,\nthen the dog's\n<|video_pad|>"
+    extended = extend_toy_tokenizer(tokenizer, ["A zebra moves,\nthen a cat"])
+    extended.save_pretrained(tmp_path)
+    for larger in (extended, AutoTokenizer.from_pretrained(tmp_path)):
+        vocab = larger.get_vocab()
+        assert {token: vocab[token] for token in tokenizer.get_vocab()} == tokenizer.get_vocab()
+        assert sorted(vocab.values()) == list(range(len(tokenizer) + 4)) == list(range(len(larger)))
+        assert tokens(larger, "red zebra moves, then") == ["Ġred", "Ġzebra", "Ġmoves", ",", "Ġthen"]
+        assert larger.decode(larger(text)["input_ids"]) == text
+        assert larger("two cats\n")["input_ids"] == tokenizer("two cats\n")["input_ids"]
+        assert larger.all_special_ids == tokenizer.all_special_ids
+
+
+def test_a_special_token_that_is_missing_is_added(monkeypatch):
+    monkeypatch.setattr(text_tokenizer, "SPECIAL_TOKENS", SPECIAL_TOKENS[:-1])
+    tokenizer = train_toy_tokenizer(CORPUS)
+    monkeypatch.undo()
+    assert "<|video_pad|>" not in tokenizer.get_vocab()
+    extended = extend_toy_tokenizer(tokenizer, [])
+    assert extended("<|video_pad|>")["input_ids"] == [len(tokenizer)]
+    assert len(tokenizer) in extended.all_special_ids
+
+
+def test_words_are_without_punctuation_and_case():
+    assert words_of(["A cat's 3", "a CAT."]) == {"a", "cat", "s", "3"}

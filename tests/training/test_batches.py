@@ -117,7 +117,7 @@ def test_a_folder_of_images_is_training_data(tmp_path, monkeypatch):
     whole = check_range(batches(3, range(4)))
     assert whole.shape == (4, 3, 64, 64)
     assert torch.equal(batches(3, range(1, 3)), whole[1:3])
-    assert held_out(0, range(2)).shape == (2, 3, 64, 64)
+    assert held_out.images(0, range(2)).shape == (2, 3, 64, 64)
 
 
 def test_a_step_has_one_canvas_half_of_the_time_the_first_and_large_ones_less_often():

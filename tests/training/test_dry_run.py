@@ -8,6 +8,7 @@ import vision_tower_run
 from torch.profiler import ProfilerActivity, profile
 
 from hydra_hf.cli import main
+from hydra_hf.data.images import HeldOut
 from hydra_hf.modeling import HydraConfig, HydraForConditionalGeneration
 from hydra_hf.toy.batches import ToyBatches, ToyBundles, ToyData, ToyHeldOut
 from hydra_hf.toy.world import ToyWorld
@@ -275,7 +276,11 @@ def test_the_memory_of_a_tower_is_that_of_a_real_step(tmp_path):
     def train() -> TokenizerTrainer:
         world = ToyWorld(1)
         trainer = TokenizerTrainer(
-            model, stage, ToyBatches(world, stage.batch_size, 1), ToyHeldOut(world, stage.num_held_out, 1), tmp_path
+            model,
+            stage,
+            ToyBatches(world, stage.batch_size, 1),
+            HeldOut(ToyHeldOut(world, stage.num_held_out, 1)),
+            tmp_path,
         )
         for _ in range(2):
             trainer.train_step()

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from vision_tower_run import SIZES
 
+from hydra_hf.data.images import HeldOut
 from hydra_hf.data.seeds import hashed_generator
 from hydra_hf.modeling import (
     HydraTokConfig,
@@ -19,7 +20,8 @@ from hydra_hf.modeling import (
 from hydra_hf.modeling.grid import latents_to_tokens
 from hydra_hf.toy.batches import ToyBatches, ToyData, ToyHeldOut, toy_images
 from hydra_hf.toy.world import CANVAS, ToyWorld
-from hydra_hf.training.image_trainer import TokenizerTrainer, measure_latents
+from hydra_hf.training.image_trainer import TokenizerTrainer
+from hydra_hf.training.latent_statistics import measure_latents
 from hydra_hf.training.recipe import Recipe, TokenizerLossWeights, TokenizerStage
 from hydra_hf.training.vision_tower_trainer import create_stage_model, train_tokenizer
 
@@ -81,7 +83,7 @@ def make_trainer(world):
         batches.killed_at = killed_at
         torch.manual_seed(0)
         return TokenizerTrainer(
-            create_stage_model(recipe, stage, None), stage, batches, ToyHeldOut(world, 16, seed=1), folder,
+            create_stage_model(recipe, stage, None), stage, batches, HeldOut(ToyHeldOut(world, 16, seed=1)), folder,
             micro_batch_size=recipe.micro_batch_size, log_every=1, save_every=save_every, sample_every=100,
         )  # fmt: skip
 

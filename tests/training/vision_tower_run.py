@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from hydra_hf.data.images import HeldOut
 from hydra_hf.modeling import HydraTokConfig, HydraTokModel, PixelFlowDecoderConfig
 from hydra_hf.toy.batches import ToyBatches, ToyData, ToyHeldOut
 from hydra_hf.toy.world import ToyWorld
@@ -71,7 +72,7 @@ def make_trainer(
     world = ToyWorld(1)
     return TokenizerTrainer(
         create_stage_model(recipe, stage, None), stage, ToyBatches(world, stage.batch_size, 1),
-        ToyHeldOut(world, stage.num_held_out, 1), folder, micro_batch_size=micro_batch_size,
+        HeldOut(ToyHeldOut(world, stage.num_held_out, 1)), folder, micro_batch_size=micro_batch_size,
         log_every=1, save_every=2, sample_every=3,
     )  # fmt: skip
 

@@ -3,12 +3,12 @@
 import math
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
 
 from hydra_hf.modeling import HydraTokConfig, PixelFlowDecoderConfig, PixelViTDecoderConfig
 from hydra_hf.modeling.configuration_hydra import FLOW_DECODER_SIZES
-from hydra_hf.modeling.temporal import fold_factors
+from hydra_hf.modeling.temporal import fold_factors, widen_projection
 
 
 PREFIXES = ("model.vision_tower.", "vision_tower.", "vision_model.")  # of a ViT inside InternVL or SigLIP
@@ -168,9 +168,8 @@ def convert_vision(
         value = value.unflatten(1, patch).permute(
             0, 3, 1, 2
         )  # the nn.Linear of naflex reads a patch with its channels last
-    if ours.endswith("embeddings.projection.weight"):  # the anchor is the last of the frames that are one patch
-        num_others = fold_factors(config.temporal_fold_layers).get(0, 1) - 1
-        value = nn.functional.pad(value, (0, 0, 0, 0, num_others * config.num_channels, 0))
+    if ours.endswith("embeddings.projection.weight"):
+        value = widen_projection(value, fold_factors(config.temporal_fold_layers).get(0, 1))
     return {ours: value}
 
 

@@ -2,6 +2,7 @@
 
 import random
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,11 +16,45 @@ from .tasks import TASKS
 
 
 class Batches(Protocol):
-    """Rows of the batch of a step, (len(rows), 3, H, W) in [-1, 1], the same whenever and wherever they are read."""
+    """Rows of the batch of a step, (len(rows), 3, H, W) or (len(rows), 3, T, H, W) in [-1, 1], the same whenever and wherever
+    they are read."""
 
     num_skipped: dict[str, int]
 
     def __call__(self, step: int, rows: range) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a vision tower is measured on; None measures no clips."""
+
+    images: Batches
+    clips: Batches | None = None
+
+
+class MixedBatches:
+    """Images, or in a share of the steps clips, one in the place of `images_per_clip` rows.
+
+    What a step has is decided by its number and the seed, so all processes have the same.
+    """
+
+    def __init__(self, images: Batches, clips: Batches, clip_share: float, images_per_clip: int, seed: int):
+        self.images, self.clips = images, clips
+        self.clip_share, self.images_per_clip, self.seed = clip_share, images_per_clip, seed
+
+    @property
+    def num_skipped(self) -> dict[str, int]:
+        return {**self.images.num_skipped, **self.clips.num_skipped}
+
+    def has_clips(self, step: int) -> bool:
+        """Whether the batch of a step is of clips."""
+        return random.Random(repr((self.seed, "clip", step))).random() < self.clip_share
+
+    def __call__(self, step: int, rows: range) -> Tensor:
+        """Rows of images; those of clips are `images_per_clip` times fewer."""
+        if not self.has_clips(step):
+            return self.images(step, rows)
+        return self.clips(step, range(rows.start // self.images_per_clip, rows.stop // self.images_per_clip))
 
 
 def check_range(pixel_values: Tensor) -> Tensor:

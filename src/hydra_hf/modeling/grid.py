@@ -70,9 +70,7 @@ def latent_grids(grids: Sequence[Grid], ratio: int) -> list[Grid]:
     """The grids of the latents of images and clips. Raises ValueError for clips of a wrong length, and for any if `ratio` is 1."""
     for num_frames, *_ in grids:
         if num_frames > 1 and ratio == 1:
-            raise ValueError(
-                f"Got a clip of {num_frames} frames, but without temporal folds the model reads images alone."
-            )
+            raise ValueError(f"{num_frames=}: without temporal folds the model reads images alone.")
         check_num_frames(num_frames, ratio)
     return [(folded_length(num_frames, ratio), height, width) for num_frames, height, width in grids]
 

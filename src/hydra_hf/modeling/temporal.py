@@ -138,6 +138,12 @@ class FrameLinear(nn.Linear):
         init.zeros_(self.bias)
 
 
+def widen_projection(weight: Tensor, factor: int) -> Tensor:
+    """A patch projection's weight (D, C, p, p) for `factor` frames that become one: it reads the last of them, where an anchor
+    is, and none of the others."""
+    return nn.functional.pad(weight, (0, 0, 0, 0, (factor - 1) * weight.shape[1], 0))
+
+
 class TemporalFold(nn.Module):
     """`factor` frames to one: their channels next to each other, then projected."""
 

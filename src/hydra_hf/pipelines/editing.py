@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from ..modeling.grid import Grid, image_grids
-from ..modeling.image_processing_hydra import HydraImageProcessor, center_crop, upright
+from ..modeling.image_processing_hydra import HydraImageProcessor, center_crop, check_image_size, upright
 from ..modeling.processing_hydra import HydraProcessor
 
 
@@ -93,10 +93,14 @@ def _at_size(image_processor: HydraImageProcessor, image: Image.Image, size: tup
 
 def as_pil(image_processor: HydraImageProcessor, image) -> Image.Image:
     """An image of any kind that the processor reads, as PIL's. Raises ValueError for anything else."""
-    image = image_processor.fetch_images(image)
-    if isinstance(image, Image.Image):
-        return image
-    if image.ndim != 3:
-        raise ValueError(f"Got an image of shape {tuple(image.shape)}, expected 3 axes; a batch goes in as a list.")
-    levels = image_processor.to_levels(image).round().to(torch.uint8)
+    try:
+        image = image_processor.fetch_images(image)
+        if isinstance(image, Image.Image):
+            check_image_size(image.height, image.width, image_processor.max_input_pixels)
+            return image
+        if image.ndim != 3:
+            raise ValueError(f"got shape {tuple(image.shape)}, expected 3 axes; several images go in as a list.")
+        levels = image_processor.to_levels(image).round().to(torch.uint8)
+    except ValueError as error:
+        raise ValueError(f"image cannot be edited: {str(error)[:300]}") from error
     return Image.fromarray(np.ascontiguousarray(levels.permute(1, 2, 0).numpy()))

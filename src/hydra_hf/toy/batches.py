@@ -13,8 +13,9 @@ from hydra_hf.data.sample import Sample
 from hydra_hf.data.seeds import hashed_generator
 from hydra_hf.modeling import HydraProcessor
 
+from .clips import NUM_FRAMES, ToyClips, render_clips
 from .edits import ToyEdits
-from .language import PAINTED, ToyLanguage
+from .language import PAINTED, ToyLanguage, chat
 from .world import CANVAS, ToyWorld
 
 
@@ -27,8 +28,10 @@ class ToyData:
         canvases: sizes (height, width) of the images. A step has one of them, large ones less often, since a step has the
             same number of images of any size.
         first_canvas_share: how often it is the first of them.
-        questions_per_image: the most turns about one image.
-        question_weights: type -> how often it is asked; None asks every type equally often.
+        questions_per_image: the most turns about one image or clip.
+        question_weights: type -> how often it is asked about an image; None asks every type equally often.
+        clip_lengths: numbers of frames, 4n + 1. The clips of a task have one of them in a step, one that is listed twice
+            twice as often. Clips are 64 px.
         unknown_share: share of prompts with an unknown word, and an image of known things.
         is_held_out: images that training never shows; for the vision tower the same at every step.
     """
@@ -39,6 +42,7 @@ class ToyData:
     max_objects: int = 4
     questions_per_image: int = 4
     question_weights: dict[str, int] | None = None
+    clip_lengths: tuple[int, ...] = (NUM_FRAMES,)
     unknown_share: float = 0.0
     is_held_out: bool = False
     is_streaming: ClassVar[bool] = False
@@ -56,6 +60,11 @@ class ToyData:
         if self.is_held_out:
             return ToyHeldOut(world, batch_size, seed)
         return ToyBatches(world, batch_size, seed, self.canvases, self.first_canvas_share)
+
+    def clips(self, image_size: int, num_frames: int, batch_size: int, seed: int) -> Batches:
+        """Clips of 64 px to train a vision tower on, or to measure it on."""
+        clips, split = ToyClips(ToyWorld(self.difficulty)), "test" if self.is_held_out else "train"
+        return ToyClipBatches(clips, num_frames, batch_size, seed, split)
 
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
         """Held-out prompts to generate images of while training."""
@@ -116,6 +125,23 @@ class ToyHeldOut:
         return self.world.render(self.scenes[rows.start : rows.stop])
 
 
+class ToyClipBatches:
+    """Clips of a split, half of them scattered (see `ToyClips.sample`); those of the test split are the same at every step."""
+
+    def __init__(self, clips: ToyClips, num_frames: int, num_clips: int, seed: int, split: str = "train"):
+        self.clips, self.num_frames, self.num_clips, self.seed, self.split = clips, num_frames, num_clips, seed, split
+        self.num_skipped = {}
+
+    def __call__(self, step: int, rows: range) -> Tensor:
+        generator = hashed_generator(self.seed, 0 if self.split == "test" else step)
+        num_scattered, chosen = self.num_clips // 2, []
+        for count, scattered in ((num_scattered, True), (self.num_clips - num_scattered, False)):
+            chosen += self.clips.sample(
+                count, generator, split=self.split, scattered=scattered, num_frames=self.num_frames
+            )
+        return render_clips(self.clips.world, chosen[rows.start : rows.stop])
+
+
 class ToyBundles(Dataset):
     """For the toy world what `data.bundles.Bundles` is for data sets: bundle `index` of a stage, the same for whoever asks.
 
@@ -134,7 +160,7 @@ class ToyBundles(Dataset):
         accumulation: int = 1,
     ):
         self.data, self.language = data, ToyLanguage(ToyWorld(data.difficulty))
-        self.edits = ToyEdits(self.language.world)
+        self.clips, self.edits = ToyClips(self.language.world), ToyEdits(self.language.world)
         self.processor, self.stage, self.seed = processor, stage, seed
         self.process_index, self.num_processes, self.accumulation = process_index, num_processes, accumulation
 
@@ -178,8 +204,35 @@ class ToyBundles(Dataset):
                 task, count, generator, max_objects=data.max_objects, canvas=canvas, split=split
             )
         if task == "edit":
-            return self.edits.samples(count, generator, max_objects=data.max_objects, canvas=canvas, split=split)
-        tasks = ", ".join(("generate", "understand", *PAINTED, "edit"))
+            return self.edits.samples(
+                count, generator, drop_prompt=self.stage.drop_prompt, max_objects=data.max_objects,
+                canvas=canvas, split=split,
+            )  # fmt: skip
+        if task in ("video_understand", "video_generate"):
+            return self.clip_samples(task, generator, split)
+        tasks = ", ".join(("generate", "understand", *PAINTED, "edit", "video_understand", "video_generate"))
         raise ValueError(
             f"{task=} of stage {self.stage.name!r} is not a task of the toy world, expected one of {tasks}."
         )
+
+    def clip_samples(self, task: str, generator: torch.Generator, split: str) -> list[Sample]:
+        """Clips with questions and answers, or captions and their clips: the video parts hold frames (3, T, H, W)."""
+        count, lengths = self.stage.tasks[task], self.data.clip_lengths
+        num_frames = lengths[int(torch.randint(len(lengths), (), generator=generator))]
+        options = {"num_frames": num_frames, "split": split}
+        if task == "video_understand":
+            clips, asked = self.clips.sample_turns(count, generator, self.data.questions_per_image, **options)
+            turns = [
+                [pair for turn in of_clip for pair in (("user", turn.question), ("assistant", turn.answer))]
+                for of_clip in asked
+            ]
+            return [
+                chat(task, [("user", video), *said])
+                for video, said in zip(render_clips(self.clips.world, clips), turns)
+            ]
+        captions, clips = self.clips.sample_prompts(count, generator, **options)
+        is_dropped = torch.rand(count, generator=generator) < self.stage.drop_prompt
+        return [
+            chat(task, [("user", "" if dropped else caption), ("assistant", video)])
+            for caption, video, dropped in zip(captions, render_clips(self.clips.world, clips), is_dropped.tolist())
+        ]

@@ -219,16 +219,21 @@ class ToyEdits:
         pictures = (source_scenes([edit]), target_scenes([edit]))
         return not is_told and not any(bool(self.world.is_test(scenes)) for scenes in pictures)
 
-    def samples(self, num_samples: int, generator: torch.Generator, **options) -> list[Sample]:
-        """A picture and an instruction from the user, the edited picture from the assistant; `options` as in `sample`."""
+    def samples(
+        self, num_samples: int, generator: torch.Generator, *, drop_prompt: float = 0.0, **options
+    ) -> list[Sample]:
+        """A picture and an instruction from the user, the edited picture from the assistant; `options` as in `sample`.
+
+        Args:
+            drop_prompt: share of empty instructions, for guidance; half of them are without the picture, too.
+        """
         edits = self.sample(num_samples, generator, **options)
         sources, targets = self.world.render(source_scenes(edits)), self.world.render(target_scenes(edits))
-        samples = []
-        for edit, source, target in zip(edits, sources, targets):
-            parts = {"text": edit.instruction, "image": source}
-            samples.append(
-                chat("edit", [*(("user", parts[kind]) for kind in TASKS["edit"].user), ("assistant", target)])
-            )
+        draws, samples = torch.rand(num_samples, generator=generator).tolist(), []
+        for edit, source, target, draw in zip(edits, sources, targets, draws):
+            parts = {"text": "" if draw < drop_prompt else edit.instruction, "image": source}
+            kinds = ("text",) if draw < drop_prompt / 2 else TASKS["edit"].user
+            samples.append(chat("edit", [*(("user", parts[kind]) for kind in kinds), ("assistant", target)]))
         return samples
 
 

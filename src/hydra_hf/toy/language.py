@@ -1,7 +1,6 @@
 """What is said about the toy world: captions, prompts in six categories after GenEval, questions and answers."""
 
 import random
-import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +21,7 @@ from .phrasing import (
     plural,
     with_article,
 )
+from .text_tokenizer import words_of
 from .world import CANVAS, COLORS, MAX_OBJECTS, NEAR, SHAPES, Scenes, ToyWorld, check_split, is_held_out
 
 
@@ -181,7 +181,7 @@ class ToyLanguage:
     @cached_property
     def known_words(self) -> frozenset[str]:
         """Every word of the corpus, in lower case."""
-        return frozenset(re.findall(r"\w+", " ".join(self.corpus()).lower()))
+        return frozenset(words_of(self.corpus()))
 
     def _differ_in_color_and_shape(self, first: int, second: int) -> bool:
         return all(a != b for a, b in zip(self.world.names[first].split(), self.world.names[second].split()))
@@ -435,10 +435,11 @@ def random_from(generator: torch.Generator) -> random.Random:
 
 
 def chat(task: str, turns: list[tuple[str, object]]) -> Sample:
-    """Turns of text or pixels as messages; neighbours of one role share a message."""
+    """Turns of text, images (3, H, W) or clips (3, T, H, W) as messages; neighbours of one role share a message."""
     messages: list[dict] = []
     for role, value in turns:
-        part = {"type": "text", "text": value} if isinstance(value, str) else {"type": "image", "image": value}
+        kind = "text" if isinstance(value, str) else "image" if value.ndim == 3 else "video"
+        part = {"type": kind, kind: value}
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"].append(part)
         else:

@@ -1,6 +1,7 @@
 """The text tokenizer of the embedded model: byte-level BPE with every word of a small corpus as one token."""
 
 import json
+import re
 from collections import Counter
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -27,7 +28,7 @@ def train_toy_tokenizer(corpus: list[str], vocab_size: int = 1024) -> PreTrained
 
     Raises ValueError if `vocab_size` is too small for the words.
     """
-    lines = [line for text in (*corpus, CHAT_WORDS) for line in text.splitlines() if line]
+    lines = _lines([*corpus, CHAT_WORDS])
     tokenizer = _untrained_tokenizer(models.BPE())
     words = _words(tokenizer, lines)
     num_fixed = len(SPECIAL_TOKENS) + len([LINE_BREAK]) + len(pre_tokenizers.ByteLevel.alphabet())
@@ -46,8 +47,24 @@ def train_toy_tokenizer(corpus: list[str], vocab_size: int = 1024) -> PreTrained
     vocab = pieces["vocab"]
     for word in words:
         vocab.setdefault(word, len(vocab))
-    merges = [tuple(merge) for merge in pieces["merges"]]
+    return _fast_tokenizer(vocab, pieces["merges"])
+
+
+def extend_toy_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> PreTrainedTokenizerFast:
+    """
+    A tokenizer in which every word of `texts` is one token, too, and which has all `SPECIAL_TOKENS`. Tokens keep their
+    ids, and new ones follow the last; a model needs `resize_token_embeddings`.
+    """
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    vocab = tokenizer.get_vocab()  # with the line break, whose id would move behind the new words otherwise
+    for token in [*SPECIAL_TOKENS, *_words(tokenizer.backend_tokenizer, _lines(texts))]:
+        vocab.setdefault(token, len(vocab))
+    return _fast_tokenizer(vocab, merges)
+
+
+def _fast_tokenizer(vocab: dict[str, int], merges: list[list[str]]) -> PreTrainedTokenizerFast:
     # a word in the vocabulary is matched whole: merges alone would also need all its intermediate pieces
+    merges = [tuple(merge) for merge in merges]
     tokenizer = _untrained_tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     # a line break is a token of its own, so that a line starts like a text
@@ -73,6 +90,15 @@ def _untrained_tokenizer(model: models.BPE) -> Tokenizer:
         [decoders.ByteLevel(), decoders.Replace(Regex(f"(?<={starts}) "), ""), decoders.Strip(" ", left=1, right=0)]
     )
     return tokenizer
+
+
+def words_of(texts: list[str]) -> set[str]:
+    """Every word of the texts, in lower case: the `known_words` of a processor."""
+    return set(re.findall(r"\w+", " ".join(texts).lower()))
+
+
+def _lines(texts: list[str]) -> list[str]:
+    return [line for text in texts for line in text.splitlines() if line]
 
 
 def _words(tokenizer: Tokenizer, lines: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from hydra_hf.files import write_folder
-from hydra_hf.modeling import HydraForConditionalGeneration, HydraTokConfig, HydraTokModel
+from hydra_hf.modeling import HydraConfig, HydraForConditionalGeneration, HydraTokConfig, HydraTokModel
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
 from .bundle_trainer import BundleTrainer
@@ -175,12 +175,20 @@ def create_model(recipe: HydraRecipe) -> HydraForConditionalGeneration:
     torch.manual_seed(recipe.seed)  # initial weights
     if recipe.init is not None:
         model = open_model(recipe.init, recipe)
+        extend_vocabulary(model, recipe.config)
     else:
         config = deepcopy(recipe.config)  # the model writes to it
         model = HydraForConditionalGeneration._from_config(config, attn_implementation=recipe.attn_implementation)
     if recipe.tokenizer is not None:
         replace_tokenizer(model, recipe)
     return model
+
+
+def extend_vocabulary(model: HydraForConditionalGeneration, config: HydraConfig) -> None:
+    """Gives the model the tokens of `config` that it has not yet, at the end; each starts as the mean of the old ones."""
+    if config.text_config.vocab_size > model.config.text_config.vocab_size:
+        model.resize_token_embeddings(config.text_config.vocab_size)
+    model.config.video_token_id = config.video_token_id
 
 
 def replace_tokenizer(model: HydraForConditionalGeneration, recipe: HydraRecipe) -> None:

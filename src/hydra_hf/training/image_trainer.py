@@ -1,9 +1,8 @@
-"""Trains one stage of a vision tower (HYDRA-TOK) on images, with accelerate. HYDRA, section 3.3."""
+"""Trains one stage of a vision tower (HYDRA-TOK) on images and clips, with accelerate. HYDRA, section 3.3; HYDRA-X, section 2."""
 
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,13 +11,13 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hydra_hf.data.images import Batches, ReadAhead
+from hydra_hf.data.images import Batches, HeldOut, ReadAhead
 from hydra_hf.evaluation.backbones import PooledFeatures
 from hydra_hf.evaluation.reconstruction import score_reconstructions
 from hydra_hf.files import write_folder, write_image_grid
 from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, HydraTokModel, PixelFlowDecoderConfig
 from hydra_hf.modeling.flow import sample_sigma
-from hydra_hf.modeling.grid import latents_to_tokens
+from hydra_hf.modeling.grid import num_tokens
 
 from .checkpoints import (
     finish_checkpoint,
@@ -29,8 +28,10 @@ from .checkpoints import (
     save_state,
 )
 from .discriminator import PatchDiscriminator, adaptive_weight, adversarial_loss, discriminator_loss
+from .folds import check_kept_latents, zero_anchor_gradients
 from .interruption import StopRequest, TrainingInterruptedError
-from .losses import distill_loss, reached_parameters, tokenizer_losses, weighted_sum
+from .latent_statistics import measure_latents
+from .losses import distill_loss, frames_of, reached_parameters, tokenizer_losses, weighted_sum
 from .optimizers import MuonAdamW, create_average, create_optimizer, shardable
 from .processes import gather_shares, partial_state, share_of, split_batch
 from .randomness import row_generator
@@ -57,7 +58,7 @@ class TokenizerTrainer:
         model: HydraTokForPreTraining,
         stage: TokenizerStage,
         batches: Batches,
-        held_out: Batches,
+        held_out: HeldOut,
         output_dir: Path,
         *,
         seed: int = 0,
@@ -78,6 +79,11 @@ class TokenizerTrainer:
             gradient_accumulation_steps=self.accumulation,
             cpu=not torch.accelerator.is_available(),
         )
+        if stage.clip_share and self.micro % stage.images_per_clip:
+            raise ValueError(
+                f"{stage.name}: {self.micro} images of a process at once must be a multiple of"
+                f" images_per_clip={stage.images_per_clip}, since clips take their place."
+            )
         stride = self.micro * state.num_processes
         starts = range(self.micro * state.process_index, stage.batch_size, stride)
         self.rows = [range(start, start + self.micro) for start in starts]  # of this process, by micro step
@@ -91,6 +97,8 @@ class TokenizerTrainer:
         check_distill_layers(self.stage, model.config.num_hidden_layers)
         freeze_unnamed(model, self.stage)
         self.freeze_unreached(model)
+        if self.stage.keeps_image_latents:
+            check_kept_latents(model.model, self.stage)
         self.config: HydraTokConfig = model.config
         optimizer = create_optimizer(model, self.stage)
         self.is_sharded = self.accelerator.distributed_type in SHARDED
@@ -120,11 +128,12 @@ class TokenizerTrainer:
 
     def check_sharding(self, optimizer: MuonAdamW) -> torch.optim.AdamW:
         """The optimizer that FSDP and DeepSpeed can shard. Raises ValueError for settings that need whole matrices."""
-        if self.stage.adaptive_adversarial_weight:
-            raise ValueError(
-                f"{self.stage.name}: adaptive_adversarial_weight=True, expected False: it needs a whole matrix, which FSDP"
-                " and DeepSpeed do not keep."
-            )
+        for name in ("adaptive_adversarial_weight", "keeps_image_latents"):
+            if getattr(self.stage, name):
+                raise ValueError(
+                    f"{self.stage.name}: {name}=True, expected False: it needs a whole matrix, which FSDP and DeepSpeed do"
+                    " not keep."
+                )
         return shardable(optimizer, self.stage)
 
     def prepare_judges(self) -> None:
@@ -188,7 +197,10 @@ class TokenizerTrainer:
                     raise TrainingInterruptedError(self.stage.name, self.step, signum)
 
     def train_step(self) -> dict[str, Tensor]:
-        """One optimizer step; returns this process's mean of each loss by name, and their weighted sum as `loss`."""
+        """One optimizer step; returns this process's mean of each loss by name, and their weighted sum as `loss`.
+
+        The names of a step of clips begin with "clip_".
+        """
         self.model.train()
         totals: dict[str, Tensor] = defaultdict(float)
         for index, rows in enumerate(self.rows):
@@ -196,6 +208,7 @@ class TokenizerTrainer:
             with self.accelerator.accumulate(self.model):
                 losses = self.micro_step(pixel_values, rows)
             for name, value in losses.items():
+                name = f"clip_{name}" if pixel_values.ndim == 5 else name
                 totals[name] = totals[name] + value.detach() / self.accumulation
         self.scheduler.step()
         if self.ema is not None:
@@ -211,12 +224,15 @@ class TokenizerTrainer:
         loss = self.add_adversarial(losses, outputs.clean_pixel_values)
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
+            if self.stage.keeps_image_latents:
+                zero_anchor_gradients(self.accelerator.unwrap_model(self.model).model)
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self.accelerator.clip_grad_norm_(trained, self.stage.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.discriminator is not None:
-            losses["discriminator"] = self.discriminator_step(pixel_values, outputs.clean_pixel_values.detach())
+            copies = frames_of(outputs.clean_pixel_values.detach())
+            losses["discriminator"] = self.discriminator_step(frames_of(pixel_values), copies)
         return {"loss": loss, **losses}
 
     def tokenizer_losses(self, outputs, pixel_values: Tensor) -> dict[str, Tensor]:
@@ -224,13 +240,13 @@ class TokenizerTrainer:
         weights = self.stage.loss_weights
         losses = tokenizer_losses(outputs, pixel_values, weights)
         if weights.distill > 0:
-            layers, num_tokens = self.stage.distill_layers, outputs.mean.shape[1]
+            layers, num_patches = self.stage.distill_layers, outputs.mean.shape[1]
             normalized = self.accelerator.unwrap_model(self.model).model.normalize_pixels(pixel_values)
             with autocast(self.accelerator, self.stage):
                 targets = self.teacher(normalized, layers)
-            losses["distill"] = distill_loss(outputs.hidden_states, targets, num_tokens)
+            losses["distill"] = distill_loss(outputs.hidden_states, targets, num_patches)
         if weights.perceptual > 0:
-            losses["perceptual"] = self.perceptual(outputs.clean_pixel_values, pixel_values)
+            losses["perceptual"] = self.perceptual(frames_of(outputs.clean_pixel_values), frames_of(pixel_values))
         return losses
 
     def add_adversarial(self, losses: dict[str, Tensor], clean_pixel_values: Tensor) -> Tensor:
@@ -240,7 +256,7 @@ class TokenizerTrainer:
         if weights.adversarial == 0 or self.step < self.stage.discriminator_start:
             return loss
         self.discriminator.requires_grad_(False)
-        losses["adversarial"] = adversarial_loss(self.discriminator(clean_pixel_values))
+        losses["adversarial"] = adversarial_loss(self.discriminator(frames_of(clean_pixel_values)))
         self.discriminator.requires_grad_(True)
         scale = 1.0
         if self.stage.adaptive_adversarial_weight:
@@ -266,15 +282,19 @@ class TokenizerTrainer:
         return loss
 
     def sample_noise(self, pixel_values: Tensor, rows: range) -> dict[str, Tensor]:
-        """The posterior's noise for these rows of a step, and for a flow decoder the noise of its pixels and the noise levels."""
-        num_tokens = pixel_values[0, 0].numel() // self.config.patch_size**2
+        """The posterior's noise for these rows of a step, and for a flow decoder the noise of its pixels and the noise levels.
+
+        A clip has that of the first row in whose place it is.
+        """
+        grid = self.accelerator.unwrap_model(self.model).model.get_grid(pixel_values)
+        latent_shape = (num_tokens(grid), self.config.latent_channels)
         patch = self.config.num_channels * self.config.patch_size**2
         sampled = defaultdict(list)
-        for row in rows:
+        for row in rows[:: len(rows) // len(pixel_values)]:
             generator = row_generator(self.seed, self.step, row)
-            sampled["latent_noise"].append(torch.randn(num_tokens, self.config.latent_channels, generator=generator))
+            sampled["latent_noise"].append(torch.randn(latent_shape, generator=generator))
             if isinstance(self.config.decoder_config, PixelFlowDecoderConfig):
-                sampled["pixel_noise"].append(torch.randn(num_tokens, patch, generator=generator))
+                sampled["pixel_noise"].append(torch.randn(num_tokens(grid), patch, generator=generator))
                 sigma = sample_sigma(1, generator=generator)[0]
                 is_one_step = torch.rand((), generator=generator) < self.stage.one_step_prob
                 sampled["sigma"].append(torch.where(is_one_step, torch.ones_like(sigma), sigma))
@@ -299,28 +319,46 @@ class TokenizerTrainer:
                 file.write(json.dumps({"step": self.step, **record}) + "\n")
 
     def measure(self) -> dict[str, float]:
-        """Scores of the held-out images; writes a grid of them above their reconstructions. Every process reconstructs its
-        share."""
-        model, number = self.averaged_model().eval(), self.stage.num_held_out
-        num_shown = min(16, number)
-        rows, shown = self.share(number), self.share(num_shown)
-        parts = (range(start, min(start + self.micro, rows.stop)) for start in rows[:: self.micro])
-        scores = score_reconstructions(
-            (self.reconstruct(model, part) for part in parts), self.pooled_features,
-            lambda values: gather_shares(self.accelerator, values, number),
-        )  # fmt: skip
-        grid = [gather_shares(self.accelerator, part, num_shown) for part in self.reconstruct(model, shown)]
-        if self.accelerator.is_main_process:
-            write_image_grid(self.output_dir / f"samples-{self.step:06d}.png", torch.cat(grid), num_columns=8)
+        """Scores of the held-out images and, with names that begin with "clip_", of the frames of clips; writes samples."""
+        model, stage = self.averaged_model().eval(), self.stage
+        scores = self.measure_kind(model, self.held_out.images, stage.num_held_out, self.micro)
+        self.write_samples(model, self.held_out.images, min(16, stage.num_held_out), "samples")
+        if self.held_out.clips is not None:
+            number, micro = stage.num_held_out_clips, max(1, self.micro // stage.images_per_clip)
+            clip_scores = self.measure_kind(model, self.held_out.clips, number, micro)
+            scores |= {f"clip_{name}": value for name, value in clip_scores.items()}
+            self.write_samples(model, self.held_out.clips, min(4, number), "clips")
         return scores
+
+    def measure_kind(self, model: HydraTokModel, batches: Batches, number: int, micro: int) -> dict[str, float]:
+        """Scores of `number` held-out images or clips; every process reconstructs its share, `micro` at once."""
+        rows = self.share(number)
+        parts = (range(start, min(start + micro, rows.stop)) for start in rows[::micro])
+
+        def gather(values: Tensor) -> Tensor:
+            """All frames, from those of this process."""
+            return gather_shares(self.accelerator, values.unflatten(0, (len(rows), -1)), number).flatten(0, 1)
+
+        pairs = (map(frames_of, self.reconstruct(model, batches, part)) for part in parts)
+        return score_reconstructions(pairs, self.pooled_features, gather)
+
+    def write_samples(self, model: HydraTokModel, batches: Batches, number: int, name: str) -> None:
+        """Writes held-out images above their reconstructions, eight in a row; or each clip, a row of frames, above its own."""
+        pair = self.reconstruct(model, batches, self.share(number))
+        pair = [gather_shares(self.accelerator, part, number) for part in pair]
+        if self.accelerator.is_main_process:
+            is_clip = pair[0].ndim == 5
+            pixels = frames_of(torch.stack(pair, dim=1).flatten(0, 1)) if is_clip else torch.cat(pair)
+            num_columns = pair[0].shape[2] if is_clip else 8
+            write_image_grid(self.output_dir / f"{name}-{self.step:06d}.png", pixels, num_columns=num_columns)
 
     def share(self, number: int) -> range:
         return share_of(number, self.accelerator.process_index, self.accelerator.num_processes)
 
     @torch.no_grad()
-    def reconstruct(self, model: HydraTokModel, rows: range) -> tuple[Tensor, Tensor]:
-        """Held-out images and their reconstructions, (len(rows), 3, H, W) in [-1, 1]."""
-        pixel_values = self.held_out(0, rows).to(self.accelerator.device)
+    def reconstruct(self, model: HydraTokModel, batches: Batches, rows: range) -> tuple[Tensor, Tensor]:
+        """Held-out images (len(rows), 3, H, W), or clips (len(rows), 3, T, H, W), in [-1, 1], and their reconstructions."""
+        pixel_values = batches(0, rows).to(self.accelerator.device)
         shape = pixel_values.shape[1:]
         noise = torch.stack([torch.randn(shape, generator=row_generator(self.seed, 0, row)) for row in rows])
         with autocast(self.accelerator, self.stage):
@@ -397,29 +435,6 @@ class TokenizerTrainer:
             self.accelerator.load_state(str(self.output_dir / f"shards-{self.step}"))
         self.scheduler.last_epoch = load_state(folder, "scheduler")["value"]["last_epoch"]
         logger.info("Resumed %s at step %d.", self.stage.name, self.step)
-
-
-@torch.no_grad()
-def measure_latents(
-    model: HydraTokModel, batches: Iterator[Tensor], add_up: Callable[[Tensor], Tensor] = lambda sums: sums
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of sampled latents, exact in the sampling noise, so that a dead channel keeps unit noise.
-
-    `add_up` adds up the sums, in fp64, of all processes, each of which has its own batches.
-    """
-    sums = torch.zeros(3, model.config.latent_channels, dtype=torch.float64)  # of ones, means and squares
-    for pixel_values in batches:
-        latent_dist = model.encode(pixel_values.to(model.device)).latent_dist
-        mean, var = (
-            latents_to_tokens(value).flatten(0, 1).double().cpu() for value in (latent_dist.mean, latent_dist.var)
-        )
-        sums += torch.stack([torch.ones_like(mean).sum(0), mean.sum(0), (mean**2 + var).sum(0)])
-    count, total, squares = add_up(sums)
-    mean = total / count
-    std = (squares / count - mean**2).sqrt()
-    # encode() has normalised by the old statistics, which is undone here.
-    old_mean, old_std = model.bottleneck.latents_mean.cpu(), model.bottleneck.latents_std.cpu()
-    return (mean * old_std + old_mean).float(), (std * old_std).float()
 
 
 def check_distill_layers(stage: TokenizerStage, num_layers: int) -> None:

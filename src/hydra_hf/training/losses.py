@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, PixelFlowDecoderConfig
+from hydra_hf.modeling.grid import folded_length
 from hydra_hf.modeling.outputs import HydraTokForPreTrainingOutput
 
 from .recipe import TokenizerLossWeights, TokenizerStage
@@ -48,6 +49,11 @@ def patch_states(states: Tensor, num_tokens: int) -> Tensor:
     return states[:, states.shape[1] - num_tokens :]
 
 
+def frames_of(pixel_values: Tensor) -> Tensor:
+    """The frames (B T, 3, H, W) of clips (B, 3, T, H, W), clip by clip; images as they are."""
+    return pixel_values.transpose(1, 2).flatten(0, 1) if pixel_values.ndim == 5 else pixel_values
+
+
 def tokenizer_losses(
     outputs: HydraTokForPreTrainingOutput, pixel_values: Tensor, weights: TokenizerLossWeights
 ) -> dict[str, Tensor]:
@@ -65,11 +71,18 @@ def tokenizer_losses(
     return losses
 
 
-def training_inputs(config: HydraTokConfig, num_images: int) -> dict[str, Tensor]:
-    """Inputs of `HydraTokForPreTraining` without contents: pixels, and the noise of latents and decoder."""
-    size, num_tokens = config.image_size, (config.image_size // config.patch_size) ** 2
+def training_inputs(config: HydraTokConfig, num_images: int, num_frames: int | None = None) -> dict[str, Tensor]:
+    """Inputs of `HydraTokForPreTraining` without contents: pixels, and the noise of latents and decoder.
+
+    With `num_frames` they are those of as many clips.
+    """
+    size, num_latent_frames = config.image_size, 1
+    frames = () if num_frames is None else (num_frames,)
+    if num_frames is not None:
+        num_latent_frames = folded_length(num_frames, config.temporal_compression_ratio)
+    num_tokens = num_latent_frames * (size // config.patch_size) ** 2
     inputs = {
-        "pixel_values": torch.empty(num_images, config.num_channels, size, size),
+        "pixel_values": torch.empty(num_images, config.num_channels, *frames, size, size),
         "latent_noise": torch.empty(num_images, num_tokens, config.latent_channels),
     }
     if isinstance(config.decoder_config, PixelFlowDecoderConfig):
@@ -80,7 +93,8 @@ def training_inputs(config: HydraTokConfig, num_images: int) -> dict[str, Tensor
 
 @torch.enable_grad()
 def reached_parameters(model: HydraTokForPreTraining, stage: TokenizerStage) -> set[str]:
-    """The names of the parameters that get a gradient from the stage's losses, found on torch's meta device.
+    """The names of the parameters that get a gradient from the stage's losses of images, found on torch's meta device; clips
+    reach the same.
 
     DDP would wait forever for the others, such as layers of Sem-ViT after the last one that is distilled. Raises ValueError
     for a stage without losses.

@@ -78,6 +78,7 @@ def paint_hydra(
     painted = model.generate_images(
         input_ids, attention_mask, pixel_values, grid_thw, height=[image.shape[1] for image in targets],
         width=[image.shape[2] for image in targets], num_inference_steps=24, guidance_scale=1.0, generator=generator,
+        source_interaction=TASKS[task].links_source,
     )  # fmt: skip
     shown = given[len(given) // len(targets) - 1 :: len(given) // len(targets)]
     return [shown, targets, list(painted)]

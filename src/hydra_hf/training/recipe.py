@@ -38,6 +38,9 @@ class Data(Protocol):
     def images(self, image_size: int, batch_size: int, seed: int) -> Batches:
         """Images alone, for the vision tower."""
 
+    def clips(self, image_size: int, num_frames: int, batch_size: int, seed: int) -> Batches:
+        """Clips alone, for the vision tower."""
+
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
         """Prompts of the images that are generated while training; () if the data has none."""
 
@@ -127,6 +130,11 @@ class Stage:
 class TokenizerStage(Stage):
     """Args:
     batch_size: images of one optimizer step, over all processes and accumulation.
+    clip_share: share of the steps that train on clips instead of images.
+    num_frames: of a clip, 1 + 4n.
+    images_per_clip: how many images of a step one clip takes the place of, so that both cost about the same (our choice).
+    keeps_image_latents: of the folds and the patch projection, train only what reads the frames before an anchor, so that
+        latents of images stay as they are; their biases and all else of the encoder are frozen, and `weight_decay` is 0.
     one_step_prob: share of samples at exactly sigma = 1, where one-step decoding evaluates (our choice).
     teacher: frozen ViT to distill from: folder or Hub id, timm:NAME, or a function that makes one; see `training.teachers`.
     teacher_weights: safetensors of a timm teacher.
@@ -139,6 +147,10 @@ class TokenizerStage(Stage):
     """
 
     batch_size: int
+    clip_share: float = 0.0
+    num_frames: int = 17
+    images_per_clip: int = 4
+    keeps_image_latents: bool = False
     decoder_config: PixelFlowDecoderConfig | PixelViTDecoderConfig
     loss_weights: TokenizerLossWeights = field(default_factory=TokenizerLossWeights)
     one_step_prob: float = 0.1
@@ -156,6 +168,12 @@ class TokenizerStage(Stage):
     def __post_init__(self):
         super().__post_init__()
         weights = self.loss_weights
+        if not 0 <= self.clip_share <= 1 or self.images_per_clip < 1:
+            raise ValueError(
+                f"{self.name}: {self.clip_share=} must be 0 to 1, and {self.images_per_clip=} at least 1."
+            )
+        if self.keeps_image_latents and self.weight_decay:
+            raise ValueError(f"{self.name}: {self.weight_decay=} changes the latents of images, expected 0.")
         if weights.adversarial > 0 and not weights.discriminator > 0:
             raise ValueError(
                 f"{self.name}: {weights.adversarial=} needs a discriminator, but {weights.discriminator=}."
@@ -164,6 +182,11 @@ class TokenizerStage(Stage):
             raise ValueError(
                 f"{self.name}: {weights.distill=} needs a teacher, got {self.teacher=} {self.distill_layers=}."
             )
+
+    @property
+    def num_held_out_clips(self) -> int:
+        """How many clips are measured."""
+        return max(1, self.num_held_out // self.images_per_clip)
 
 
 @dataclass(frozen=True, kw_only=True)

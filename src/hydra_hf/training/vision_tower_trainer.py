@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from hydra_hf.data.images import Batches
+from hydra_hf.data.images import Batches, HeldOut, MixedBatches
 from hydra_hf.files import write_folder
 from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, HydraTokModel
 from hydra_hf.modeling.compat import enable_checkpointing
 
+from .folds import FOLDS, add_folds
 from .image_trainer import TokenizerTrainer
 from .recipe import Recipe, TokenizerStage
 from .stages import check_stage, run_stages
@@ -50,18 +51,26 @@ def check_data(recipe: Recipe, stage: TokenizerStage) -> None:
         raise ValueError(f"{recipe.name}: {data=} needs held_out images too, which are not trained on.")
 
 
-def create_batches(recipe: Recipe, stage: TokenizerStage, seed: int) -> tuple[Batches, Batches]:
-    """The images that a stage is trained on, and those it is measured on. Raises ValueError if either is missing."""
+def create_batches(recipe: Recipe, stage: TokenizerStage, seed: int) -> tuple[Batches, HeldOut]:
+    """What a stage is trained on, and what it is measured on. Raises ValueError if either is missing."""
     check_data(recipe, stage)
-    size = recipe.config.image_size
-    images = recipe.data_of(stage).images(size, stage.batch_size, seed)
-    return images, stage.held_out.images(size, stage.num_held_out, 0)
+    size, data, held_out = recipe.config.image_size, recipe.data_of(stage), stage.held_out
+    images, held_out_images = data.images(size, stage.batch_size, seed), held_out.images(size, stage.num_held_out, 0)
+    if not stage.clip_share:
+        return images, HeldOut(held_out_images)
+    clips = data.clips(size, stage.num_frames, stage.batch_size // stage.images_per_clip, seed)
+    held_out_clips = held_out.clips(size, stage.num_frames, stage.num_held_out_clips, 0)
+    batches = MixedBatches(images, clips, stage.clip_share, stage.images_per_clip, seed)
+    return batches, HeldOut(held_out_images, held_out_clips)
 
 
 def train_stage(
     recipe: Recipe, stage: TokenizerStage, index: int, previous: HydraTokModel | None, folder: Path
 ) -> None:
-    """Trains one stage and writes `folder/final`; after the first one, the statistics of the latents are measured."""
+    """Trains one stage and writes `folder/final`.
+
+    After the first one, the statistics of the latents are measured, unless it keeps the latents of images.
+    """
     seed = recipe.seed + 1000 * index
     torch.manual_seed(seed)  # initial weights, the same whether or not earlier stages ran in this process
     batches, held_out = create_batches(recipe, stage, seed + 1)
@@ -71,7 +80,7 @@ def train_stage(
         log_every=recipe.log_every, save_every=recipe.save_every, sample_every=recipe.sample_every,
     )  # fmt: skip
     model = trainer.train().eval()
-    if index == 0:
+    if index == 0 and not stage.keeps_image_latents:
         model.set_latents_statistics(*trainer.measure_latents(model))
     if trainer.accelerator.is_main_process:
         write_folder(folder / "final", model.save_pretrained)
@@ -82,6 +91,8 @@ def create_stage_model(
 ) -> HydraTokForPreTraining:
     """A model with the stage's decoder; the encoder (and the decoder, if of the same kind) are from the previous stage.
 
+    Folds that the previous model does not have are added, see `add_folds`.
+
     Raises ValueError if the encoders, or two decoders of the same kind, do not have the same weights.
     """
     config = HydraTokConfig.from_dict({**recipe.config.to_dict(), "decoder_config": stage.decoder_config.to_dict()})
@@ -91,9 +102,15 @@ def create_stage_model(
     if previous is None:
         return model
     weights, new = previous.state_dict(), model.model.state_dict()
+    fresh: tuple[str, ...] = ()  # what the previous model does not have
     if type(previous.pixel_decoder) is not type(model.model.pixel_decoder):
-        weights = {name: value for name, value in weights.items() if not name.startswith(DECODER)}
-        new = {name: value for name, value in new.items() if not name.startswith(DECODER)}
+        fresh += DECODER
+    if config.temporal_fold_layers and not previous.reads_clips:
+        weights, fresh = add_folds(weights, config), fresh + FOLDS
+        logger.info("%s: adds folds to a model for images.", stage.name)
+    weights, new = (
+        {name: value for name, value in part.items() if not name.startswith(fresh)} for part in (weights, new)
+    )
     shapes, expected = ({name: tuple(value.shape) for name, value in part.items()} for part in (weights, new))
     if wrong := sorted(name for name, _ in shapes.items() ^ expected.items()):
         name = wrong[0]
@@ -101,5 +118,5 @@ def create_stage_model(
             f"{stage.name}: {len(set(wrong))} weights of the previous model do not fit, such as {name}:"
             f" {shapes.get(name)}, expected {expected.get(name)}."
         )
-    model.model.load_state_dict(weights, strict=False)  # what is missing is the new decoder
+    model.model.load_state_dict(weights, strict=False)  # what is missing is fresh
     return model

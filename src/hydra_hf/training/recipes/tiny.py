@@ -29,6 +29,8 @@ from .unimrg import tasks_of, trained_modules
 
 
 EMBEDDED = str(Path(__file__).parents[2] / "assets" / "hydra-tiny")
+QUESTIONS = {"what": 2, "color": 2, "count": 2, "exist": 2, "horizontal": 3, "vertical": 3, "nearer": 3, "place": 2,
+             "distance": 1, "describe": 1}  # fmt: skip
 ATTENTION = "eager"  # torch 2.15's fused attention takes 5 to 20 times as long backwards in bf16 on a CPU
 
 
@@ -169,15 +171,13 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
         describe, name="stage2_find", num_steps=200, decay_share=0.0,
         data=ToyData(questions_per_image=6, question_weights={"place": 3, "distance": 1}),
     )  # fmt: skip
-    questions = {"what": 2, "color": 2, "count": 2, "exist": 2, "horizontal": 3, "vertical": 3, "nearer": 3, "place": 2,
-                 "distance": 1, "describe": 1}  # fmt: skip
     # Painting an image, its depth and its boundaries takes hundreds of steps to begin at a rate that text to image does not
     # survive afterwards (`LOG.md`), so UniMRG is prepared for here.
     stage2 = replace(
         find, name="stage2", num_steps=800, tasks={"understand": 20, "generate": 28, **dict.fromkeys(PAINTED, 3)},
         task_weights={"generate": 0.8, **dict.fromkeys(PAINTED, 0.15)}, learning_rates=everything,
         data=ToyData(
-            canvases=CANVASES, questions_per_image=6, question_weights=questions, unknown_share=0.05
+            canvases=CANVASES, questions_per_image=6, question_weights=QUESTIONS, unknown_share=0.05
         ),
     )  # fmt: skip
     stage3 = replace(

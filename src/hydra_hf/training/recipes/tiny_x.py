@@ -1,0 +1,129 @@
+"""The embedded checkpoint's way to HYDRA-X: clips and edits, at a size that two CPU cores train in hours.
+
+hydra train tiny_x.tokenizer
+hydra train tiny_x.hydra
+"""
+
+from dataclasses import replace
+
+from hydra_hf.modeling import HydraConfig, HydraProcessor, HydraTokConfig, HydraVideoProcessor, PixelViTDecoderConfig
+from hydra_hf.toy.batches import ToyData
+from hydra_hf.toy.clips import clip_corpus
+from hydra_hf.toy.edits import edit_corpus
+from hydra_hf.toy.language import PAINTED
+from hydra_hf.toy.text_tokenizer import extend_toy_tokenizer, words_of
+from hydra_hf.toy.world import CANVASES
+from hydra_hf.training.recipe import HydraRecipe, HydraStage, Recipe, TokenizerLossWeights, TokenizerStage
+
+from .tiny import ATTENTION, EMBEDDED, QUESTIONS, tokenizer_config
+
+
+FOLDS = [0, 2]
+
+
+def video_config() -> HydraTokConfig:
+    """`tiny.tokenizer_config` with two folds, and heads that turn with the frame, which leaves images as they are."""
+    return HydraTokConfig.from_dict(
+        {**tokenizer_config().to_dict(), "temporal_fold_layers": FOLDS, "rotary_axes": [8, 0, 0]}
+    )
+
+
+def tokenizer(init: str = f"{EMBEDDED}/model") -> Recipe:
+    """Clips for a vision tower that knows images: folds and a ViT decoder. Latents of images stay as they are."""
+    decoder = TokenizerStage(
+        name="decoder",
+        data=ToyData(canvases=CANVASES),
+        held_out=ToyData(is_held_out=True),
+        num_steps=4000,
+        batch_size=32,
+        clip_share=0.5,
+        keeps_image_latents=True,
+        learning_rates={
+            "model.gen_vit.embeddings.projection.weight": 1e-3,
+            "model.gen_vit.folds.2.projection.weight": 1e-3,
+            "model.pixel_decoder": 1e-3,
+            "model.bottleneck.decoder_up_proj": 1e-3,
+        },
+        muon_scale=3.0,
+        weight_decay=0.0,  # it would change the latents of images
+        decoder_config=PixelViTDecoderConfig(
+            hidden_size=192, num_hidden_layers=3, num_attention_heads=6, intermediate_size=576, patch_size=16,
+            temporal_unfold_layers=[1, 3], rotary_axes=[8, 8, 8],
+        ),
+        loss_weights=TokenizerLossWeights(cosine=0.0),
+    )  # fmt: skip
+    return Recipe(
+        name="tiny_x.tokenizer",
+        config=video_config(),
+        stages=(decoder,),
+        init=init,
+        attn_implementation=ATTENTION,
+        save_every=200,
+        sample_every=500,
+    )
+
+
+def hydra(init: str = EMBEDDED, tokenizer: str = "runs/tiny_x.tokenizer/decoder/final") -> HydraRecipe:
+    """The five tasks of HYDRA-X for a trained toy model, on a tokenizer that encodes images as its own does.
+
+    All tasks and the painted maps are in every step, at rates below those of `tiny.hydra`, so that what is known of images
+    stays. Clips have all lengths alike at first, and most of them 17 frames later; images have a larger share later.
+    """
+    known = HydraProcessor.from_pretrained(init, subfolder="processor")
+    text_tokenizer = extend_toy_tokenizer(known.tokenizer, [*clip_corpus(), *edit_corpus()])
+    config = HydraConfig.from_pretrained(init, subfolder="model")
+    config.text_config.vocab_size = len(text_tokenizer)
+    config.video_token_id = text_tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    config.vision_config = HydraTokConfig.from_pretrained(tokenizer)
+    heads = ("vision_head", "model.multi_modal_projector", "model.time_embedding", "model.language_model")
+    semantics = ("model.vision_tower.sem_vit", "model.vision_tower.bottleneck.semantic_up_proj")
+    video = HydraStage(
+        name="video",
+        num_steps=300,
+        tasks={"understand": 6, "generate": 12, "video_understand": 12, "video_generate": 10, "edit": 8,
+               **dict.fromkeys(PAINTED, 1)},
+        task_weights={"generate": 0.8, "video_generate": 0.8, "edit": 0.6, **dict.fromkeys(PAINTED, 0.1)},
+        learning_rates={**dict.fromkeys(heads, 6e-4), **dict.fromkeys(semantics, 1e-4)},
+        muon_scale=3.0,
+        warmup_steps=100,
+        decay_share=0.0,
+        data=ToyData(
+            canvases=CANVASES, questions_per_image=6, question_weights=QUESTIONS, unknown_share=0.05, clip_lengths=(17, 9, 5)
+        ),
+        held_out=ToyData(is_held_out=True),
+    )  # fmt: skip
+    everything = replace(
+        video, name="all", num_steps=900, warmup_steps=50, decay_share=0.8,
+        tasks={**video.tasks, "generate": 20, "video_understand": 8, "video_generate": 12, "edit": 10},
+        data=replace(video.data, clip_lengths=(17, 17, 17, 9, 5)),
+    )  # fmt: skip
+    return HydraRecipe(
+        name="tiny_x.hydra",
+        config=config,
+        stages=(video, everything),
+        attn_implementation=ATTENTION,
+        init=init,
+        save_every=200,
+        sample_every=500,
+        tokenizer=tokenizer,
+        processor=with_clips(known, text_tokenizer, config),
+        num_inference_steps=24,
+        guidance_scale=2.0,
+    )
+
+
+def with_clips(known: HydraProcessor, text_tokenizer, config: HydraConfig) -> HydraProcessor:
+    """A processor of images that reads clips and knows what is said of clips and edits, too."""
+    patch_size, image_processor = known.patch_size, known.image_processor
+    video_processor = HydraVideoProcessor(
+        size=dict(image_processor.size), patch_size=patch_size,
+        temporal_patch_size=config.vision_config.temporal_compression_ratio,
+    )  # fmt: skip
+    known_words = sorted({*known.known_words, *words_of([*clip_corpus(), *edit_corpus()])})
+    return HydraProcessor(
+        image_processor,
+        text_tokenizer,
+        patch_size=patch_size,
+        known_words=known_words,
+        video_processor=video_processor,
+    )
