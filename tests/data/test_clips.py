@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from test_records import NAMES, anything
 
 from hydra_hf.data.readers import TaskReader
 from hydra_hf.data.records import RecordReader, UnreadableRecordError, find_columns
@@ -176,6 +177,32 @@ def test_what_is_wrong_with_a_record_is_said(read, clip, files, tmp_path):
     ]:  # fmt: skip
         with pytest.raises(UnreadableRecordError, match=reason):
             read(record, task)
+
+
+def test_any_record_is_a_sample_or_an_unreadable_record(processor, tmp_path, clip, files):
+    rng, reasons, num_samples = random.Random(0), set(), 0
+    names = [*NAMES, "video", "source_image", "instruction", "target_image"]
+    image = {"source_image": files.png(1), "instruction": "lighter", "target_image": files.png(9)}
+    good = {"video": clip(5, "a.webp").name, "caption": "a square", **llava("<video> what?", "a square"), **image}
+    readers = [
+        RecordReader(
+            find_columns(names, ()), tmp_path, processor.image_processor, video_processor=processor.video_processor
+        )
+        for names in ({"video", "caption"}, {"video", "conversations"}, {*image}, {"images", "messages"}, {*names})
+    ]
+    for _ in range(1000):
+        record = {name: anything(rng) for name in rng.sample(names, rng.randrange(1, 6))}
+        record |= {name: good[name] for name in rng.sample(sorted(good), rng.randrange(len(good)))}
+        try:
+            sample = rng.choice(readers).sample(
+                record, rng.choice(("edit", "video_understand", "video_generate")), rng
+            )
+            processor.encode_each([sample.messages])
+            num_samples += 1
+        except UnreadableRecordError as error:
+            reasons.add(str(error))
+    assert num_samples > 20
+    assert len(reasons) > 15
 
 
 def reader_of(task: str, path, processor, **settings) -> TaskReader:

@@ -71,7 +71,7 @@ def stages(config: HydraConfig) -> tuple[HydraStage, ...]:
         mixed_precision="bf16",  # our choice, over fp32 weights
         drop_prompt=0.1,  # our choice: 5 % of the edits keep their source, 5 % have neither, as InstructPix2Pix
     )
-    # given, but for the edits: about 2M beside 70M pairs, 1 of 36
+    # given, except the share of edits (our choice): about 2M, next to 70M pairs
     tasks = tasks_of(image_caption=2, image_generation=6, video_caption=1, video_sft=1, edit=10 / 35)
     stage2 = replace(
         stage1,
