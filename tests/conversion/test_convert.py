@@ -11,6 +11,7 @@ from small_sources import internvl_vision, language_model, siglip2_vision
 from transformers import AutoImageProcessor, AutoProcessor, GenerationConfig
 
 from hydra_hf import (
+    HydraConfig,
     HydraForConditionalGeneration,
     HydraImageProcessor,
     HydraPipeline,
@@ -105,6 +106,17 @@ def test_the_ids_in_the_config_are_the_tokenizers(hydra):
     assert tokenizer.convert_ids_to_tokens(ids) == ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>"]
     assert tokenizer.decode(config.null_prompt_ids) == pipeline.processor.build_image_prompt("")
     assert config.null_prompt_ids[-1] == config.vision_start_token_id
+
+
+def test_a_model_of_images_and_clips_gets_a_processor_of_both(text, tmp_path):
+    siglip2_vision(tmp_path / "vit")
+    folder = convert(str(tmp_path / "vit"), tmp_path / "out", text, video=True)
+    processor = AutoProcessor.from_pretrained(folder / "processor")
+    assert processor.video_processor.patch_size == processor.patch_size
+    assert processor.video_processor.temporal_patch_size == 4
+    assert processor.video_processor.size == processor.image_processor.size
+    config = HydraConfig.from_pretrained(folder / "model")
+    assert processor.tokenizer.convert_ids_to_tokens(config.video_token_id) == "<|video_pad|>"
 
 
 def test_the_generation_config_is_the_language_models(hydra, text):

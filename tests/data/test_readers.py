@@ -63,7 +63,7 @@ def test_a_source_is_written_on_one_line():
         ("generate=", "has an empty path"),
         ("generate=hub:", "has an empty path"),
         ("paint=a.jsonl", "task='paint', expected one of"),
-        ("edit=a.jsonl", "task='edit' is not supported yet"),
+        ("edit=a.jsonl,latents=b", "latents are kept for the tasks .*, got task='edit'"),
         ("text=a.jsonl,weight=much", "'much', expected a number|could not convert"),
         ("text=a.jsonl,weight=0", "weight=0.0 must be a number above 0"),
         ("text=a.jsonl,weight=nan", "weight=nan must be"),

@@ -32,6 +32,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         default="bf16",
         help="that of the stage that reads them; bf16 by default",
     )
+    latents.add_argument("--image_size", type=int, help="that of the stage that reads them, if it has one")
     latents.add_argument("--batch_size", type=int, default=32, help="images in memory at once; 32 by default")
     latents.add_argument("--num_workers", type=int, help="processes that read ahead")
     add_device(latents)
@@ -63,16 +64,20 @@ def _latents(options: argparse.Namespace):
     from hydra_hf.modeling import HydraProcessor, HydraTokModel
     from hydra_hf.training.latents import prepare_latents
     from hydra_hf.training.processes import partial_state
+    from hydra_hf.training.recipe import limit_size
 
     sources = _sources(options)
     for name in filter(None, (options.init, options.tokenizer)):
         check_model_name(name)
     device = choose_device(options.device) if options.device != "auto" else partial_state().device
+    processor = HydraProcessor.from_pretrained(options.init, subfolder="processor")
+    if options.image_size is not None:
+        limit_size(processor.image_processor, options.image_size)
     where = {"subfolder": "model"} if options.tokenizer is None else {}
     tower = HydraTokModel.from_pretrained(options.tokenizer or options.init, dtype=torch.float32, **where)
     return prepare_latents(
-        sources, HydraProcessor.from_pretrained(options.init, subfolder="processor"), tower.eval().to(device),
-        mixed_precision=options.mixed_precision, batch_size=options.batch_size, num_workers=options.num_workers,
+        sources, processor, tower.eval().to(device), mixed_precision=options.mixed_precision,
+        batch_size=options.batch_size, num_workers=options.num_workers,
     )  # fmt: skip
 
 

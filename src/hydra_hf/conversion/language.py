@@ -41,6 +41,7 @@ def hydra_config(text: PreTrainedConfig, vision: HydraTokConfig, processor: Hydr
         vision_config=vision,
         vision_head_config=vision_head_config(text.hidden_size),
         image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
         vision_start_token_id=tokenizer.convert_tokens_to_ids(processor.vision_start_token),
         vision_end_token_id=tokenizer.convert_tokens_to_ids(processor.vision_end_token),
         null_prompt_ids=tokenizer(processor.build_image_prompt("")).input_ids,

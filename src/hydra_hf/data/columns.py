@@ -107,3 +107,12 @@ def _first(wanted: tuple[str, ...], names: set[str]) -> str:
 def _members(names: tuple[str, ...]) -> list[str]:
     """The names that a tar gives to images of these names, and those with `_image` behind them."""
     return [f"{name}{end}.{ending}" for name in names for end in ("", "_image") for ending in IMAGE_ENDINGS]
+
+
+def by_kind(path: str) -> dict[str, str]:
+    """The path in the column of images or of clips."""
+    return {"video" if ends_in(path, VIDEO_ENDINGS) else "image": path}
+
+
+def ends_in(path: str, endings: tuple[str, ...]) -> bool:
+    return path.lower().endswith(tuple(f".{ending}" for ending in endings))

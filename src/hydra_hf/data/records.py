@@ -153,7 +153,7 @@ class RecordReader:
     def _with_one_text(self, record: dict, rng: random.Random | None) -> dict:
         """The record with one of several captions, and of several instructions."""
         chosen = {}
-        for column in {self.columns.caption, self.columns.instruction}:
+        for column in dict.fromkeys((self.columns.caption, self.columns.instruction)):
             if isinstance(value := record.get(column), list):
                 texts = [text for text in value if isinstance(text, str) and text.strip()]
                 chosen[column] = texts[0] if texts and rng is None else rng.choice(texts) if texts else None

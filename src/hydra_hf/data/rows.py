@@ -11,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
-from .columns import IMAGE_ENDINGS, VIDEO_ENDINGS
+from .columns import IMAGE_ENDINGS, VIDEO_ENDINGS, by_kind, ends_in
 from .shards import Contents, Shard, index_json, open_shards
 from .tasks import UnreadableRecordError
 
@@ -346,15 +346,6 @@ def names_a_class(folder: str) -> bool:
     return not NO_CLASS.fullmatch(folder)
 
 
-def by_kind(path: str) -> dict[str, str]:
-    """The path in the column of images or of clips."""
-    return {"video" if _ends_in(path, VIDEO_ENDINGS) else "image": path}
-
-
-def _ends_in(path: str, endings: tuple[str, ...]) -> bool:
-    return path.lower().endswith(tuple(f".{ending}" for ending in endings))
-
-
 def list_images(
     folder: str, endings: tuple[str, ...] = IMAGE_ENDINGS
 ) -> tuple[list[str], dict[str, str], list[str], list[str]]:
@@ -368,7 +359,7 @@ def list_images(
         stems = {name[:-4].lower(): name for name in names if name.lower().endswith(".txt")}
         for name in names:
             path = os.path.join(relative, name)
-            if _ends_in(name, endings):
+            if ends_in(name, endings):
                 images.append(path)
                 if (text := stems.get(os.path.splitext(name)[0].lower())) is not None:
                     texts[path] = os.path.join(relative, text)

@@ -286,22 +286,11 @@ class HydraTokConfig(HydraPreTrainedConfig):
     def siglip2_so400m(cls, **kwargs) -> "HydraTokConfig":
         """SigLIP2-So400m/16 naflex cut 13 | 14 (our choice), with the ViT decoder of HYDRA-X unless `decoder_config` is given."""
         so400m = {
-            "hidden_size": 1152,
-            "num_gen_layers": 13,
-            "num_sem_layers": 14,
-            "num_attention_heads": 16,
-            "intermediate_size": 4304,
-            "hidden_act": "gelu_pytorch_tanh",
-            "layer_scale_init_value": None,
-            "use_cls_token": False,
-            "use_post_layernorm": True,
-            "image_size": 256,
-            "patch_size": 16,
-            "position_interpolation": "bilinear",
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-            "decoder_config": PixelViTDecoderConfig(patch_size=16),
-        }
+            "hidden_size": 1152, "num_gen_layers": 13, "num_sem_layers": 14, "num_attention_heads": 16, "intermediate_size": 4304,
+            "hidden_act": "gelu_pytorch_tanh", "layer_scale_init_value": None, "use_cls_token": False, "use_post_layernorm": True,
+            "image_size": 256, "patch_size": 16, "position_interpolation": "bilinear", "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5], "decoder_config": PixelViTDecoderConfig(patch_size=16),
+        }  # fmt: skip
         return cls(**{**so400m, **kwargs})
 
     @classmethod
@@ -431,17 +420,26 @@ class HydraConfig(HydraPreTrainedConfig):
     @classmethod
     def _from_qwen(cls, text: dict, tie_word_embeddings: bool, decoder: str, **kwargs) -> "HydraConfig":
         text_config = AutoConfig.for_model(
-            "qwen2",
-            num_hidden_layers=28,
-            num_key_value_heads={1536: 2, 3584: 4}[text["hidden_size"]],
-            max_position_embeddings=32_768,
-            rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-            tie_word_embeddings=tie_word_embeddings,
-            bos_token_id=151_643,
-            eos_token_id=151_645,
-            **text,
-        )
-        return cls(text_config=text_config, vision_config=HydraTokConfig.internvit_300m(decoder), **kwargs)
+            "qwen2", num_hidden_layers=28, num_key_value_heads={1536: 2, 3584: 4}[text["hidden_size"]],
+            max_position_embeddings=32_768, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+            tie_word_embeddings=tie_word_embeddings, bos_token_id=151_643, eos_token_id=151_645, **text,
+        )  # fmt: skip
+        vision_config = HydraTokConfig.internvit_300m(decoder)
+        return cls(**{"text_config": text_config, "vision_config": vision_config, **kwargs})
+
+    @classmethod
+    def hydra_x_1_5b(cls, **kwargs) -> "HydraConfig":
+        """Qwen2.5-1.5B-Instruct with HYDRA-XTok on SigLIP2-So400m: images and clips. HYDRA-X."""
+        return cls.hydra_1_5b(**{**cls._of_hydra_x(), **kwargs})
+
+    @classmethod
+    def hydra_x_7b(cls, **kwargs) -> "HydraConfig":
+        """Qwen2.5-7B-Instruct with HYDRA-XTok on SigLIP2-So400m: images and clips. HYDRA-X."""
+        return cls.hydra_7b(**{**cls._of_hydra_x(), **kwargs})
+
+    @staticmethod
+    def _of_hydra_x() -> dict:
+        return {"vision_config": HydraTokConfig.siglip2_so400m_video(), "video_token_id": 151_656}  # <|video_pad|>
 
 
 __all__ = ["HydraConfig", "HydraTokConfig", "PixelFlowDecoderConfig", "PixelViTDecoderConfig", "VisionHeadConfig"]

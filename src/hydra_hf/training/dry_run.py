@@ -7,8 +7,8 @@ precision, gradient checkpointing and frozen modules: no weights are needed and 
 - Memory of one process under DDP: weights in fp32, AdamW's two moments (Muon's one), the average if there is one, frozen
   judges, DDP's buckets (as large as the gradients), and the peak of gradients and activations in a step of the longest
   samples; with `micro_batch_tokens`, of as many samples of the mean length as it holds. FSDP divides everything except
-  activations and judges by the number of processes, and has no buckets. Fragmentation comes on top. A teacher counts as
-  another encoder; its forward is not counted.
+  activations and judges by the number of processes, and has no buckets. Fragmentation comes on top. A teacher counts as another
+  encoder; its forward is not counted, nor is the attention of an edit's target to its source.
 """
 
 import math
@@ -23,51 +23,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hydra_hf.data.tasks import TASKS
-from hydra_hf.modeling import HydraConfig, HydraForConditionalGeneration, HydraTokForPreTraining
+from hydra_hf.modeling import HydraForConditionalGeneration, HydraTokForPreTraining
 from hydra_hf.modeling.compat import enable_checkpointing
+from hydra_hf.modeling.grid import Grid
 
 from .discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss
-from .hydra_trainer import create_bundles
 from .lora import add_adapters
 from .losses import distill_loss, reached_parameters, tokenizer_losses, training_inputs, weighted_sum
 from .optimizers import create_optimizer
 from .processes import num_accumulation_steps, partial_state, split_batch
 from .recipe import HydraRecipe, HydraStage, Recipe, Stage, TokenizerStage, UnifiedRecipe, freeze_unnamed
+from .task_report import TaskReport, look_at_tasks
 from .teachers import blank_perceptual
 from .vision_tower_trainer import create_stage_model
 
 
-NUM_SEEN = 16  # samples of each task that are read
-NOMINAL_TEXT_TOKENS = 77  # text tokens of a sample when no data is read
 PARTS = ("gen_vit", "bottleneck", "sem_vit", "pixel_decoder")
 TOWER_MODULES = tuple(f"model.{part}" for part in PARTS)
 MODULES = (
     *(f"model.vision_tower.{part}" for part in PARTS), "model.multi_modal_projector", "model.time_embedding",
     "model.language_model", "lm_head", "vision_head",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TaskReport:
-    """`length` is (min, mean, max); tokens and images are means over samples; `num_seen` is 0 for nominal lengths."""
-
-    num_samples: int
-    num_seen: int
-    length: tuple[float, float, float]
-    image_tokens: float
-    label_tokens: float
-    num_images: float
-    generates: bool
-    flops: float = 0.0  # of all samples, forward and backward
-
-    def __str__(self) -> str:
-        low, mean, high = (round(length) for length in self.length)
-        source = f"{self.num_seen} read" if self.num_seen else "nominal"
-        return (
-            f"{self.num_samples} samples ({source}) of {low} / {mean} / {high} tokens (min / mean / max),"
-            f" {self.image_tokens:.0f} of images, {self.label_tokens:.0f} with a text label; {self.flops:.3g} FLOPs"
-        )
 
 
 @dataclass(frozen=True)
@@ -252,47 +228,6 @@ def num_moments(model: nn.Module, stage: Stage) -> int:
     )
 
 
-# Tokens
-
-
-def look_at_tasks(recipe: HydraRecipe, stage: HydraStage) -> dict[str, TaskReport]:
-    """A report on each task, from the first samples of the stage's data, or without data from nominal lengths."""
-    if recipe.data_of(stage) is None:
-        return {task: nominal_task(task, count, recipe.config) for task, count in stage.tasks.items()}
-    few = replace(stage, tasks={task: min(count, NUM_SEEN) for task, count in stage.tasks.items()})
-    bundle = create_bundles(recipe, few, recipe.seed)[0]
-    return {task: seen_task(bundle[task], count, recipe.config) for task, count in stage.tasks.items()}
-
-
-def nominal_task(task: str, count: int, config: HydraConfig) -> TaskReport:
-    """The report on a task without data: 77 text tokens, labelled if text is scored, and the task's images at the ViT's own
-    size."""
-    row = TASKS[task]
-    num_images = row.num_images
-    vision = config.vision_config
-    image_tokens = num_images * (config.num_time_tokens + (vision.image_size // vision.patch_size) ** 2)
-    length = NOMINAL_TEXT_TOKENS + image_tokens
-    return TaskReport(
-        num_samples=count, num_seen=0, length=(length, length, length), image_tokens=image_tokens, num_images=num_images,
-        label_tokens=NOMINAL_TEXT_TOKENS if row.scores_text else int(row.generates), generates=row.generates,
-    )  # fmt: skip
-
-
-def seen_task(batch: dict[str, Tensor], count: int, config: HydraConfig) -> TaskReport:
-    """The report on a task from one collated batch."""
-    length = batch["attention_mask"].sum(dim=1).float()
-    images = batch["image_grid_thw"] if "image_grid_thw" in batch else torch.empty(0)
-    return TaskReport(
-        num_samples=count,
-        num_seen=len(length),
-        length=(length.min().item(), length.mean().item(), length.max().item()),
-        image_tokens=(batch["mm_token_type_ids"] > 0).sum().item() / len(length),
-        label_tokens=(batch["labels"][:, 1:] != -100).sum().item() / len(length),
-        num_images=len(images) / len(length),
-        generates=bool(len(images)) and bool(batch["is_generated"].any()),
-    )
-
-
 # Costs
 
 
@@ -362,9 +297,10 @@ def hydra_loss(
     with torch.autocast("cpu", torch.bfloat16, enabled=stage.mixed_precision == "bf16"):
         embeds = model.get_input_embeddings()(torch.empty(num_samples, length, dtype=torch.long))
         if num_images:
-            side = max(1, round((task.image_tokens / task.num_images - config.num_time_tokens) ** 0.5))
-            grids, sigma = [(1, side, side)] * num_images, torch.empty(num_images)
-            latents = fake_latents(model, num_images, side)
+            tokens = (task.image_tokens / task.num_images - config.num_time_tokens) / task.num_frames
+            grid = (round(task.num_frames), *[max(1, round(tokens**0.5))] * 2)
+            grids, sigma = [grid] * num_images, torch.empty(num_images)
+            latents = fake_latents(model, num_images, grid)
             image_embeds = model.model.get_image_embeds(latents, sigma, grids)
             is_image = torch.empty(num_samples, length, 1, dtype=torch.bool).expand_as(embeds)
             embeds = embeds.masked_scatter(is_image, image_embeds.to(embeds.dtype))
@@ -375,8 +311,12 @@ def hydra_loss(
             logits = model.lm_head(states[:num_scored])
             labels = torch.empty(num_scored, dtype=torch.long)
             losses.append(nn.functional.cross_entropy(logits.float(), labels))
-        if task.generates:
-            velocity = model._predict_velocity(states[: len(latents)], latents, sigma, grids)
+        if task.num_generated:
+            num_generated = max(1, round(num_samples * task.num_generated))
+            latents = latents[: num_generated * math.prod(grid)]
+            velocity = model._predict_velocity(
+                states[: len(latents)], latents, sigma[:num_generated], grids[:num_generated]
+            )
             losses.append(nn.functional.mse_loss(velocity, torch.empty_like(velocity)))
     return sum(losses, torch.zeros(()))
 
@@ -388,11 +328,12 @@ def backward(loss: Tensor) -> None:
 
 
 @torch.no_grad()
-def fake_latents(model: HydraForConditionalGeneration, num_images: int, side: int) -> Tensor:
-    """Packed latents (num_images * side * side, C), encoded by the vision tower."""
+def fake_latents(model: HydraForConditionalGeneration, num_images: int, grid: Grid) -> Tensor:
+    """Packed latents (num_images * t * h * w, C), encoded by the vision tower."""
     tower, vision = model.model.vision_tower, model.config.vision_config
-    size = side * vision.patch_size
-    states = tower.gen_vit(torch.empty(num_images, vision.num_channels, size, size))
+    num_frames = 1 + (grid[0] - 1) * vision.temporal_compression_ratio
+    size = [side * vision.patch_size for side in grid[1:]]
+    states = tower.gen_vit(torch.empty(num_images, vision.num_channels, num_frames, *size))
     return tower.bottleneck(states).mean.flatten(0, 1).float()
 
 

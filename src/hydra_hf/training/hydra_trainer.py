@@ -91,7 +91,8 @@ def train_model(
 
     def finish(last: Path, final: Path) -> None:
         model = kind.open_model(last, recipe)
-        write_folder(final, lambda folder: kind.save_compact(model, recipe, folder))
+        sized = recipe.sized_for(recipe.stages[-1])
+        write_folder(final, lambda folder: kind.save_compact(model, sized, folder))
 
     return run_stages(recipe, output_dir, train, finish=finish, only=only, on_stage=on_stage)
 
@@ -106,6 +107,7 @@ def train_stage(
 ) -> None:
     """Trains `model` to the end of a stage, from the last checkpoint in `folder` if there is one."""
     stage, seed = recipe.stages[index], recipe.seed + 1000 * index
+    recipe = recipe.sized_for(stage)
     accumulation = num_accumulation_steps(stage.tasks, partial_state().num_processes, recipe.micro_batch_size)
     for data in filter(None, (recipe.data_of(stage), stage.held_out)):
         kind.check_data(model, stage, data)
@@ -149,7 +151,7 @@ def create_bundles(recipe: HydraRecipe, stage: HydraStage, seed: int, accumulati
         raise ValueError(f"num_workers={recipe.num_workers}: a stream is read in order, by one process; use 0.")
     processes = partial_state()
     return data.bundles(
-        stage, recipe.processor, seed, max_length=recipe.max_length or recipe.config.get_text_config().max_position_embeddings,
+        stage, recipe.sized_for(stage).processor, seed, max_length=recipe.max_length or recipe.config.get_text_config().max_position_embeddings,
         process_index=processes.process_index, num_processes=processes.num_processes, accumulation=accumulation,
     )  # fmt: skip
 

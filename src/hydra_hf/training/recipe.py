@@ -4,18 +4,21 @@
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.image_utils import SizeDict
 
 from hydra_hf.data.images import Batches
 from hydra_hf.data.sources import Source, Sources
 from hydra_hf.data.tasks import check_task
 from hydra_hf.modeling import (
     HydraConfig,
+    HydraImageProcessor,
     HydraProcessor,
     HydraTokConfig,
     PixelFlowDecoderConfig,
@@ -198,6 +201,8 @@ class HydraStage(Stage):
     condition_grad_scale: factor on the gradient that reaches Sem-ViT through given images; 0.1 in UniMRG's code for a model
         with a shared encoder, 1 in HYDRA.
     drop_prompt: share of prompts replaced by the empty one, for guidance.
+    image_size, clip_size: images, and frames of clips, have at most as many pixels as a square of this side, in the saved
+        pipeline too; None leaves the sizes of the processor.
     """
 
     tasks: dict[str, int]
@@ -207,11 +212,15 @@ class HydraStage(Stage):
     lora_targets: tuple[str, ...] = ("model.language_model", "model.vision_tower.sem_vit")
     condition_grad_scale: float = 1.0
     drop_prompt: float = 0.1
+    image_size: int | None = None
+    clip_size: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         for task in self.tasks:
             check_task(task, self.name)
+        if min(self.image_size or 1, self.clip_size or 1) < 1 or 0 in (self.image_size, self.clip_size):
+            raise ValueError(f"{self.name}: {self.image_size=} and {self.clip_size=} must be at least 1.")
         if wrong := {
             task: value for task, value in self.task_weights.items() if task not in self.tasks or not value >= 0
         }:
@@ -316,6 +325,17 @@ class HydraRecipe(Recipe):
                 f" {num_tasks} x max_length={max_length}; lower max_length: longer samples are skipped and counted."
             )
 
+    def sized_for(self, stage: HydraStage) -> "HydraRecipe":
+        """The recipe with a processor of the stage's sizes."""
+        if self.processor is None or stage.image_size is stage.clip_size is None:
+            return self
+        processor = deepcopy(self.processor)
+        if stage.image_size is not None:
+            limit_size(processor.image_processor, stage.image_size)
+        if stage.clip_size is not None and processor.video_token is not None:
+            limit_size(processor.video_processor, stage.clip_size)
+        return replace(self, processor=processor)
+
     def num_workers_of(self, stage: HydraStage) -> int:
         """Processes that read ahead in a stage, for each process that trains."""
         return self.data_of(stage).num_workers if self.num_workers is None else self.num_workers
@@ -332,6 +352,12 @@ class UnifiedRecipe(HydraRecipe):
     config: PreTrainedConfig
     model_class: type[PreTrainedModel]
     tokenizer: str | None = None
+
+
+def limit_size(processor: HydraImageProcessor, side: int) -> None:
+    """Makes images, or frames, have at most as many pixels as a square of this side."""
+    least = processor.size.min_pixels or processor.patch_size**2
+    processor.size = SizeDict(min_pixels=min(least, side**2), max_pixels=side**2)
 
 
 def freeze_unnamed(module: nn.Module, stage: Stage) -> None:

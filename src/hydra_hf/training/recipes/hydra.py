@@ -7,6 +7,7 @@ Each value has its source next to it: "given" in the paper, or "our choice" wher
 instruction and aesthetic data, so run the stages one at a time, each with its own `--data`.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from hydra_hf.modeling import HydraConfig, HydraProcessor
@@ -33,14 +34,20 @@ def tasks_of(text: int, understand: int, generate: int) -> dict[str, int]:
     return {task: count for task, count in counts.items() if count}
 
 
-def stages(config: HydraConfig) -> tuple[HydraStage, ...]:
-    """Stages I to III. Gen-ViT, bottleneck and pixel decoder are frozen in all of them: they make and read the latents."""
+def trained_modules(config: HydraConfig) -> tuple[list[str], list[str]]:
+    """The names of the projector, and of the language model."""
     projector = ["model.multi_modal_projector"]
     if config.use_time_token:
         projector.append("model.time_embedding")  # our choice, at the projector's rate
     language_model = ["model.language_model"]
     if not config.tie_word_embeddings:
         language_model.append("lm_head")
+    return projector, language_model
+
+
+def stages(config: HydraConfig) -> tuple[HydraStage, ...]:
+    """Stages I to III. Gen-ViT, bottleneck and pixel decoder are frozen in all of them: they make and read the latents."""
+    projector, language_model = trained_modules(config)
     stage1 = HydraStage(
         name="stage1",
         num_steps=150_000,  # given
@@ -86,15 +93,22 @@ def stages(config: HydraConfig) -> tuple[HydraStage, ...]:
 
 def hydra_1_5b(init: str | None = None, tokenizer: str | None = None) -> HydraRecipe:
     """Qwen2.5-1.5B-Instruct and InternViT-300M, as `hydra convert` puts them together in `init`."""
-    return _recipe("hydra.hydra_1_5b", HydraConfig.hydra_1_5b, init, tokenizer)
+    return recipe_of("hydra.hydra_1_5b", HydraConfig.hydra_1_5b, stages, init, tokenizer)
 
 
 def hydra_7b(init: str | None = None, tokenizer: str | None = None) -> HydraRecipe:
     """Qwen2.5-7B-Instruct and InternViT-300M, as `hydra convert` puts them together in `init`."""
-    return _recipe("hydra.hydra_7b", HydraConfig.hydra_7b, init, tokenizer)
+    return recipe_of("hydra.hydra_7b", HydraConfig.hydra_7b, stages, init, tokenizer)
 
 
-def _recipe(name: str, preset, init: str | None, tokenizer: str | None) -> HydraRecipe:
+def recipe_of(
+    name: str,
+    preset: Callable[[], HydraConfig],
+    stages: Callable[[HydraConfig], tuple[HydraStage, ...]],
+    init: str | None,
+    tokenizer: str | None,
+    max_length: int = 4096,
+) -> HydraRecipe:
     """The sizes and tokenizer of `init`; without it, the preset's sizes and no tokenizer, enough for a dry run."""
     config = preset() if init is None else HydraConfig.from_pretrained(init, subfolder="model")
     return HydraRecipe(
@@ -105,7 +119,7 @@ def _recipe(name: str, preset, init: str | None, tokenizer: str | None) -> Hydra
         tokenizer=tokenizer,
         processor=None if init is None else HydraProcessor.from_pretrained(init, subfolder="processor"),
         gradient_checkpointing=True,  # our choice
-        max_length=min(4096, config.text_config.max_position_embeddings),  # our choice
+        max_length=min(max_length, config.text_config.max_position_embeddings),  # our choice
         num_inference_steps=50,  # our choice
         guidance_scale=4.5,  # our choice
         sample_prompts=SAMPLE_PROMPTS,
