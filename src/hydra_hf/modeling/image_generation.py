@@ -266,10 +266,10 @@ class ImageGenerationMixin:
             ValueError: if a prompt and its image do not fit the context, or sizes are off the patch grid or not as many as
                 the prompts.
         """
-        config, device = self.config, input_ids.device
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if (input_ids[:, -1] != config.vision_start_token_id).any():
-            start = input_ids.new_full((len(input_ids), 1), config.vision_start_token_id)
+        start_id = self.config.vision_start_token_id
+        if (input_ids[:, -1] != start_id).any():
+            start = input_ids.new_full((len(input_ids), 1), start_id)
             input_ids = torch.cat([input_ids, start], dim=1)
             attention_mask = torch.cat([attention_mask, torch.ones_like(start)], dim=1)
         if guidance_scale > 1 and pixel_values is not None:
@@ -280,17 +280,26 @@ class ImageGenerationMixin:
         branches = [GuidanceBranch(prefix)]
         if guidance_scale > 1:
             branches = classifier_free(prefix, self._prefill_null_prompts(input_ids), guidance_scale)
+        tokens = self.sample_latents(branches, grids, num_inference_steps, generator)
+        if not is_one_grid(grids):
+            return self.decode_latents(tokens, torch.tensor(grids), generator=generator)
+        latents = tokens_to_latents(tokens.unflatten(0, (len(grids), -1)), grids[0])
+        return self.decode_latents(latents, generator=generator)
+
+    def sample_latents(
+        self, branches: list[GuidanceBranch], grids: list[Grid], num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Packed clean latents (total_tokens, C) of images of these grids: noise, then Euler steps."""
+        device = branches[-1].prefix.attention_mask.device
         sigmas = [inference_sigmas(num_inference_steps, self.get_sigma_shift(num_tokens(grid))) for grid in grids]
         sigmas = nn.functional.pad(torch.stack(sigmas, dim=1), (0, 0, 0, 1)).to(device)  # (steps + 1, B)
-        tokens = noise_tokens(grids, config.vision_config.latent_channels, generator, device)
+        tokens = noise_tokens(grids, self.config.vision_config.latent_channels, generator, device)
         grid_thw = torch.tensor(grids)  # on the CPU: it is read at each step
         for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
             velocity = self.denoise_step(tokens, sigma, branches, image_grid_thw=grid_thw)
             tokens = euler_step(tokens, velocity, *(per_token(each, grids)[:, None] for each in (sigma, next_sigma)))
-        if not is_one_grid(grids):
-            return self.decode_latents(tokens, grid_thw, generator=generator)
-        latents = tokens_to_latents(tokens.unflatten(0, (len(grids), -1)), grids[0])
-        return self.decode_latents(latents, generator=generator)
+        return tokens
 
     def get_latent_grid(self, height: int | None, width: int | None) -> Grid:
         """The grid of an image's latents; None is the tokenizer's own size. Raises ValueError for sizes off the patch grid."""
