@@ -1,8 +1,6 @@
 """Chat messages with images and clips to the model's inputs, and its outputs to text and images."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -19,6 +17,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoInput
 
+from .chat_messages import as_dicts, check_parts, parts_of
 from .compat import TypedProcessingKwargs
 from .grid import Grid, folded_length, image_grid, num_tokens
 from .image_processing_hydra import HydraImageProcessor
@@ -28,7 +27,6 @@ from .video_processing_hydra import HydraVideoProcessor
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 WORD_JOINER = "\u2060"  # invisible and without a line break: the text looks the same
 VIDEO_TOKEN = "<|video_pad|>"
-PART_KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}  # in their order
 
 
 def check_unicode(name: str, text: str) -> None:
@@ -211,9 +209,9 @@ class HydraProcessor(ProcessorMixin):
         """
         conversations, is_batched = self._readable_conversations(conversation)
         if tokenize:
-            _check_parts(conversations, "video")
+            check_parts(conversations, "video")
             if not (processor_kwargs or {}).get("images"):
-                _check_parts(conversations, "image")
+                check_parts(conversations, "image")
         return super().apply_chat_template(
             conversations if is_batched else conversations[0],
             chat_template,
@@ -226,7 +224,7 @@ class HydraProcessor(ProcessorMixin):
         """A batch, copied, whose texts cannot be mistaken for special tokens, and whether `conversation` was a batch."""
         if not conversation:
             raise ValueError("Got no messages, expected at least one.")
-        conversation = _as_dicts(conversation)
+        conversation = as_dicts(conversation)
         if not isinstance(conversation, (list, tuple)):
             raise ValueError(f"Got a {type(conversation).__name__}, expected a list of messages or of such lists.")
         is_batched = not isinstance(conversation[0], dict)
@@ -301,18 +299,18 @@ class HydraProcessor(ProcessorMixin):
         if not is_batched:
             raise ValueError("Got one conversation, expected a list of conversations.")
         if images is None:
-            images = [part.get("image") for part in _parts(conversations, "image")]
+            images = [part.get("image") for part in parts_of(conversations, "image")]
         return self.pad_encodings(self._encode_each(conversations, images, max_length), padding_side)
 
     def encode_each(self, conversations: list[list[dict]]) -> list[dict[str, Tensor]]:
         """What `encode_conversations` gives for each conversation alone, without the axis of the batch: quicker than one by one."""
         conversations, _ = self._readable_conversations(conversations)
-        return self._encode_each(conversations, [part.get("image") for part in _parts(conversations, "image")])
+        return self._encode_each(conversations, [part.get("image") for part in parts_of(conversations, "image")])
 
     def _encode_each(
         self, conversations: list[list[dict]], images: list[Tensor | Grid], max_length: int | None = None
     ) -> list[dict[str, Tensor]]:
-        if any(_parts(conversations, "video")):
+        if any(parts_of(conversations, "video")):
             raise ValueError("Got a part of type 'video', expected text and images; apply_chat_template reads clips.")
         texts, generated_spans = render_jinja_template(
             conversations,
@@ -410,32 +408,6 @@ class HydraProcessor(ProcessorMixin):
         if generation_mode == "image":
             return self.image_processor.postprocess(generated_outputs, output_type="pil")
         raise ValueError(f"Got {generation_mode=}, expected 'text' or 'image'.")
-
-
-def _as_dicts(value: Any) -> Any:
-    """Messages and their parts as dicts, if they are objects of an API client: dataclasses or pydantic models."""
-    if isinstance(value, (list, tuple)):
-        return [_as_dicts(item) for item in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
-    elif callable(getattr(value, "model_dump", None)):
-        value = value.model_dump()
-    if isinstance(value, dict) and isinstance(value.get("content"), (list, tuple)):
-        return {**value, "content": _as_dicts(value["content"])}
-    return value
-
-
-def _parts(conversations: list[list[dict]], kind: str) -> Iterator[dict]:
-    for messages in conversations:
-        for message in messages:
-            if not isinstance(message["content"], str):
-                yield from (part for part in message["content"] if part["type"] == kind)
-
-
-def _check_parts(conversations: list[list[dict]], kind: str) -> None:
-    keys = PART_KEYS[kind]
-    if any(not any(part.get(key) is not None for key in keys) for part in _parts(conversations, kind)):
-        raise ValueError(f"Got a part of type {kind!r} without its {kind}, expected one of the keys {keys}.")
 
 
 def _check_placeholders(texts: list[str], token: str, count: int | None, what: str) -> None:
