@@ -601,7 +601,7 @@ def test_prefill_in_chunks_is_refused(qwen):
 
 
 def test_an_unknown_generation_mode_is_refused(qwen):
-    with pytest.raises(ValueError, match="generation_mode='video' must be 'text' or 'image'"):
+    with pytest.raises(ValueError, match="generation_mode='video' must be 'text', 'image' or 'interleaved'"):
         qwen.generate(**prompt(), generation_mode="video")
 
 
