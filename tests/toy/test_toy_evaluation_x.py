@@ -41,7 +41,7 @@ def test_answers_are_counted_by_type_next_to_the_commonest_ones(pipeline):
 
 
 def test_clips_and_images_are_answered_in_one_batch_as_alone(pipeline):
-    frames = render_clips(clips().world, clips().sample(2, torch.Generator().manual_seed(0), num_frames=5))
+    frames = render_clips(clips().world, clips().sample(2, torch.Generator().manual_seed(0), num_movers=(1,)))
     first, second = (pipeline.processor.image_processor.postprocess(each.transpose(0, 1)) for each in frames)
     shown, questions = [first, second[0], second], ["what moves?", "what do you see?", "which way does the cat move?"]
     parts = pipeline.model, pipeline.processor
