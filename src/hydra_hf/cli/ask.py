@@ -1,4 +1,4 @@
-"""Ask a question about an image.
+"""Ask a question about an image or a clip.
 
 example: hydra ask cat.png "what is in the picture?"
 """
@@ -6,11 +6,11 @@ example: hydra ask cat.png "what is in the picture?"
 import argparse
 from pathlib import Path
 
-from .common import add_model, load_pipeline, open_image, print_unknown_words
+from .common import add_model, load_pipeline, open_visual, print_unknown_words
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("image", type=Path)
+    command.add_argument("image", type=Path, help="an image, or a clip such as .mp4")
     command.add_argument("question")
     add_model(command, "--model")
 
@@ -18,7 +18,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from hydra_hf.pipelines.answering import answer
 
-    image = open_image(options.image)
     pipeline = load_pipeline(options)
+    image = open_visual(options.image, pipeline.processor)
     print_unknown_words(pipeline.processor, options.question)
     print(answer(pipeline.model, pipeline.processor, [image], [options.question])[0])

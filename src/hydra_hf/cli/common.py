@@ -160,6 +160,39 @@ def check_image_out(path: Path) -> None:
     check_out(path)
 
 
+CLIPS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp")  # the last two only with several frames
+WRITABLE_CLIPS = (".mp4", ".gif", ".webp")
+
+
+def open_visual(path: Path, processor):
+    """The image in the file `path`, or the path itself for a clip, if the model reads clips.
+
+    Raises OSError or ValueError if it cannot be read.
+    """
+    suffix, is_clip = path.suffix.lower(), False
+    if suffix in CLIPS and path.is_file():
+        is_clip = suffix not in (".gif", ".webp") or open_image(path).n_frames > 1
+    if not is_clip:
+        return open_image(path)
+    if processor.video_token is None:
+        raise ValueError(f"{path} is a clip, but this model reads images alone.")
+    return str(path)
+
+
+def check_clip_out(path: Path) -> None:
+    """`check_out`, and ValueError for a file that is not a clip's."""
+    if path.suffix.lower() not in WRITABLE_CLIPS:
+        raise ValueError(
+            f"--out {path} cannot be written: {path.suffix!r} is not the ending of a clip, expected one of"
+            f" {', '.join(WRITABLE_CLIPS)}."
+        )
+    check_out(path)
+
+
+def add_fps(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--fps", type=float, default=8.0, help="frames a second of a clip that is written")
+
+
 def save_image(image, path: Path) -> None:
     """Writes an image completely or not at all."""
     from hydra_hf.files import write_file

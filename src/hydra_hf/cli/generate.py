@@ -1,4 +1,4 @@
-"""Generate an image from a prompt.
+"""Generate an image or a clip from a prompt.
 
 example: hydra generate "a cat" --out cat.png --seed 1
 """
@@ -6,12 +6,23 @@ example: hydra generate "a cat" --out cat.png --seed 1
 import argparse
 from pathlib import Path
 
-from .common import add_model, add_seed, check_image_out, load_pipeline, print_unknown_words, save_image
+from .common import (
+    add_fps,
+    add_model,
+    add_seed,
+    check_clip_out,
+    check_image_out,
+    load_pipeline,
+    print_unknown_words,
+    save_image,
+)
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompt")
-    command.add_argument("--out", type=Path, required=True, help="the image file; its suffix names the format")
+    command.add_argument(
+        "--out", type=Path, required=True, help="the file; its suffix names the format, .mp4, .gif or .webp for a clip"
+    )
     command.add_argument("--negative_prompt", help="what to avoid; the empty prompt by default")
     add_seed(command)
     command.add_argument("--num_inference_steps", type=int, help="denoising steps; the model's own number by default")
@@ -20,23 +31,34 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--height", type=int, help="pixels, a multiple of the patch size")
     command.add_argument("--width", type=int, help="pixels, a multiple of the patch size")
+    command.add_argument("--num_frames", type=int, help="of a clip, 1 + 4n; an image by default")
+    add_fps(command)
     add_model(command, "--model")
 
 
 def run(options: argparse.Namespace) -> None:
     import torch
 
-    check_image_out(options.out)
+    is_clip = options.num_frames is not None
+    (check_clip_out if is_clip else check_image_out)(options.out)
     pipeline = load_pipeline(options)
     print_unknown_words(pipeline.processor, options.prompt)
-    image = pipeline(
+    (drawn,) = pipeline(
         options.prompt,
         negative_prompt=options.negative_prompt,
         height=options.height,
         width=options.width,
+        num_frames=options.num_frames,
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
         generator=torch.Generator().manual_seed(options.seed),
-    ).images[0]
-    save_image(image, options.out)
-    print(f"{options.out}: {image.width}x{image.height}")
+        return_dict=False,
+    )[0]
+    if is_clip:
+        from hydra_hf.files import write_video
+
+        write_video(options.out, drawn, options.fps)
+        print(f"{options.out}: {len(drawn)} frames, {drawn[0].width}x{drawn[0].height}")
+    else:
+        save_image(drawn, options.out)
+        print(f"{options.out}: {drawn.width}x{drawn.height}")

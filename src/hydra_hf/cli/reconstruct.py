@@ -1,4 +1,4 @@
-"""Encode and decode an image.
+"""Encode and decode an image or a clip.
 
 example: hydra reconstruct cat.png --out again.png
 """
@@ -6,18 +6,42 @@ example: hydra reconstruct cat.png --out again.png
 import argparse
 from pathlib import Path
 
-from .common import add_model, add_seed, check_image_out, load_pipeline, open_image, save_image
+from .common import (
+    add_fps,
+    add_model,
+    add_seed,
+    check_clip_out,
+    check_image_out,
+    load_pipeline,
+    open_visual,
+    save_image,
+)
+
+
+CHUNK_FRAMES = 64  # of a long clip: the same frames in the memory of one chunk
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("image", type=Path)
+    command.add_argument("image", type=Path, help="an image, or a clip such as .mp4")
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--num_inference_steps", type=int, help="steps of a flow decoder; the model's own by default")
+    command.add_argument(
+        "--num_frames", type=int, help="at most so many of a clip, 1 + 4n; the model's own by default"
+    )
+    add_fps(command)
     add_seed(command)
     add_model(command, "--model")
 
 
 def run(options: argparse.Namespace) -> None:
+    (check_clip_out if options.out.suffix.lower() in (".mp4", ".gif") else check_image_out)(options.out)
+    pipeline = load_pipeline(options)
+    visual = open_visual(options.image, pipeline.processor)
+    reconstruct = reconstruct_clip if isinstance(visual, str) else reconstruct_image
+    reconstruct(pipeline, visual, options)
+
+
+def reconstruct_image(pipeline, original, options: argparse.Namespace) -> None:
     import torch
 
     from hydra_hf import HydraReconstructionPipeline
@@ -25,8 +49,6 @@ def run(options: argparse.Namespace) -> None:
     from hydra_hf.modeling.grid import unpack_images
 
     check_image_out(options.out)
-    original = open_image(options.image)
-    pipeline = load_pipeline(options)
     image_processor = pipeline.processor.image_processor
     image = HydraReconstructionPipeline(
         vision_tower=pipeline.model.model.vision_tower, image_processor=image_processor
@@ -41,3 +63,26 @@ def run(options: argparse.Namespace) -> None:
         for picture in (original, image)
     ]
     print(f"PSNR {psnr(*pair).item():.2f} dB at {image.width}x{image.height}")
+
+
+def reconstruct_clip(pipeline, path: str, options: argparse.Namespace) -> None:
+    import torch
+
+    from hydra_hf.evaluation.metrics import psnr
+    from hydra_hf.files import write_video
+    from hydra_hf.modeling.grid import unpack_images
+
+    check_clip_out(options.out)
+    tower, video_processor = pipeline.model.model.vision_tower, pipeline.processor.video_processor
+    sampling = {} if options.num_frames is None else {"num_frames": options.num_frames}
+    processed = video_processor(videos=path, return_tensors="pt", **sampling).to(tower.device, tower.dtype)
+    (clip,) = unpack_images(processed["pixel_values_videos"], processed["video_grid_thw"], video_processor.patch_size)
+    clip = clip[:, None] if clip.ndim == 3 else clip  # of one frame
+    chunks = {"chunk_frames": CHUNK_FRAMES} if clip.shape[1] > CHUNK_FRAMES + 1 else {}
+    with torch.no_grad():
+        latents = tower.encode(clip[None], **chunks).latent_dist.mode()
+        frames = tower.decode(latents, **chunks).sample
+    (pictures,) = pipeline.image_processor.postprocess_video(frames.float(), output_type="pil")
+    write_video(options.out, pictures, options.fps)
+    score = psnr(frames[0].float().transpose(0, 1), clip.float().transpose(0, 1)).mean().item()
+    print(f"PSNR {score:.2f} dB, {len(pictures)} frames at {pictures[0].width}x{pictures[0].height}")
