@@ -144,11 +144,11 @@ class Sources:
             num_processes=num_processes, accumulation=accumulation,
         )  # fmt: skip
 
-    def images(self, image_size: int, batch_size: int, seed: int):
+    def images(self, image_sizes: tuple[int, ...], batch_size: int, seed: int):
         """Images to train a vision tower on."""
         from .images import ImageBatches
 
-        return ImageBatches(self.sources, image_size, seed, batch_size=batch_size)
+        return ImageBatches(self.sources, image_sizes, seed, batch_size=batch_size)
 
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
         """(), since data sets have no prompts of their own; a recipe has them."""

@@ -51,7 +51,7 @@ class ToyData:
         """One bundle of tasks for each micro step; `place` as in `ToyBundles`."""
         return ToyBundles(self, processor, stage, seed, **place)
 
-    def images(self, image_size: int, batch_size: int, seed: int) -> Batches:
+    def images(self, image_sizes: tuple[int, ...], batch_size: int, seed: int) -> Batches:
         """Images to train a vision tower on, or to measure it on."""
         world = ToyWorld(self.difficulty)
         if self.is_held_out:
