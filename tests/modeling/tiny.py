@@ -16,7 +16,7 @@ from hydra_hf.modeling.layers import ZeroLinear
 from hydra_hf.modeling.temporal import FrameLinear
 
 
-IMAGE, START, END = 60, 61, 62
+IMAGE, START, END, VIDEO = 60, 61, 62, 63
 PATCH = 4
 
 _TEXT_CHANGES = {"qwen3": {"head_dim": 8}, "llama": {"attention_bias": True}}
@@ -136,6 +136,11 @@ def hydra_model(text: str = "qwen2", seed: int = 0, attn_implementation: str = "
     return randomized(HydraForConditionalGeneration(config), seed).eval()
 
 
+def clip_hydra_model(seed: int = 0, **changes):
+    """HYDRA-X: a model of images and clips."""
+    return hydra_model(seed=seed, vision_config=clip_config(), video_token_id=VIDEO, **changes)
+
+
 def pictures(number: int, height: int = 2 * PATCH, width: int = 2 * PATCH, seed: int = 0) -> Tensor:
     """Pixels (number, 3, height, width) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
@@ -153,10 +158,10 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 
 def sequence(*parts: int | str, num_tokens: int = 5) -> list[int]:
-    """Token ids; the part "image" stands for a picture of `num_tokens` placeholders between its marks."""
-    ids = []
+    """Token ids; "image" and "video" stand for `num_tokens` placeholders between their marks."""
+    ids, placeholders = [], {"image": IMAGE, "video": VIDEO}
     for part in parts:
-        ids += [START, *[IMAGE] * num_tokens, END] if part == "image" else [part]
+        ids += [START, *[placeholders[part]] * num_tokens, END] if isinstance(part, str) else [part]
     return ids
 
 

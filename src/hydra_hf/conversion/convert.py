@@ -31,6 +31,7 @@ from hydra_hf.modeling import (
     HydraProcessor,
     HydraTokConfig,
     HydraTokModel,
+    HydraVideoProcessor,
 )
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
@@ -144,7 +145,12 @@ def _plan_hydra(
     """HYDRA on the meta device, its processor and the sources of its weights."""
     text = text_config(str(text_source.folder), text_source.config)
     tokenizer = AutoTokenizer.from_pretrained(text_source.folder)
-    processor = HydraProcessor(_image_processor(tok_config), tokenizer, patch_size=tok_config.patch_size)
+    processor = HydraProcessor(
+        _image_processor(tok_config),
+        tokenizer,
+        patch_size=tok_config.patch_size,
+        video_processor=_video_processor(tok_config),
+    )
     tokenizer.chat_template = processor.chat_template  # there is one kind of chat, with images
     model = _on_meta(HydraForConditionalGeneration, hydra_config(text, tok_config, processor))
     if (text_source.folder / GENERATION_CONFIG_NAME).is_file():
@@ -165,6 +171,15 @@ def _image_processor(config: HydraTokConfig) -> HydraImageProcessor:
         "max_pixels": config.image_size**2,
     }  # our choice, after Qwen2-VL
     return HydraImageProcessor(size=size, patch_size=config.patch_size)
+
+
+def _video_processor(config: HydraTokConfig) -> HydraVideoProcessor | None:
+    """That of a tokenizer for images and clips, with the frames of the size of its images."""
+    if not config.temporal_fold_layers:
+        return None
+    size = _image_processor(config).size
+    ratio = config.temporal_compression_ratio
+    return HydraVideoProcessor(size=size, patch_size=config.patch_size, temporal_patch_size=ratio)
 
 
 def targets_of(model: PreTrainedModel) -> dict[str, Tensor]:

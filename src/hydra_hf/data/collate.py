@@ -8,29 +8,43 @@ from hydra_hf.modeling.grid import pack_images, pack_levels
 from hydra_hf.modeling.image_processing_hydra import as_pixel_values
 
 from .sample import Sample
-from .tasks import images_of
+from .tasks import TASKS, visuals_of
 
 
 def collate(samples: list[Sample], processor: HydraProcessor) -> dict[str, Tensor]:
-    """One padded batch: `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (B, L); the images, of any sizes, packed
-    in the order of their placeholders: `pixel_values` (total_patches, 3 p p), for `packed_pixel_values`, or stored `latent_means` (total_tokens, C),
-    and `image_grid_thw` (num_images, 3); `is_generated` (num_images,), true for images of the assistant.
+    """One padded batch: `input_ids`, `attention_mask`, `mm_token_type_ids`, `labels` (B, L); the images and clips, of any sizes,
+    packed in the order of their placeholders: `pixel_values` (total_patches, 3 p p), for `packed_pixel_values`, or stored
+    `latent_means` (total_tokens, C), and `image_grid_thw` (num_images, 3), whose t counts frames; `is_generated` (num_images,), true
+    for those of the assistant; where there are edits, `num_sources` (num_images,), see `HydraModel.forward`.
     """
     batch = encode_samples(samples, processor)
     assistant_masks = batch.pop("assistant_masks").bool()
-    images, is_generated = [], []
-    for message in (message for sample in samples for message in sample.messages):
-        parts = images_of([message])
-        images += parts
-        is_generated += [message["role"] == "assistant"] * len(parts)
+    visuals = [part for sample in samples for part in visuals_of(sample.messages)]
+    is_generated = [each for sample in samples for each in generated_visuals(sample)]
+    num_sources = [number for sample in samples for number in sources_of(sample)]
     batch["labels"] = text_labels(batch, assistant_masks)
-    if images:
-        if "latent_mean" in images[0]:
-            batch["latent_means"] = torch.cat([part["latent_mean"] for part in images])
+    if visuals:
+        if "latent_mean" in visuals[0]:
+            batch["latent_means"] = torch.cat([part["latent_mean"] for part in visuals])
         else:
-            batch["pixel_values"] = pack_pixels([part["image"] for part in images], processor.patch_size)
+            batch["pixel_values"] = pack_pixels([part[part["type"]] for part in visuals], processor.patch_size)
         batch["is_generated"] = torch.tensor(is_generated)
+    if any(num_sources):
+        batch["num_sources"] = torch.tensor(num_sources)
     return batch
+
+
+def generated_visuals(sample: Sample) -> list[bool]:
+    """Which images and clips of a sample are to be generated."""
+    return [message["role"] == "assistant" for message in sample.messages for _ in visuals_of([message])]
+
+
+def sources_of(sample: Sample) -> list[int]:
+    """How many images directly before it each image of a sample is made from."""
+    is_generated = generated_visuals(sample)
+    if not TASKS[sample.task].links_source:
+        return [0] * len(is_generated)
+    return [index if each else 0 for index, each in enumerate(is_generated)]
 
 
 def pack_pixels(images: list[Tensor], patch_size: int) -> Tensor:
@@ -49,6 +63,6 @@ def encode_samples(samples: list[Sample], processor: HydraProcessor) -> dict[str
 def text_labels(batch: dict[str, Tensor], assistant_masks: Tensor) -> Tensor:
     """The assistant's text and the start of its first image, so that the model learns when to generate one; -100 elsewhere, and
     from that image on, since what follows would see its noise."""
-    input_ids, is_image = batch["input_ids"], batch["mm_token_type_ids"] == 1
+    input_ids, is_image = batch["input_ids"], batch["mm_token_type_ids"] > 0
     from_generated_on = (is_image & assistant_masks).cumsum(dim=1) > 0
     return input_ids.masked_fill(~assistant_masks | from_generated_on, -100)

@@ -84,7 +84,7 @@ def pack(batch: dict[str, Tensor], members: Sequence[int]) -> dict[str, Tensor]:
 
 
 def images_of_samples(batch: dict[str, Tensor], members: Sequence[int]) -> dict[str, Tensor]:
-    """The images of some samples, pixels or stored latents, `image_grid_thw` and `is_generated`; {} if they have none."""
+    """The images of some samples, pixels or stored latents, with what is known of each of them; {} if they have none."""
     counts = count_images(batch["mm_token_type_ids"])
     grids = image_grids(batch["image_grid_thw"])
     images = torch.arange(len(grids)).split(counts)
@@ -93,8 +93,8 @@ def images_of_samples(batch: dict[str, Tensor], members: Sequence[int]) -> dict[
         return {}
     name = "pixel_values" if "pixel_values" in batch else "latent_means"
     patches = split_images(batch[name], grids)
+    per_image = [key for key in ("image_grid_thw", "is_generated", "num_sources") if key in batch]
     return {
         name: torch.cat([patches[image] for image in chosen]),
-        "image_grid_thw": batch["image_grid_thw"][chosen],
-        "is_generated": batch["is_generated"][chosen],
+        **{key: batch[key][chosen] for key in per_image},
     }

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from threading import Lock
@@ -13,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
+from hydra_hf.modeling import HydraImageProcessor, HydraProcessor, HydraVideoProcessor
 
 from .latents import StoredLatents
 from .order import key_of
@@ -24,7 +25,7 @@ from .sample import Sample
 from .sources import HUB, Source
 from .sources import parse_source as parse_source  # callers import both sources and readers from here
 from .tables import MAX_TRIES, Stream, Table, find_files, open_table
-from .tasks import TASKS, UnreadableRecordError
+from .tasks import TASKS, UnreadableRecordError, images_of
 
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class SourceMix:
         accepts: Callable[[Source, Columns], bool],
         process_index: int = 0,
         num_processes: int = 1,
+        video_processor: HydraVideoProcessor | None = None,
     ):
         self.sources, self.seed, self.num_processes = sources, seed, num_processes
         self.num_skipped: dict[str, int] = defaultdict(int)  # "path: reason" -> records
@@ -67,13 +69,13 @@ class SourceMix:
             columns = _columns_of(source, table)
             if not accepts(source, columns):
                 raise ValueError(
-                    f"{source.path} has the columns {columns.names}: no images, captions or conversations for the task "
-                    f"{source.task!r}, see the formats in hydra_hf.data.records.{table.remark}"
+                    f"{source.path} has the columns {columns.names}: no {needs(source)} for the task "
+                    f"{source.task!r}, see the names in hydra_hf.data.columns.{table.remark}"
                 )
             logger.info("%s: %s.", source.path, columns)
             self.num_skipped.update(table.lost)
             self.tables.append(table)
-            self.readers.append(_record_reader(source, columns, image_processor))
+            self.readers.append(_record_reader(source, columns, image_processor, video_processor))
 
     def place_of(self, number: int) -> tuple[int, int]:
         """The source of a number, and which of the source's own numbers it is."""
@@ -165,7 +167,18 @@ class TaskReader(SourceMix):
             raise ValueError(f"Got sources of the tasks {sorted(tasks)}, expected one task.")
         self.task, self.drop_prompt = tasks.pop(), drop_prompt
         self.processor, self.max_length = processor, max_length
-        super().__init__(sources, processor.image_processor, seed, fits, process_index, num_processes)
+        video_processor = None if processor.video_token is None else processor.video_processor
+        if TASKS[self.task].num_videos:
+            check_reads_clips(self.task, video_processor)
+        super().__init__(
+            sources,
+            processor.image_processor,
+            seed,
+            fits,
+            process_index,
+            num_processes,
+            video_processor=video_processor,
+        )
         for source, table, reader in zip(sources, self.tables, self.readers):
             check_painting(source, table, reader)
 
@@ -204,7 +217,8 @@ class TaskReader(SourceMix):
             record = record | {PROMPT_COLUMN: prompt}
         sample = reader.sample(record, self.task, rng, place)
         if TASKS[self.task].drops_prompt and rng.random() < self.drop_prompt:
-            empty = {"role": "user", "content": [{"type": "text", "text": ""}]}
+            given = images_of(sample.messages[:1]) if rng.random() < 0.5 else []
+            empty = {"role": "user", "content": [*given, {"type": "text", "text": ""}]}
             return replace(sample, messages=[empty, *sample.messages[1:]])
         return sample
 
@@ -244,6 +258,16 @@ def create_readers(
             drop_prompt=drop_prompt, process_index=process_index, num_processes=num_processes,
         )  # fmt: skip
     return readers
+
+
+def check_reads_clips(task: str, video_processor: HydraVideoProcessor | None) -> None:
+    """Raises ValueError for a task with clips that the processor, or this Python, cannot read."""
+    if video_processor is None:
+        raise ValueError(
+            f"The task {task!r} has clips, but the processor has no video_processor: its model reads images alone."
+        )
+    if find_spec("av") is None:
+        raise ValueError(f"The task {task!r} has clips, which are read with PyAV: pip install hydra_hf[video].")
 
 
 def check_painting(source: Source, table: Table | Stream, reader: RecordReader) -> None:
@@ -295,20 +319,33 @@ def _image_paths(source: Source, table: Table, reader: RecordReader) -> Iterator
             yield path
 
 
-def _record_reader(source: Source, columns: Columns, image_processor: HydraImageProcessor) -> RecordReader:
+def _record_reader(
+    source: Source,
+    columns: Columns,
+    image_processor: HydraImageProcessor,
+    video_processor: HydraVideoProcessor | None,
+) -> RecordReader:
     prompts = () if TASKS[source.task].paint is None else PROMPTS[source.task]
     if source.prompts is not None:
         prompts = read_prompts(source.prompts)
     latents = None if source.latents is None else StoredLatents(source, image_processor)
     return RecordReader(
         columns, _image_root(source), image_processor, latents, prompts=prompts, condition_image_size=source.condition_image_size,
-        targets=None if source.targets is None else Path(source.targets).expanduser(),
+        targets=None if source.targets is None else Path(source.targets).expanduser(), video_processor=video_processor,
     )  # fmt: skip
 
 
 def fits(source: Source, columns: Columns) -> bool:
     """Whether the records of a source can be samples of its task."""
     return TASKS[source.task].fits(columns)
+
+
+def needs(source: Source) -> str:
+    """What a record of the source's task may hold."""
+    task = TASKS[source.task]
+    if task.links_source:
+        return "source images, instructions and edited images, or conversations,"
+    return f"{'clips' if task.num_videos else 'images'}, captions or conversations"
 
 
 def _counts_in_block(sources: tuple[Source, ...]) -> list[int]:

@@ -1,11 +1,9 @@
-"""Records of data sets to samples: which column holds what, and what is wrong with a record."""
+"""Records of data sets to samples, and what is wrong with a record."""
 
 import base64
-import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -13,9 +11,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from hydra_hf.modeling import HydraImageProcessor
+from hydra_hf.modeling import HydraImageProcessor, HydraVideoProcessor
 from hydra_hf.modeling.image_processing_hydra import as_pixel_values, center_crop, check_image_size, normalize_levels
 
+from .chats import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, list_in, open_part, read_turn, text_part
+from .columns import Columns
+from .columns import find_columns as find_columns  # callers import both columns and readers from here
+from .edits import check_same_aspect, one_edit
 from .latents import StaleLatentsError, StoredLatents
 from .painting import (
     PROMPT_COLUMN,
@@ -27,57 +29,15 @@ from .painting import (
     target_paths,
 )
 from .sample import Sample
-from .tasks import TASKS, Task, UnreadableRecordError, images_of
+from .tasks import TASKS, Task, UnreadableRecordError, images_of, videos_of, visuals_of
 
 
-IMAGE_COLUMNS = (
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "gif",
-    "bmp",
-    "tif",
-    "tiff",
-    "image",
-    "images",
-)  # the first one that is not empty counts
-CAPTION_COLUMNS = ("txt", "caption", "captions", "text")
-CHAT_COLUMNS = ("messages", "conversations")
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-IMAGE_PLACEHOLDER = "<image>"
 MAX_CHARACTERS = 32_768  # of one record (our choice): a longer one would not fit a step's memory, today and on resume
-MAX_IMAGES = 16  # of one record (our choice)
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a data set hold what.
-
-    Args:
-        names: all columns.
-        images: columns that may hold an image or a list of them.
-        chat: column of the turns, "" if there is none.
-        caption: column of the caption, "" if there is none.
-        class_names: captions by class number, when `caption` is "label".
-    """
-
-    names: tuple[str, ...]
-    images: tuple[str, ...] = ()
-    chat: str = ""
-    caption: str = ""
-    class_names: tuple[str, ...] = ()
-
-    @property
-    def has_caption(self) -> bool:
-        """Whether an image may come with a caption."""
-        return bool(self.images and self.caption)
-
-    def __str__(self) -> str:
-        used = {"images": self.images, "chats": self.chat, "captions": self.caption}
-        found = ", ".join(f"{what} in {column!r}" for what, column in used.items() if column)
-        unused = [name for name in self.names if name not in (*self.images, self.chat, self.caption)]
-        return f"{found}; not used: {unused}" if unused else found
+MAX_IMAGES = 16  # of one record, clips included (our choice)
+NOUNS, NAMES = (
+    {"image": "image", "video": "clip"},
+    {"image": "an image", "video": "a clip"},
+)  # in what is said of a record
 
 
 @contextmanager
@@ -93,27 +53,13 @@ def one_record() -> Iterator[None]:
         raise UnreadableRecordError(f"a record of another form ({type(error).__name__})") from error
 
 
-def find_columns(names: set[str], class_names: tuple[str, ...]) -> Columns:
-    """The columns that are recognised; class names serve as captions only if there are no others."""
-    images = tuple(name for name in IMAGE_COLUMNS if name in names)
-    chat = next((name for name in CHAT_COLUMNS if name in names), "")
-    caption = next((name for name in CAPTION_COLUMNS if name in names), "")
-    is_class_only = bool(class_names) and not (caption or chat)
-    return Columns(
-        names=tuple(sorted(names)),
-        images=images,
-        chat=chat,
-        caption="label" if is_class_only else caption,
-        class_names=class_names if is_class_only else (),
-    )
-
-
 class RecordReader:
     """Records of one data set to samples, and to images alone. Every error is an `UnreadableRecordError`.
 
     Args:
         image_root: the folder that image paths are relative to.
         latents: those of the images, by the number of their record; images are then not decoded.
+        video_processor: None for a model that only reads images.
         targets, prompts, condition_image_size: for painted images, as in `Source`; prompts are the texts themselves.
     """
 
@@ -127,20 +73,26 @@ class RecordReader:
         targets: Path | None = None,
         prompts: tuple[str, ...] = (),
         condition_image_size: int | None = None,
+        video_processor: HydraVideoProcessor | None = None,
     ):
         self.columns, self.image_root, self.image_processor = columns, image_root, image_processor
+        self.video_processor = video_processor
         self.latents = latents
         self.targets, self.prompts, self.condition_image_size = targets, prompts, condition_image_size
-        image_processor.check_plain()
+        for processor in filter(None, (image_processor, video_processor)):
+            processor.check_plain()
 
     def sample(self, record: dict, task: str, rng: random.Random | None = None, number: int | None = None) -> Sample:
-        """The sample of a record. `rng` chooses one of several captions, the first without it; `number` finds stored latents.
+        """The sample of a record. `rng` chooses one of several captions, instructions or edits, the first without it; `number`
+        finds stored latents.
 
         Raises `StaleLatentsError` if the record's images are not those that the latents were made of.
         """
         with one_record():
             row = TASKS[task]
-            messages = row.read(self, self._with_one_caption(record, rng))
+            messages = row.read(self, self._with_one_text(record, rng))
+            if row.links_source:
+                messages = one_edit(messages, rng)
             parts = [part for message in messages for part in message["content"]]
             _check_texts([part["text"] for part in parts if part["type"] == "text"])
             if self.latents is not None:
@@ -149,6 +101,8 @@ class RecordReader:
                     part |= {"image": grid, "latent_mean": mean}
             elif row.paint is not None:
                 self._paint(messages, record, row)
+            elif row.links_source:
+                self._load_edit(messages)
             else:
                 self._load(messages)
             return Sample(task=task, messages=messages)
@@ -156,16 +110,19 @@ class RecordReader:
     def files(self, record: dict, task: str) -> list[Path]:
         """The files of the images, and of what is painted, that the record names."""
         row = TASKS[task]
-        images = images_of(row.read(self, self._with_one_caption(record, None)))
+        images = images_of(row.read(self, self._with_one_text(record, None)))
         values = [part["image"] for part in images] + ([self._target(record, row.target)] if row.target else [])
         return [path for value in values if (path := self._path(value)) is not None]
 
     def _load(self, messages: list[dict]) -> None:
-        """Replaces undecoded images with their pixels."""
+        """Replaces undecoded images and clips with their pixels."""
         for message in messages:
-            pixels_of = self.generated_image if message["role"] == "assistant" else self.given_image
-            for part in images_of([message]):
-                part["image"] = pixels_of(part["image"])
+            is_generated = message["role"] == "assistant"
+            for part in visuals_of([message]):
+                if part["type"] == "video":
+                    part["video"] = self.clip(part["video"], is_generated)
+                else:
+                    part["image"] = (self.generated_image if is_generated else self.given_image)(part["image"])
 
     def image(self, record: dict) -> Tensor:
         """The record's first image (3, H, W) in [-1, 1]: its middle part, in the size of images to be generated."""
@@ -177,25 +134,30 @@ class RecordReader:
 
     # Captions
 
-    def generation(self, record: dict) -> list[dict]:
-        """The caption as the user's turn, the image as the assistant's."""
-        caption = self._caption(record)
-        image = {"type": "image", "image": self._one_image(record)}
-        return [{"role": "user", "content": [_text(caption)]}, {"role": "assistant", "content": [image]}]
+    def generation(self, record: dict, kind: str = "image") -> list[dict]:
+        """The caption as the user's turn, the image or clip as the assistant's."""
+        caption = text_part(self._caption(record))
+        return [
+            {"role": "user", "content": [caption]},
+            {"role": "assistant", "content": [self._only_part(record, kind)]},
+        ]
 
-    def description(self, record: dict, question: str) -> list[dict]:
-        """A question about the image, with the caption as its answer."""
-        image = {"type": "image", "image": self._one_image(record)}
-        answer = {"role": "assistant", "content": [_text(self._caption(record))]}
-        return [{"role": "user", "content": [image, _text(question)]}, answer]
+    def description(self, record: dict, question: str, kind: str = "image") -> list[dict]:
+        """A question about the image or clip, with the caption as its answer."""
+        asked = [self._only_part(record, kind), text_part(question)]
+        return [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": [text_part(self._caption(record))]},
+        ]
 
-    def _with_one_caption(self, record: dict, rng: random.Random | None) -> dict:
-        captions = record.get(self.columns.caption)
-        if not isinstance(captions, list):
-            return record
-        texts = [text for text in captions if isinstance(text, str) and text.strip()]
-        chosen = texts[0] if texts and rng is None else rng.choice(texts) if texts else None
-        return record | {self.columns.caption: chosen}
+    def _with_one_text(self, record: dict, rng: random.Random | None) -> dict:
+        """The record with one of several captions, and of several instructions."""
+        chosen = {}
+        for column in {self.columns.caption, self.columns.instruction}:
+            if isinstance(value := record.get(column), list):
+                texts = [text for text in value if isinstance(text, str) and text.strip()]
+                chosen[column] = texts[0] if texts and rng is None else rng.choice(texts) if texts else None
+        return record | chosen
 
     def _caption(self, record: dict) -> str:
         caption = record.get(self.columns.caption)
@@ -211,26 +173,60 @@ class RecordReader:
 
     # Conversations
 
-    def conversation(self, record: dict) -> list[dict]:
-        """The turns of a chat, with its images in their places."""
+    def conversation(self, record: dict, may_draw: bool = False) -> list[dict]:
+        """The turns of a chat, with its images and clips in their places; the assistant has some only if it `may_draw`."""
         turns = record.get(self.columns.chat)
         if not isinstance(turns, list) or not turns:
             raise UnreadableRecordError("no turns")
-        messages = [_message(turn) for turn in turns]
+        videos = self.videos(record)
+        placeholders = (IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER) if videos else (IMAGE_PLACEHOLDER,)
+        messages = [read_turn(turn, placeholders) for turn in turns]
         if not any(message["role"] == "assistant" for message in messages):
             raise UnreadableRecordError("no turn of an assistant")
-        places = [(message["role"], part) for message in messages for part in message["content"] if "image" in part]
-        if any(role != "user" for role, _ in places):
+        if not may_draw and visuals_of([message for message in messages if message["role"] != "user"]):
             raise UnreadableRecordError("an image outside the user's turns")
-        if len(places) > MAX_IMAGES:
+        if len(visuals_of(messages)) > MAX_IMAGES:
             raise UnreadableRecordError(f"more than {MAX_IMAGES} images")
-        open_places = [part for _, part in places if part["image"] is None]
         images = self.images(record)
-        if len(open_places) != len(images):
-            raise UnreadableRecordError("not as many images as placeholders")
-        for part, image in zip(open_places, images):
-            part["image"] = image
+        if videos and not images:  # LLaVA-Video writes <image> for its clips
+            for part in [part for part in images_of(messages) if part["image"] is None]:
+                del part["image"]
+                part |= open_part("video")
+        _fill(images_of(messages), "image", images)
+        _fill(videos_of(messages), "video", videos)
         return messages
+
+    # Edits
+
+    def edit(self, record: dict) -> list[dict]:
+        """The source images and the instruction, then the edited image: by columns, or as a dialogue of several edits."""
+        if not self.columns.has_edit:
+            return self.conversation(record, may_draw=True)
+        sources, targets = (
+            [{"type": "image", "image": value} for value in _values(record, (column,))]
+            for column in (self.columns.source, self.columns.target)
+        )
+        if len(sources) >= MAX_IMAGES:
+            raise UnreadableRecordError(f"more than {MAX_IMAGES} images")
+        instruction = record.get(self.columns.instruction)
+        if not isinstance(instruction, str | None):
+            raise UnreadableRecordError(
+                f"an instruction of type {type(instruction).__name__}, expected a text or a list"
+            )
+        asked = [*sources, text_part((instruction or "").strip())]
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": targets}]
+
+    def _load_edit(self, messages: list[dict]) -> None:
+        """Replaces undecoded images with their pixels. The last source gets the size of the target, and the same part of it is
+        used; others are seen whole."""
+        *others, source, target = images_of(messages)
+        images = [self._decode(source["image"], "a source image"), self._decode(target["image"], "a target image")]
+        check_same_aspect(*images)
+        size = self.image_processor.generated_size(images[1].height, images[1].width)
+        for part, image in zip((source, target), images):
+            part["image"] = _pixels_of(self.image_processor.generated_levels(image, size))
+        for part in others:
+            part["image"] = self.given_image(part["image"])
 
     # Painted images
 
@@ -240,7 +236,7 @@ class RecordReader:
         image = {"type": "image", "image": self._one_image(record)}
         painted = {"role": "assistant", "content": [{"type": "image", "image": None}]}
         prompt = record[PROMPT_COLUMN] if PROMPT_COLUMN in record else self.prompts[0]
-        return [{"role": "user", "content": [_text(prompt), image]}, painted]
+        return [{"role": "user", "content": [text_part(prompt), image]}, painted]
 
     def _paint(self, messages: list[dict], record: dict, task: Task) -> None:
         """Fills in the pixels of the given image and of its target: the same part of both."""
@@ -285,34 +281,48 @@ class RecordReader:
 
     def images(self, record: dict) -> list:
         """The images in the record's first image column that is not empty, undecoded."""
-        values = [record[name] for name in self.columns.images if record.get(name) not in (None, "", b"", [])]
-        if not values:
-            return []
-        value = _list_in(values[0], start="[")  # written so by `datasets` when the column began with single paths
-        return value if isinstance(value, list) else [value]
+        return _values(record, self.columns.images)
+
+    def videos(self, record: dict) -> list:
+        """The clips in the record's first column of clips that is not empty, undecoded."""
+        return _values(record, self.columns.videos)
+
+    def _only_part(self, record: dict, kind: str) -> dict:
+        """The record's one image or clip as a part of a message."""
+        values = self.videos(record) if kind == "video" else self.images(record)
+        if len(values) != 1:
+            raise UnreadableRecordError(f"more than one {NOUNS[kind]}" if values else f"no {NOUNS[kind]}")
+        return {"type": kind, kind: values[0]}
 
     def _one_image(self, record: dict):
-        images = self.images(record)
-        if len(images) != 1:
-            raise UnreadableRecordError("no image" if not images else "more than one image")
-        return images[0]
+        return self._only_part(record, "image")["image"]
 
     def given_image(self, value: bytes | str | dict) -> Tensor:
         """Bytes, a path or `{"bytes", "path"}` to the whole image (3, H, W): uint8 levels, or float pixels, see `Sample`."""
-        return self._pixels(value, self.image_processor.given_levels)
+        return self._pixels(value, lambda file: self.image_processor.given_levels(Image.open(file)))
 
     def generated_image(self, value: bytes | str | dict) -> Tensor:
         """Like `given_image`, but the middle part in the nearest aspect ratio."""
-        return self._pixels(value, self.image_processor.generated_levels)
+        return self._pixels(value, lambda file: self.image_processor.generated_levels(Image.open(file)))
 
-    def _pixels(self, value: bytes | str | dict, levels_of: Callable[[Image.Image], Tensor]) -> Tensor:
+    def clip(self, value: bytes | str | dict, is_generated: bool = False) -> Tensor:
+        """Bytes, a path or `{"bytes", "path"}` to the frames that the video processor takes, (3, T, H, W) in uint8: whole, or if
+        they are generated, their middle part in the nearest aspect ratio."""
+        processor = self.video_processor
+        levels = self._pixels(value, processor.generated_levels if is_generated else processor.given_levels, "video")
+        if levels.shape[1] == 1:
+            raise UnreadableRecordError("a clip that is too short: it gives one frame")
+        return levels
+
+    def _pixels(
+        self, value: bytes | str | dict, levels_of: Callable[[BytesIO | Path], Tensor], kind: str = "image"
+    ) -> Tensor:
         try:
-            levels = levels_of(Image.open(self._open(value)))
-            return levels if levels.dtype == torch.uint8 else normalize_levels(levels)
+            return _pixels_of(levels_of(self._open(value, kind)))
         except UnreadableRecordError:
             raise
         except Exception as error:  # decoders raise nearly anything for damaged files
-            raise UnreadableRecordError("an image that cannot be decoded") from error
+            raise UnreadableRecordError(f"{NAMES[kind]} that cannot be decoded") from error
 
     def _path(self, value: bytes | str | dict | None) -> Path | None:
         """The file of an image, None for one that is not in a file of its own."""
@@ -322,70 +332,56 @@ class RecordReader:
             return None
         return self.image_root / value
 
-    def _open(self, value: bytes | str | dict) -> BytesIO | Path:
+    def _open(self, value: bytes | str | dict, kind: str = "image") -> BytesIO | Path:
         if (path := self._path(value)) is not None:
-            if not path.is_file():
-                raise UnreadableRecordError("an image file that is not there")
+            if not (path.is_file() or (kind == "video" and path.is_dir())):  # a folder of frames
+                raise UnreadableRecordError(f"{NAMES[kind]} file that is not there")
             return path
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
             return BytesIO(value)
         if not isinstance(value, str) or value.startswith(("http://", "https://")):
-            raise UnreadableRecordError("an image that is neither bytes nor a path")
+            raise UnreadableRecordError(f"{NAMES[kind]} that is neither bytes nor a path")
         if value.startswith("data:"):
             return BytesIO(base64.decodebytes(value.rpartition(",")[2].encode()))
-        return _fetch(value)
+        if (file := _fetch(value)) is None:
+            raise UnreadableRecordError(f"{NAMES[kind]} file that is not there")
+        return file
 
 
-def _fetch(url: str) -> BytesIO:
-    """A file on the Hub or in an archive, by the name that `datasets` gives it."""
+def _fetch(url: str) -> BytesIO | None:
+    """A file on the Hub or in an archive, by the name that `datasets` gives it; None if there is none."""
     import fsspec
 
     try:
         with fsspec.open(url, "rb") as file:
             return BytesIO(file.read())
-    except (OSError, KeyError) as error:  # KeyError: no such member of an archive
-        raise UnreadableRecordError("an image file that is not there") from error
+    except (OSError, KeyError):  # KeyError: no such member of an archive
+        return None
 
 
-def _message(turn: dict) -> dict:
-    """A turn of LLaVA's or of OpenAI's form as a message; images that the record holds elsewhere are None."""
-    if not isinstance(turn, dict):
-        raise UnreadableRecordError("a turn that is not a dict")
-    name = turn.get("from") or turn.get("role")
-    if not isinstance(name, str) or name not in ROLES:
-        raise UnreadableRecordError("a turn that is neither the user's, the assistant's nor the system's")
-    role = ROLES[name]
-    content = _list_in(turn.get("value") or turn.get("content") or "", start='[{"type":')  # as above
-    if not isinstance(content, str | list):
-        raise UnreadableRecordError(f"a turn whose content is a {type(content).__name__}, expected text or parts")
-    parts = []
-    for part in [_text(content)] if isinstance(content, str) else content:
-        if not isinstance(part, dict):
-            raise UnreadableRecordError("a part that is not a dict")
-        parts += _parts(part.get("text")) if part.get("type") == "text" else [_image_part(part)]
-    if not parts:
-        raise UnreadableRecordError("an empty turn")
-    return {"role": role, "content": parts}
+def _pixels_of(levels: Tensor) -> Tensor:
+    """Levels in uint8 as they are, those with fractions as pixels in [-1, 1]."""
+    return levels if levels.dtype == torch.uint8 else normalize_levels(levels)
 
 
-def _parts(text: str) -> list[dict]:
-    """Text with placeholders as parts; blank space around them is dropped."""
-    if not isinstance(text, str):
-        raise UnreadableRecordError("a text part without text")
-    parts = []
-    for index, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
-        parts += [{"type": "image", "image": None}] if index else []
-        parts += [_text(piece.strip())] if piece.strip() else []
-    return parts
+def _values(record: dict, columns: tuple[str, ...]) -> list:
+    """What is in the first of some columns that is not empty, undecoded."""
+    values = [record[name] for name in columns if record.get(name) not in (None, "", b"", [])]
+    if not values:
+        return []
+    value = list_in(values[0], start="[")  # written so by `datasets` when the column began with single paths
+    return value if isinstance(value, list) else [value]
 
 
-def _image_part(part: dict) -> dict:
-    if part.get("type") not in ("image", "image_url"):
-        raise UnreadableRecordError("a part that is neither text nor image")
-    value = next((part[name] for name in ("image", "image_url", "url", "path") if part.get(name)), None)
-    return {"type": "image", "image": value.get("url", value) if isinstance(value, dict) else value}
+def _fill(parts: list[dict], kind: str, values: list) -> None:
+    """Puts the record's images or clips into the places that are open for them."""
+    places = [part for part in parts if part[kind] is None]
+    if len(places) != len(values):
+        raise UnreadableRecordError(f"not as many {NOUNS[kind]}s as placeholders")
+    for part, value in zip(places, values):
+        part[kind] = value
 
 
 def _check_texts(texts: list[str]) -> None:
@@ -395,17 +391,3 @@ def _check_texts(texts: list[str]) -> None:
         "".join(texts).encode()
     except UnicodeEncodeError as error:
         raise UnreadableRecordError("text with half a character (a lone surrogate)") from error
-
-
-def _list_in(value, start: str):
-    """The list that a string encodes as JSON; anything else unchanged."""
-    if isinstance(value, str) and value.startswith(start):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:  # a path or a text that happens to begin so
-            return value
-    return value
-
-
-def _text(text: str) -> dict:
-    return {"type": "text", "text": text}

@@ -1,4 +1,4 @@
-"""Records by number: of files, of a folder of images, of a data set on the Hub."""
+"""Records by number: of files, of a folder of images or clips, of a data set on the Hub."""
 
 import csv
 import json
@@ -11,12 +11,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
+from .columns import IMAGE_ENDINGS, VIDEO_ENDINGS, by_kind, ends_in
 from .shards import Contents, Shard, index_json, open_shards
 from .tasks import UnreadableRecordError
 
 
 KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tar": "tar"}
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 CACHED_ROWS = 2048  # of row groups that stay in memory
 
 
@@ -254,11 +254,11 @@ def unfold_json(record: dict) -> dict:
     return fields | {name: value for name, value in record.items() if name != "json"}
 
 
-# Folders of images
+# Folders of images or clips
 
 
 class FolderRows:
-    """The images of a folder. Captions come from metadata.jsonl or metadata.csv (`file_name` and columns), from a .txt
+    """The images and clips of a folder. Captions come from metadata.jsonl or metadata.csv (`file_name` and columns), from a .txt
     file with the name of the image, or from the name of the folder that an image is in, if all images are in folders of
     one depth.
     """
@@ -267,7 +267,7 @@ class FolderRows:
 
     def __init__(self, folder: str):
         self.folder, self.lost, self.remark, self.class_names = folder, Counter(), "", ()
-        self.images, self.texts, metadata, others = list_images(folder)
+        self.images, self.texts, metadata, others = list_images(folder, IMAGE_ENDINGS + VIDEO_ENDINGS)
         self.labels, self.metadata = [], []
         if metadata:
             self.metadata = [row for path in metadata for row in self._read_metadata(path)]
@@ -275,7 +275,10 @@ class FolderRows:
             self._find_classes()
         if not self.images and not self.metadata:
             found = f"; there are {len(others)} other files, such as {others[0]}" if others else ""
-            raise ValueError(f"{folder} has no records: expected images ({', '.join(IMAGE_ENDINGS)}){found}.")
+            images, clips = (
+                ", ".join(f".{ending}" for ending in endings) for endings in (IMAGE_ENDINGS, VIDEO_ENDINGS)
+            )
+            raise ValueError(f"{folder} has no records: expected images ({images}) or clips ({clips}){found}.")
 
     def __len__(self) -> int:
         return len(self.metadata or self.images)
@@ -294,14 +297,13 @@ class FolderRows:
     def __getitem__(self, index: int) -> dict:
         if self.metadata:
             row = dict(self.metadata[index])
-            return {"image": row.pop("file_name"), **row}
+            return by_kind(row.pop("file_name")) | row
         image = self.images[index]
         if self.texts:
             path = self.texts.get(image)
-            if path is None:
-                return {"image": image, "txt": None}
-            return {"image": image, "txt": decode_text(Path(self.folder, path).read_bytes(), "a damaged .txt")}
-        return {"image": image} | ({"label": self.labels[index]} if self.class_names else {})
+            content = None if path is None else Path(self.folder, path).read_bytes()
+            return by_kind(image) | {"txt": None if content is None else decode_text(content, "a damaged .txt")}
+        return by_kind(image) | ({"label": self.labels[index]} if self.class_names else {})
 
     def _read_metadata(self, path: str) -> list[dict]:
         """Rows with `file_name` relative to the folder; others are lost."""
@@ -333,6 +335,7 @@ class FolderRows:
 
 NO_CLASS = re.compile(
     r"(train|training|val|valid|validation|test|testing|dev|eval|images?|imgs?|pictures?|photos?|jpegimages|data|dataset|"
+    r"videos?|clips?|"
     r"split|part|shard|chunk|batch|folder|class|unlabell?ed|n)?[-_ .]?[0-9_-]*",
     flags=re.IGNORECASE,
 )
@@ -343,8 +346,11 @@ def names_a_class(folder: str) -> bool:
     return not NO_CLASS.fullmatch(folder)
 
 
-def list_images(folder: str) -> tuple[list[str], dict[str, str], list[str], list[str]]:
-    """Below a folder, relative to it: its images, the .txt files of images that have one, metadata files, other files."""
+def list_images(
+    folder: str, endings: tuple[str, ...] = IMAGE_ENDINGS
+) -> tuple[list[str], dict[str, str], list[str], list[str]]:
+    """Below a folder, relative to it: its images, or files with other endings; the .txt files of those that have one, metadata
+    files, other files."""
     images, texts, metadata, others = [], {}, [], []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -353,7 +359,7 @@ def list_images(folder: str) -> tuple[list[str], dict[str, str], list[str], list
         stems = {name[:-4].lower(): name for name in names if name.lower().endswith(".txt")}
         for name in names:
             path = os.path.join(relative, name)
-            if name.lower().endswith(IMAGE_ENDINGS):
+            if ends_in(name, endings):
                 images.append(path)
                 if (text := stems.get(os.path.splitext(name)[0].lower())) is not None:
                     texts[path] = os.path.join(relative, text)

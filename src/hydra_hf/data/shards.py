@@ -17,14 +17,16 @@ from pathlib import Path, PurePosixPath
 
 from hydra_hf.files import write_file, write_text
 
+from .columns import IMAGE_ENDINGS, VIDEO_ENDINGS
+
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of what is kept: changing it makes every file be indexed again
+FORMAT = 2  # of what is kept: changing it makes every file be indexed again
 BATCH = 65_536  # records of an index that are written together
 HEAD = 4096  # bytes of every member that its digest covers
 END_OF_TAR = tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE  # zeros that may end a tar
-KNOWN_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "txt", "caption", "json"))
+KNOWN_EXTENSIONS = frozenset((*IMAGE_ENDINGS, *VIDEO_ENDINGS, "txt", "caption", "json"))
 
 
 @dataclass

@@ -16,10 +16,10 @@ class Source:
     """One data set for one task.
 
     Args:
-        path: folder of images, *.json, *.jsonl, *.parquet or *.tar (globs, {000..123}), or hub:owner/name.
+        path: folder of images or clips, *.json, *.jsonl, *.parquet or *.tar (globs, {000..123}), or hub:owner/name.
         weight: share of the task's samples, relative to the task's other sources.
         split: that of a data set on the Hub; for all others a slice, such as "train[:1000]".
-        image_root: folder that image paths in JSON and Parquet are relative to; None is that of the first file.
+        image_root: folder that paths of images and clips in JSON and Parquet are relative to; None is that of the first file.
         latents: folder of what `hydra prepare latents` made of the images, which are then neither decoded nor encoded.
         streaming: Parquet is read where it is, without a copy in the cache, with files and row groups shuffled, and the rows
             inside them; a data set on the Hub is read from front to back in shuffled blocks. For what is too large to copy.
@@ -43,9 +43,6 @@ class Source:
 
     def __post_init__(self):
         check_task(self.task, f"The source {self.path!r}")
-        if TASKS[self.task].read is None:
-            readable = [name for name, task in TASKS.items() if task.read is not None]
-            raise ValueError(f"task={self.task!r} is not supported yet: data sets are read for {readable}.")
         if not self.path.removeprefix(HUB):
             raise ValueError(f"The source of task {self.task!r} has an empty path.")
         if not (self.weight > 0 and math.isfinite(self.weight)):
@@ -53,6 +50,11 @@ class Source:
         if self.latents is not None and self.is_stream:
             raise ValueError(
                 f"{self.path}: latents={self.latents} are kept by number, and the records of a stream have none."
+            )
+        if self.latents is not None and not TASKS[self.task].keeps_latents:
+            kept = [name for name, task in TASKS.items() if task.keeps_latents]
+            raise ValueError(
+                f"{self.path}: latents are kept for the tasks {kept}, got task={self.task!r}: leave latents=... out."
             )
         self._check_painting()
 

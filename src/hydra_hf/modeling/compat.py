@@ -160,14 +160,16 @@ else:
 
         def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
             """Every answer gets all images of its row: [A, B] becomes [A, B, A, B], where 5.18 gives [A, A, B, B]."""
-            images = mm_encoder_output.get("image")
-            if images is not None:
-                embeds = images.pooler_output
-                ids = input_ids if input_ids is not None and input_ids.numel() else None  # empty next to embeddings
-                placeholders = self.model.get_placeholder_mask(ids, inputs_embeds).sum(-1)
+            ids = input_ids if input_ids is not None and input_ids.numel() else None  # empty next to embeddings
+            for number, kind in enumerate(("image", "video"), start=1):
+                if (outputs := mm_encoder_output.get(kind)) is None:
+                    continue
+                embeds = outputs.pooler_output
+                like = inputs_embeds if ids is None else ids[..., None]
+                placeholders = (self.model.get_placeholder_types(ids, like) == number).sum(-1)
                 rows = _rows_of_images([len(embed) for embed in embeds], placeholders.tolist())
                 expanded = [embeds[index] for row in rows for index in row * expand_size]
-                images.pooler_output = torch.stack(expanded) if isinstance(embeds, Tensor) else expanded
+                outputs.pooler_output = torch.stack(expanded) if isinstance(embeds, Tensor) else expanded
             return mm_encoder_output
 
     def _rows_of_images(lengths: list[int], placeholders: list[int]) -> list[list[int]]:

@@ -354,6 +354,9 @@ class HydraConfig(HydraPreTrainedConfig):
     Args:
         llm_visual_input: what the LLM reads of images: "semantic", the states of Sem-ViT (HYDRA-X, section 3), or "latent",
             those of the bottleneck.
+        video_token_id: the placeholder of clips, <|video_pad|>; None for a model that reads and generates images alone.
+        use_source_interaction: in edits, Sem-ViT encodes the target together with its sources (HYDRA-X); False encodes every
+            image alone.
         use_time_token: put a token with the noise level in front of each image block.
         sigma_shift: shift of the noise levels; None is sqrt(N C / 4096), clamped to [3, 8], for N tokens of C channels.
         sigma_logit_std: standard deviation of the logit-normal noise levels in training; with 1, the noise levels of the
@@ -372,9 +375,11 @@ class HydraConfig(HydraPreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     vision_head_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 151655  # <|image_pad|>
+    video_token_id: int | None = None
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
     llm_visual_input: str = "semantic"
+    use_source_interaction: bool = True
     use_time_token: bool = True
     sigma_shift: float | int | None = None
     sigma_logit_std: float | int = 1.6
@@ -406,9 +411,10 @@ class HydraConfig(HydraPreTrainedConfig):
             raise ValueError(f"{self.sigma_logit_std=} must be a positive number.")
         if self.llm_visual_input not in ("semantic", "latent"):
             raise ValueError(f"{self.llm_visual_input=} must be 'semantic' or 'latent'.")
-        for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
-            if not 0 <= getattr(self, name) < self.text_config.vocab_size:
-                raise ValueError(f"{name}={getattr(self, name)} is outside {self.text_config.vocab_size=}.")
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < self.text_config.vocab_size:
+                raise ValueError(f"{name}={value} is outside {self.text_config.vocab_size=}.")
 
     @classmethod
     def hydra_1_5b(cls, decoder: str = "S", **kwargs) -> "HydraConfig":

@@ -66,15 +66,28 @@ def clip_grid(num_frames: int, height: int, width: int, patch_size: int, ratio: 
     return (folded_length(start + num_frames, ratio) - folded_length(start, ratio), h, w)
 
 
+def latent_grids(grids: Sequence[Grid], ratio: int) -> list[Grid]:
+    """The grids of the latents of images and clips. Raises ValueError for clips of a wrong length, and for any if `ratio` is 1."""
+    for num_frames, *_ in grids:
+        if num_frames > 1 and ratio == 1:
+            raise ValueError(
+                f"Got a clip of {num_frames} frames, but without temporal folds the model reads images alone."
+            )
+        check_num_frames(num_frames, ratio)
+    return [(folded_length(num_frames, ratio), height, width) for num_frames, height, width in grids]
+
+
 def image_grids(image_grid_thw: Tensor) -> list[Grid]:
-    """The grids of `image_grid_thw` (num_images, 3). Raises ValueError for another shape, or a grid that is not an image's."""
+    """The grids of `image_grid_thw` (num_images, 3). Raises ValueError for another shape, or an empty grid."""
     if image_grid_thw.ndim != 2 or image_grid_thw.shape[1] != 3 or not len(image_grid_thw):
         raise ValueError(
             f"image_grid_thw {tuple(image_grid_thw.shape)} must be (num_images, 3), of at least one image."
         )
     grids = [tuple(grid) for grid in image_grid_thw.tolist()]
-    if wrong := [grid for grid in grids if min(grid) < 1 or grid[0] != 1]:
-        raise ValueError(f"image_grid_thw has {wrong[0]}, expected (1, h, w) for an image, of at least one patch.")
+    if wrong := [grid for grid in grids if min(grid) < 1]:
+        raise ValueError(
+            f"image_grid_thw has {wrong[0]}, expected (t, h, w) of at least one patch; images have t = 1."
+        )
     return grids
 
 
@@ -117,6 +130,11 @@ def tokens_to_latents(tokens: Tensor, grid: Grid) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, grid if grid[0] > 1 else grid[1:])
 
 
+def latents_shape(channels: int, grid: Grid) -> tuple[int, ...]:
+    """(C, h, w), or (C, T', h, w) of several frames."""
+    return (channels, *(grid if grid[0] > 1 else grid[1:]))
+
+
 # Packed images
 
 
@@ -134,19 +152,28 @@ def pack_images(images: Sequence[Tensor], patch_size: int) -> tuple[Tensor, Tens
     return packed, torch.tensor(grids)
 
 
+def pack_dense(pixel_values: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """`pack_images` of a batch (num_images, 3, H, W), or of clips (num_clips, 3, T, H, W). Raises ValueError for another rank."""
+    if pixel_values.ndim not in (4, 5):
+        raise ValueError(f"Pixels {tuple(pixel_values.shape)} without grids must be (B, 3, H, W) or (B, 3, T, H, W).")
+    packed, grids = pack_images(list(pixel_values), patch_size)
+    return packed, grids.to(pixel_values.device)
+
+
 def pack_levels(images: Sequence[Tensor], patch_size: int) -> Tensor:
     """As `pack_images`, with the channel last inside a patch, (total_patches, p p 3): as images are decoded, so that runs of bytes
     are copied."""
-    grids = [image_grid(*image.shape[-2:], patch_size) for image in images]
+    clips = [image[:, None] if image.ndim == 3 else image for image in images]
+    grids = [(clip.shape[1], *image_grid(*clip.shape[-2:], patch_size)[1:]) for clip in clips]
     packed = images[0].new_empty(sum(map(num_tokens, grids)), patch_size**2 * images[0].shape[0])
-    for patches, image, (_, h, w) in zip(split_images(packed, grids), images, grids):
-        rows = image.permute(1, 2, 0).reshape(h, patch_size, w, -1)
-        patches.view(h, w, patch_size, -1).copy_(rows.transpose(1, 2))
+    for patches, clip, (t, h, w) in zip(split_images(packed, grids), clips, grids):
+        rows = clip.permute(1, 2, 3, 0).reshape(t, h, patch_size, w, -1)
+        patches.view(t, h, w, patch_size, -1).copy_(rows.transpose(2, 3))
     return packed
 
 
 def unpack_images(pixel_values: Tensor, image_grid_thw: Tensor, patch_size: int) -> list[Tensor]:
-    """The images (3, H, W) of packed patches."""
+    """The images (3, H, W), and clips (3, T, H, W), of packed patches."""
     grids = image_grids(image_grid_thw)
     return [
         unpatchify(patches[None], patch_size, grid)[0]
@@ -155,7 +182,7 @@ def unpack_images(pixel_values: Tensor, image_grid_thw: Tensor, patch_size: int)
 
 
 def pack_latents(latents: Tensor, image_grid_thw: Tensor | None) -> tuple[Tensor, list[Grid]]:
-    """Tokens (total_tokens, C) and grids of latents, either dense (num_images, C, h, w) or already packed.
+    """Tokens (total_tokens, C) and grids of latents, either dense (num_images, C, [T',] h, w) or already packed.
 
     Raises ValueError for another shape.
     """
@@ -163,11 +190,13 @@ def pack_latents(latents: Tensor, image_grid_thw: Tensor | None) -> tuple[Tensor
         grids = image_grids(image_grid_thw)
         check_packed("latents", latents, grids)
         return latents, grids
-    if latents.ndim != 4:
+    if latents.ndim not in (4, 5):
         raise ValueError(
-            f"latents {tuple(latents.shape)} must be (num_images, C, h, w), or packed with image_grid_thw."
+            f"latents {tuple(latents.shape)} must be (num_images, C, h, w) or, of clips, (num_clips, C, T, h, w), or packed"
+            " with image_grid_thw."
         )
-    return latents_to_tokens(latents).flatten(0, 1), [(1, *latents.shape[-2:])] * len(latents)
+    grid = (1, *latents.shape[2:]) if latents.ndim == 4 else tuple(latents.shape[2:])
+    return latents_to_tokens(latents).flatten(0, 1), [grid] * len(latents)
 
 
 def check_packed(name: str, packed: Tensor, grids: Sequence[Grid]) -> None:
@@ -238,10 +267,11 @@ def noise_tokens(
     from diffusers.utils.torch_utils import randn_tensor
 
     if is_one_grid(grids):
-        noise = randn_tensor((len(grids), channels, *grids[0][1:]), generator=generator, device=device)
+        noise = randn_tensor((len(grids), *latents_shape(channels, grids[0])), generator=generator, device=device)
         return latents_to_tokens(noise).flatten(0, 1)
     generators = generator if isinstance(generator, list) else [generator] * len(grids)
-    noise = [randn_tensor((1, channels, *g[1:]), generator=one, device=device) for g, one in zip(grids, generators)]
+    shapes = [(1, *latents_shape(channels, grid)) for grid in grids]
+    noise = [randn_tensor(shape, generator=one, device=device) for shape, one in zip(shapes, generators)]
     return torch.cat([latents_to_tokens(image)[0] for image in noise])
 
 
@@ -274,17 +304,17 @@ def prepend(hidden_states: Tensor, leading: Tensor, grids: Sequence[Grid]) -> Te
 # Positions
 
 
-def grid_positions(grids: Sequence[Grid], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column of each token of a row of grids, (N,) each."""
+def grid_positions(grids: Sequence[Grid], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Frame, row and column of each token of a row of grids, (N,) each."""
     positions = [torch.meshgrid(*[torch.arange(n, device=device) for n in grid], indexing="ij") for grid in grids]
-    return tuple(torch.cat([axes[axis].flatten() for axes in positions]) for axis in (1, 2))
+    return tuple(torch.cat([axes[axis].flatten() for axes in positions]) for axis in range(3))
 
 
 def sinusoidal_positions_2d(grids: Sequence[Grid], hidden_size: int, like: Tensor, max_period: int = 10_000) -> Tensor:
     """Fixed sine and cosine positions (N, D): half the channels for the row, half for the column."""
     quarter = hidden_size // 4
     frequencies = max_period ** -(torch.arange(quarter, dtype=torch.float32, device=like.device) / quarter)
-    angles = [position[:, None] * frequencies for position in grid_positions(grids, like.device)]
+    angles = [position[:, None] * frequencies for position in grid_positions(grids, like.device)[1:]]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=-1).to(like.dtype)
 
 
@@ -296,7 +326,7 @@ def position_features(grids: Sequence[Grid], like: Tensor) -> Tensor:
     count = NUM_POSITION_FEATURES // 8
     frequencies = 1000 ** -(torch.arange(count, dtype=torch.float32, device=like.device) / count)
     features = []
-    for axis, position in zip((1, 2), grid_positions(grids, like.device)):
+    for axis, position in zip((1, 2), grid_positions(grids, like.device)[1:]):
         size = per_token(torch.tensor([grid[axis] for grid in grids], device=like.device), grids)
         for coordinate in (position, 16 * (position + 0.5) / size):
             angles = coordinate[:, None] * frequencies
@@ -305,10 +335,14 @@ def position_features(grids: Sequence[Grid], like: Tensor) -> Tensor:
 
 
 def rotary_positions_2d(grids: Sequence[Grid], head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (N, head_dim) that rotate half of each head by the row and half by the column."""
+    """Cosines and sines (N, head_dim) that rotate half of each head by the row and half by the column.
+
+    The frame of a clip rotates both, with the frequencies in reverse order, so that images are as without it (our choice).
+    """
     quarter = head_dim // 4
     frequencies = 10_000 ** -(torch.arange(quarter, dtype=torch.float32, device=like.device) / quarter)
-    angles = [position[:, None] * frequencies for position in grid_positions(grids, like.device)]
+    frame, *places = [position[:, None] for position in grid_positions(grids, like.device)]
+    angles = [place * frequencies + frame * frequencies.flip(0) for place in places]
     angles = torch.cat([*angles, *angles], dim=-1)
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
@@ -321,7 +355,7 @@ def get_image_block_ids(mm_token_type_ids: Tensor, past_length: int = 0) -> Tens
 
     The masks index by absolute position, so the positions in the cache are -1.
     """
-    is_image = nn.functional.pad(mm_token_type_ids == 1, (past_length, 0), value=False)
+    is_image = nn.functional.pad(mm_token_type_ids > 0, (past_length, 0), value=False)
     return torch.where(is_image, image_starts(is_image).int().cumsum(1) - 1, -1)
 
 
@@ -347,7 +381,7 @@ def image_starts(is_image: Tensor) -> Tensor:
 
 def count_images(mm_token_type_ids: Tensor, document_ids: Tensor | None = None) -> list[int]:
     """How many images each sample of a batch (B, L) has: a sample is a row, or one of the documents of a single row."""
-    starts = image_starts(mm_token_type_ids == 1)
+    starts = image_starts(mm_token_type_ids > 0)
     if document_ids is None:
         return starts.sum(dim=1).tolist()
     return torch.bincount(document_ids[starts], minlength=int(document_ids.max()) + 1).tolist()

@@ -1,4 +1,5 @@
-"""Image generation with HYDRA: the prompt runs once, then only image tokens, step by step. HYDRA, section 2.2."""
+"""Generation of images and clips with HYDRA: the prompt runs once, then only their tokens, step by step. HYDRA, section 2.2;
+edits see their sources in Sem-ViT: HYDRA-X, section 3."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from .grid import (
     unpatchify,
 )
 from .prefix_cache import FrozenPrefixCache
+from .source_interaction import SourceStates
 
 
 def guide(velocities: list[Tensor], weights: list[Tensor], rescale: Tensor) -> Tensor:
@@ -70,9 +72,19 @@ class ImagePrefix:
     cache: FrozenPrefixCache
     attention_mask: Tensor  # (B, P)
     masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # tokens of each image -> mask (B, 1, 1, P + N)
+    sources: SourceStates | None = None  # of edits: what Sem-ViT sees of the images in the prompts
 
     def __len__(self) -> int:
         return len(self.attention_mask)
+
+    def repeat_interleave(self, repeats: int) -> "ImagePrefix":
+        """Each row `repeats` times; this prefix is used up."""
+        if repeats == 1:
+            return self
+        self.cache.batch_repeat_interleave(repeats)
+        sources = None if self.sources is None else self.sources.repeat_interleave(repeats)
+        attention_mask = self.attention_mask.repeat_interleave(repeats, dim=0)
+        return ImagePrefix(self.cache, attention_mask, sources=sources)
 
 
 @dataclass
@@ -88,6 +100,15 @@ def classifier_free(prefix: ImagePrefix, negative_prefix: ImagePrefix, scale: fl
     return [GuidanceBranch(negative_prefix), GuidanceBranch(prefix, scale)]
 
 
+def image_and_text(
+    prefix: ImagePrefix, source_prefix: ImagePrefix, null_prefix: ImagePrefix, image_scale: float | Tensor,
+    scale: float | Tensor,
+) -> list[GuidanceBranch]:  # fmt: skip
+    """The branches of edits (Brooks et al. 2023, eq. 3): from nothing `image_scale` times the way to the sources alone, from there
+    `scale` times the way to sources and instruction."""
+    return [GuidanceBranch(null_prefix), GuidanceBranch(source_prefix, image_scale), GuidanceBranch(prefix, scale)]
+
+
 class ImageGenerationMixin:
     """For images what `GenerationMixin` is for text; needs `model`, `vision_head` and a `HydraConfig`."""
 
@@ -100,24 +121,36 @@ class ImageGenerationMixin:
     @apply_forward_hook
     def prefill(
         self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
+        image_grid_thw: Tensor | None = None, pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None, *, source_interaction: bool = False,
     ) -> ImagePrefix:  # fmt: skip
         """Runs prompts (B, P), left-padded, that end with <|vision_start|>; their cache is read-only from then on.
 
-        `pixel_values` are given images, dense or packed, see `HydraModel.forward`. Raises ValueError for another last token.
+        Args:
+            pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw: given images and clips, see `HydraModel.forward`.
+            source_interaction: for an edit, whose target sees the given images in Sem-ViT (HYDRA-X, section 3).
+
+        Raises ValueError for another last token, and for an edit without images, or with other images in each prompt.
         """
         if (input_ids[:, -1] != self.config.vision_start_token_id).any():
             raise ValueError(
                 f"A prompt for an image must end with vision_start_token_id={self.config.vision_start_token_id};"
                 f" the last tokens are {input_ids[:, -1].tolist()}. Pad on the left."
             )
+        images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        sources = None
+        if source_interaction and pixel_values is None:
+            raise ValueError("An edit needs the images that it changes, got pixel_values=None.")
+        if source_interaction and self.model.interacts:
+            sources, features = self.model.encode_sources(pixel_values, image_grid_thw, len(input_ids))
+            images = {"mm_encoder_outputs": {"image": features}}
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.config.text_config)
         self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
-            pixel_values=pixel_values, image_grid_thw=image_grid_thw, use_cache=True,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache, use_cache=True,
+            pixel_values_videos=pixel_values_videos, video_grid_thw=video_grid_thw, **images,
         )  # fmt: skip
-        return ImagePrefix(FrozenPrefixCache.from_cache(cache), attention_mask)
+        return ImagePrefix(FrozenPrefixCache.from_cache(cache), attention_mask, sources=sources)
 
     @apply_forward_hook
     def denoise_step(
@@ -128,10 +161,11 @@ class ImageGenerationMixin:
         guidance_rescale: float | Tensor = 0.0,
         image_grid_thw: Tensor | None = None,
     ) -> Tensor:
-        """The guided velocity at `sigma` (B,), in the form of the latents: (B, C, h, w), or packed (total_tokens, C), any sizes.
+        """The guided velocity at `sigma` (B,), in the form of the latents: (B, C, [T',] h, w), or packed (total_tokens, C), any
+        sizes.
 
         Guidance goes from branch to branch, the full condition last. Only image tokens run; Sem-ViT runs once for all
-        branches and the language head not at all. A branch is as long as its own prompts: an empty negative prompt is not
+        branches with the same sources and the language head not at all. A branch is as long as its own prompts: an empty negative prompt is not
         padded to a long prompt.
 
         Args:
@@ -168,10 +202,11 @@ class ImageGenerationMixin:
         self._guided_velocity = MethodType(step, self)  # a method, so that a deep copy compiles its own weights
 
     def _guided_velocity(self, tokens, grids, sigma, prefixes, masks, weights, rescale) -> Tensor:
-        embeds = self.model.get_image_embeds(tokens, sigma, grids)  # packed ([B +] total_tokens, D_llm)
-        velocities = []
+        embeds, velocities = {}, []
         for prefix, mask in zip(prefixes, masks):
-            states = self._image_states(embeds, grids, prefix, mask)  # (total_tokens, D_llm)
+            if id(prefix.sources) not in embeds:  # packed ([B +] total_tokens, D_llm)
+                embeds[id(prefix.sources)] = self.model.get_image_embeds(tokens, sigma, grids, sources=prefix.sources)
+            states = self._image_states(embeds[id(prefix.sources)], grids, prefix, mask)  # (total_tokens, D_llm)
             velocities.append(self._predict_velocity(states, tokens, sigma, grids))
         return run_by_grid(_guide_rows, grids, velocities, [*weights, rescale])
 
@@ -222,7 +257,7 @@ class ImageGenerationMixin:
         self, latents: Tensor, image_grid_thw: Tensor | None = None, *, num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None, **kwargs,
     ) -> Tensor | list[Tensor]:  # fmt: skip
-        """Pixels (B, 3, H, W) of clean latents, see `HydraTokModel.decode`; for packed latents, a list of (3, H, W)."""
+        """Pixels (B, 3, [T,] H, W) of clean latents, see `HydraTokModel.decode`; for packed latents, a list of (3, [T,] H, W)."""
         tower, options = self.model.vision_tower, {"num_inference_steps": num_inference_steps}
         if image_grid_thw is None:
             return tower.decode(latents, generator=generator, **options, **kwargs).sample
@@ -234,7 +269,8 @@ class ImageGenerationMixin:
             packed.append(torch.cat(noise, dim=1)[0])
         decode = partial(tower.decode_rows, **options)
         patches = run_by_grid(decode, grids, packed, config=tower.config.decoder_config).to(latents.dtype)
-        patch_size = tower.config.patch_size
+        patch_size, ratio = tower.config.patch_size, tower.config.temporal_compression_ratio
+        grids = [(1 + (num_frames - 1) * ratio, height, width) for num_frames, height, width in grids]
         images = zip(split_images(patches, grids), grids)
         return [unpatchify(image[None], patch_size, grid)[0] for image, grid in images]
 
@@ -246,18 +282,26 @@ class ImageGenerationMixin:
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
         *,
         height: int | Sequence[int] | None = None,
         width: int | Sequence[int] | None = None,
+        num_frames: int | None = None,
+        source_interaction: bool = False,
         num_inference_steps: int = 50,
         guidance_scale: float = 4.5,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor | list[Tensor]:
-        """One image (3, H, W) in [-1, 1] for each prompt (B, P), left-padded; `HydraPipeline` has more options.
+        """One image (3, H, W) in [-1, 1], or clip (3, T, H, W), for each prompt (B, P), left-padded; `HydraPipeline` has more
+        options.
 
         Args:
-            pixel_values, image_grid_thw: those of the images in the prompts, see `HydraModel.forward`.
+            pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw: the images and clips in the prompts, see
+                `HydraModel.forward`.
             height, width: in pixels, one for all images or one for each; images of several sizes are returned as a list.
+            num_frames: of clips, 1 + 4n; None for images.
+            source_interaction: edits the images in the prompts, see `prefill`.
             guidance_scale: 1 or less turns guidance off, as in diffusers.
             generator: one for all, or one for each image; it draws the latents, then the decoder's noise. None is torch's
                 global generator, as in `generate`.
@@ -266,45 +310,63 @@ class ImageGenerationMixin:
             ValueError: if a prompt and its image do not fit the context, or sizes are off the patch grid or not as many as
                 the prompts.
         """
-        config, device = self.config, input_ids.device
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if (input_ids[:, -1] != config.vision_start_token_id).any():
-            start = input_ids.new_full((len(input_ids), 1), config.vision_start_token_id)
+        start_id = self.config.vision_start_token_id
+        if (input_ids[:, -1] != start_id).any():
+            start = input_ids.new_full((len(input_ids), 1), start_id)
             input_ids = torch.cat([input_ids, start], dim=1)
             attention_mask = torch.cat([attention_mask, torch.ones_like(start)], dim=1)
-        if guidance_scale > 1 and pixel_values is not None:
-            raise ValueError("Guidance for prompts with images is not supported yet; use guidance_scale=1.")
-        grids = self._get_latent_grids(height, width, len(input_ids))
+        if guidance_scale > 1 and (pixel_values is not None or pixel_values_videos is not None):
+            raise ValueError(
+                f"Got {guidance_scale=} for prompts with images, expected 1: only HydraPipeline guides edits, by its own branches."
+            )
+        grids = self._get_latent_grids(height, width, len(input_ids), num_frames)
         self._check_context(attention_mask, grids)
-        prefix = self.prefill(input_ids, attention_mask, pixel_values, image_grid_thw)
+        prefix = self.prefill(
+            input_ids, attention_mask, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw,
+            source_interaction=source_interaction,
+        )  # fmt: skip
         branches = [GuidanceBranch(prefix)]
         if guidance_scale > 1:
             branches = classifier_free(prefix, self._prefill_null_prompts(input_ids), guidance_scale)
+        tokens = self.sample_latents(branches, grids, num_inference_steps, generator)
+        if not is_one_grid(grids):
+            return self.decode_latents(tokens, torch.tensor(grids), generator=generator)
+        latents = tokens_to_latents(tokens.unflatten(0, (len(grids), -1)), grids[0])
+        return self.decode_latents(latents, generator=generator)
+
+    def sample_latents(
+        self, branches: list[GuidanceBranch], grids: list[Grid], num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Packed clean latents (total_tokens, C) of images of these grids: noise, then Euler steps."""
+        device = branches[-1].prefix.attention_mask.device
         sigmas = [inference_sigmas(num_inference_steps, self.get_sigma_shift(num_tokens(grid))) for grid in grids]
         sigmas = nn.functional.pad(torch.stack(sigmas, dim=1), (0, 0, 0, 1)).to(device)  # (steps + 1, B)
-        tokens = noise_tokens(grids, config.vision_config.latent_channels, generator, device)
+        tokens = noise_tokens(grids, self.config.vision_config.latent_channels, generator, device)
         grid_thw = torch.tensor(grids)  # on the CPU: it is read at each step
         for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
             velocity = self.denoise_step(tokens, sigma, branches, image_grid_thw=grid_thw)
             tokens = euler_step(tokens, velocity, *(per_token(each, grids)[:, None] for each in (sigma, next_sigma)))
-        if not is_one_grid(grids):
-            return self.decode_latents(tokens, grid_thw, generator=generator)
-        latents = tokens_to_latents(tokens.unflatten(0, (len(grids), -1)), grids[0])
-        return self.decode_latents(latents, generator=generator)
+        return tokens
 
-    def get_latent_grid(self, height: int | None, width: int | None) -> Grid:
-        """The grid of an image's latents; None is the tokenizer's own size. Raises ValueError for sizes off the patch grid."""
-        default = self.config.vision_config.image_size
-        height, width = default if height is None else height, default if width is None else width
-        return image_grid(height, width, self.config.vision_config.patch_size)
+    def get_latent_grid(self, height: int | None, width: int | None, num_frames: int | None = None) -> Grid:
+        """The grid of the latents of an image, or of a clip of `num_frames`; None is the tokenizer's own size, and an image.
 
-    def _get_latent_grids(self, height, width, num_images: int) -> list[Grid]:
+        Raises ValueError for sizes off the patch grid, and clips that the tokenizer does not have.
+        """
+        config = self.config.vision_config
+        height, width = (config.image_size if size is None else size for size in (height, width))
+        _, h, w = image_grid(height, width, config.patch_size)
+        return self.model.get_latent_grids([(1 if num_frames is None else num_frames, h, w)])[0]
+
+    def _get_latent_grids(self, height, width, num_images: int, num_frames: int | None) -> list[Grid]:
         sizes = [
             [size] * num_images if size is None or isinstance(size, int) else list(size) for size in (height, width)
         ]
         if any(len(size) != num_images for size in sizes):
             raise ValueError(f"Got {height=} and {width=} for {num_images} prompts, expected one, or one for each.")
-        return [self.get_latent_grid(*size) for size in zip(*sizes)]
+        return [self.get_latent_grid(*size, num_frames) for size in zip(*sizes)]
 
     def _check_context(self, attention_mask: Tensor, grids: list[Grid]) -> None:
         context = self.config.text_config.max_position_embeddings

@@ -133,12 +133,17 @@ def whole_size(height: int, width: int, patch_size: int, min_pixels: int, max_pi
 
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """The largest part from the middle with the aspect ratio of `height` to `width`."""
-    scale = min(image.height / height, image.width / width)
+    top, left, bottom, right = center_box(image.height, image.width, height, width)
+    is_whole = (top, left, bottom, right) == (0, 0, image.height, image.width)
+    return image if is_whole else image.crop((left, top, right, bottom))
+
+
+def center_box(image_height: int, image_width: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Top, left, bottom and right of what `center_crop` takes of an image of `image_height` x `image_width`."""
+    scale = min(image_height / height, image_width / width)
     crop_height, crop_width = max(1, round(height * scale)), max(1, round(width * scale))
-    if (crop_height, crop_width) == (image.height, image.width):
-        return image
-    top, left = (image.height - crop_height) // 2, (image.width - crop_width) // 2
-    return image.crop((left, top, left + crop_width, top + crop_height))
+    top, left = (image_height - crop_height) // 2, (image_width - crop_width) // 2
+    return top, left, top + crop_height, left + crop_width
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -228,6 +233,8 @@ class HydraImageProcessor(TorchvisionBackend):
     max_input_pixels = 178_956_970  # where PIL itself speaks of a decompression bomb
     valid_kwargs = HydraImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_thw"]
+    reads = "image"
+    free_settings = frozenset(("size", "patch_size", "max_input_pixels", "resample"))  # in training, see `check_plain`
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoImageProcessor") -> None:
@@ -313,6 +320,10 @@ class HydraImageProcessor(TorchvisionBackend):
             )
         return array_to_levels(pixels)
 
+    def to_levels(self, image: ImageInput) -> Tensor:
+        """RGB levels from 0 to 255 of an image that is read as in a call, but not resized, (3, H, W)."""
+        return self._levels(image, True, None, self.max_input_pixels)
+
     def output_size(self, height: int, width: int, **images_kwargs) -> tuple[int, int]:
         """Height and width of the result for an image of `height` x `width`, under the same overrides as a call."""
         names = ("do_resize", "size", "patch_size", "do_center_crop", "crop_size")
@@ -343,36 +354,39 @@ class HydraImageProcessor(TorchvisionBackend):
 
     def preprocess_generated(self, image: Image.Image, **kwargs) -> BatchFeature:
         """What a call gives for an image that the model learns to generate: its middle part, at its `generated_size`."""
-        image, height, width = self._crop_generated(image)
+        image, (height, width) = self._crop_generated(image)
         return self(image, size={"height": height, "width": width}, **kwargs)
 
-    def _crop_generated(self, image: Image.Image) -> tuple[Image.Image, int, int]:
+    def _crop_generated(
+        self, image: Image.Image, size: tuple[int, int] | None = None
+    ) -> tuple[Image.Image, tuple[int, int]]:
         check_image_size(image.height, image.width, self.max_input_pixels)
         image = upright(image)
-        height, width = self.generated_size(image.height, image.width)
-        return center_crop(image, height, width), height, width
+        size = size or self.generated_size(image.height, image.width)
+        return center_crop(image, *size), size
 
     # Levels: what training keeps in memory, a quarter of the pixels
 
     def check_plain(self) -> None:
         """Raises ValueError for settings under which a call does more than resize and normalise to [-1, 1]."""
-        plain, own = HydraImageProcessor().to_dict(), self.to_dict()
-        for name in set(plain) - {"size", "patch_size", "max_input_pixels", "resample"}:
+        plain, own = type(self)().to_dict(), self.to_dict()
+        for name in set(plain) - self.free_settings:
             if own[name] != plain[name]:
                 raise ValueError(
-                    f"The image processor has {name}={own[name]!r}, expected {plain[name]!r} for training."
+                    f"The {self.reads} processor has {name}={own[name]!r}, expected {plain[name]!r} for training."
                 )
 
     def given_levels(self, image: Image.Image) -> Tensor:
         """The RGB levels from 0 to 255, (3, H, W), that a call of a plain processor normalises; floats if levels have
         fractions."""
-        levels = self._levels(image, True, None, self.max_input_pixels)
+        levels = self.to_levels(image)
         return self._resized_levels(levels, *self.output_size(*levels.shape[-2:]))
 
-    def generated_levels(self, image: Image.Image) -> Tensor:
-        """As `given_levels`, for `preprocess_generated`."""
-        image, height, width = self._crop_generated(image)
-        return self._resized_levels(self._levels(image, True, None, self.max_input_pixels), height, width)
+    def generated_levels(self, image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
+        """As `given_levels`, for `preprocess_generated`; a `size` (height, width) that another image decides takes the place of
+        the `generated_size`."""
+        image, size = self._crop_generated(image, size)
+        return self._resized_levels(self.to_levels(image), *size)
 
     def _resized_levels(self, levels: Tensor, height: int, width: int) -> Tensor:
         return self.resize(levels, SizeDict(height=height, width=width), resample=self.resample)

@@ -16,7 +16,7 @@ def create_masks(
 ):  # fmt: skip
     """transformers' masks with image blocks; `mm_token_type_ids` cover only the current chunk."""
     block_ids = None
-    if mm_token_type_ids is not None and (torch.compiler.is_compiling() or (mm_token_type_ids == 1).any()):
+    if mm_token_type_ids is not None and (torch.compiler.is_compiling() or (mm_token_type_ids > 0).any()):
         past_length = 0 if cache is None else int(cache.get_seq_length())
         block_ids = get_image_block_ids(mm_token_type_ids[:, -inputs_embeds.shape[1] :], past_length)
     return create_masks_for_generate(

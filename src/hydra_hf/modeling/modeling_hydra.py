@@ -22,22 +22,18 @@ from .configuration_hydra import HydraConfig
 from .flow import flow_matching_loss
 from .grid import (
     Grid,
-    check_packed,
     check_token_types,
     drop_leading,
-    image_grids,
     is_one_grid,
-    latents_to_tokens,
     pack_latents,
     place_images,
-    prepend,
     run_by_grid,
     select_images,
-    split_images,
     tokens_to_latents,
 )
+from .image_embedding import ImageEmbeddingMixin
 from .image_generation import ImageGenerationMixin
-from .layers import TimestepEmbedding, first_set, init_layer, scale_gradient
+from .layers import TimestepEmbedding, first_set, init_layer
 from .masks import choose_masks, create_masks
 from .modeling_hydra_tok import HydraTokModel
 from .outputs import HydraModelOutput, HydraOutput
@@ -49,8 +45,8 @@ from .vision_head import VisionHead
 class HydraPreTrainedModel(HydraPreTrainedMixin, PreTrainedModel):
     config: HydraConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    output_modalities = ("text", "image")
+    input_modalities = ("image", "video", "text")
+    output_modalities = ("text", "image", "video")
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the flow loss is a mean: Trainer must divide it by the accumulation steps
     _no_split_modules = ["AdaLNZeroLayer"]
@@ -66,7 +62,7 @@ class HydraPreTrainedModel(HydraPreTrainedMixin, PreTrainedModel):
         init_layer(module, self.config.initializer_range)
 
 
-class HydraModel(HydraPreTrainedModel):
+class HydraModel(ImageEmbeddingMixin, HydraPreTrainedModel):
     """Vision tower, projector and language model; the heads are in `HydraForConditionalGeneration`."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head", r"^vision_head"]
@@ -85,77 +81,6 @@ class HydraModel(HydraPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def get_latents(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None) -> Tensor:
-        """Clean latents, the normalised mean of the posterior: (num_images, C, h, w) for pixels (num_images, 3, H, W) in
-        [-1, 1], (total_tokens, C) for packed ones, see `forward`."""
-        if image_grid_thw is None:
-            return self.vision_tower.encode(pixel_values).latent_dist.mode()
-        grids = image_grids(image_grid_thw)
-        check_packed("pixel_values", pixel_values, grids)
-        self.vision_tower.check_range(pixel_values)
-        return run_by_grid(self.vision_tower.encode_rows, grids, [pixel_values], config=self.vision_tower.config)
-
-    def get_image_embeds(self, tokens: Tensor, sigma: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """The LLM's input for packed latents (total_tokens, C) at noise levels `sigma` (num_images,): packed, D_llm wide,
-        with each image's time token in front of it."""
-        return run_by_grid(self._embed_rows, grids, [tokens], [sigma], config=self.vision_tower.config)
-
-    def _embed_rows(self, tokens: Tensor, sigma: Tensor, *, grids: Sequence[Grid]) -> Tensor:
-        return self._project_rows(self._visual_rows(tokens, grids=grids), sigma, grids=grids)
-
-    def _visual_rows(self, tokens: Tensor, *, grids: Sequence[Grid]) -> Tensor:
-        visual_states = self.vision_tower.get_bottleneck_states(tokens)  # (B, N, D)
-        if self.config.llm_visual_input == "semantic":
-            visual_states = self.vision_tower.sem_vit(visual_states, grids)  # (B, N, D)
-        return visual_states
-
-    def _project_rows(self, visual_states: Tensor, sigma: Tensor, *, grids: Sequence[Grid]) -> Tensor:
-        image_embeds = self.multi_modal_projector(visual_states)  # (B, N, D_llm)
-        if self.time_embedding is None:
-            return image_embeds
-        return prepend(image_embeds, self.time_embedding(sigma), grids)
-
-    @can_return_tuple
-    def get_image_features(
-        self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple | BaseModelOutputWithPooling:
-        """The vision tower's output for given images; `pooler_output` are their embeddings, time token included.
-
-        For dense pixels: states (num_images, N, D), embeddings (num_images, [1 +] N, D_llm); `kwargs` go to the tower, such as
-        `output_hidden_states`. For packed pixels: the input of the projector (total_tokens, D), and a tuple of embeddings
-        ([1 +] N, D_llm), one for each image.
-        """
-        if image_grid_thw is not None:
-            return self._packed_features(pixel_values, image_grid_thw)
-        outputs = self.vision_tower(pixel_values, **{**kwargs, "return_dict": True})
-        latents, visual_states = outputs.latents, outputs.last_hidden_state  # (num_images, N, D)
-        if self.config.llm_visual_input == "latent":
-            visual_states = self.vision_tower.get_bottleneck_states(latents_to_tokens(latents))
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self._project_rows(
-                visual_states, latents.new_zeros(len(latents)), grids=[(1, *latents.shape[-2:])]
-            ),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-    def _packed_features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> BaseModelOutputWithPooling:
-        grids, config = image_grids(image_grid_thw), self.vision_tower.config
-        tokens = self.get_latents(pixel_values, image_grid_thw)  # (total_tokens, C)
-        visual_states = run_by_grid(self._visual_rows, grids, [tokens], config=config)  # (total_tokens, D)
-        sigma = tokens.new_zeros(len(grids))
-        embeds = run_by_grid(self._project_rows, grids, [visual_states], [sigma], config=config)
-        images = split_images(embeds, grids, self.config.num_time_tokens)
-        return BaseModelOutputWithPooling(last_hidden_state=visual_states, pooler_output=images)
-
-    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """Where the placeholders of images are, (B, L) bool; found by their embedding if there are no ids."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
-
     @can_return_tuple
     def forward(
         self,
@@ -166,8 +91,11 @@ class HydraModel(HydraPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
         latents: Tensor | None = None,
         sigma: Tensor | None = None,
+        num_sources: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
@@ -183,10 +111,15 @@ class HydraModel(HydraPreTrainedModel):
             pixel_values: in [-1, 1], in the order of their placeholders; read at sigma 0. (num_images, 3, H, W), or packed
                 (total_patches, 3 p p), see `image_grid_thw`: patches row by row, and in each, channel before row before
                 column. That is Qwen2-VL's order with one frame per patch and no merging.
-            image_grid_thw: (num_images, 3), the grids (1, h, w) of packed pixels or latents, which may have any sizes.
+            image_grid_thw: (num_images, 3), the grids (t, h, w) of packed pixels or latents, which may have any sizes; t is 1
+                for images, the number of frames for pixels of clips, that of latent frames for their latents.
+            pixel_values_videos, video_grid_thw: clips apart from the images: (num_clips, 3, T, H, W), or packed with their
+                grids. Otherwise they are among the images.
             latents, sigma: instead of pixels, latents already at noise levels (num_images,): (num_images, C, h, w), or
                 packed (total_tokens, C).
-            mm_token_type_ids: (B, L), 1 at image tokens; None finds them in `input_ids`.
+            num_sources: (num_images,), how many images directly before it an image is made from: in Sem-ViT it sees them
+                (source-target interaction, HYDRA-X, section 3). 0 for all but the targets of edits.
+            mm_token_type_ids: (B, L), 1 at image tokens and 2 at those of clips; None finds them in `input_ids`.
             document_ids: (B, L), which of several samples packed into a row a token belongs to, numbered from 0; instead of
                 `attention_mask`. No sample attends to another, and positions restart with each.
             condition_grad_scale: factor on the gradient that reaches Sem-ViT through images at sigma 0.
@@ -200,15 +133,18 @@ class HydraModel(HydraPreTrainedModel):
             raise ValueError("Give either input_ids or inputs_embeds, and not both.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_mask = self.get_placeholder_mask(input_ids, inputs_embeds)  # (B, L)
-        mm_token_type_ids = image_mask.int() if mm_token_type_ids is None else mm_token_type_ids
+        placeholder_types = self.get_placeholder_types(input_ids, inputs_embeds)  # (B, L)
+        image_mask = placeholder_types > 0
+        mm_token_type_ids = placeholder_types if mm_token_type_ids is None else mm_token_type_ids
         check_token_types(mm_token_type_ids, inputs_embeds)
-        image_outputs = self._encode_images(pixel_values, image_grid_thw, latents, mm_encoder_outputs, kwargs)
+        given = self._encode_given(
+            pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, latents, mm_encoder_outputs, kwargs
+        )
         image_embeds = None
-        if image_outputs is not None:
-            image_embeds = tuple(image_outputs.pooler_output)  # ([1 +] N, D_llm) of each image
+        if given:
+            image_embeds = self._embed_given(placeholder_types, given)  # ([1 +] N, D_llm) of each image
         elif latents is not None:
-            image_embeds = self._embed_latents(latents, image_grid_thw, sigma, condition_grad_scale)
+            image_embeds = self._embed_latents(latents, image_grid_thw, sigma, num_sources, condition_grad_scale)
         if image_embeds is not None:
             inputs_embeds = place_images(inputs_embeds, image_mask, image_embeds)
         attention_mask, position_ids = choose_masks(
@@ -233,30 +169,9 @@ class HydraModel(HydraPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_hidden_states,
-            image_outputs=image_outputs,
+            image_outputs=given.get("image"),
             **{CACHE: getattr(outputs, CACHE)},
         )
-
-    def _encode_images(
-        self, pixel_values, image_grid_thw, latents, mm_encoder_outputs, kwargs
-    ) -> BaseModelOutputWithPooling | None:
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if sum(source is not None for source in (pixel_values, latents, encoded)) > 1:
-            raise ValueError("Give images once: as pixel_values, latents or mm_encoder_outputs.")
-        if pixel_values is None:
-            return encoded
-        recorded = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
-        return self.get_image_features(pixel_values, image_grid_thw, **{**recorded, "return_dict": True})
-
-    def _embed_latents(self, latents, image_grid_thw, sigma, condition_grad_scale: float) -> Sequence[Tensor]:
-        tokens, grids = pack_latents(latents, image_grid_thw)
-        if sigma is None or sigma.shape != (len(grids),):
-            shape = None if sigma is None else tuple(sigma.shape)
-            raise ValueError(f"latents of {len(grids)} images need sigma of shape ({len(grids)},), got {shape}.")
-        images = split_images(self.get_image_embeds(tokens, sigma, grids), grids, self.config.num_time_tokens)
-        if condition_grad_scale != 1:
-            images = map(scale_gradient, images, torch.where(sigma == 0, condition_grad_scale, 1.0))
-        return tuple(images)
 
 
 class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, GenerationMixin):
@@ -280,6 +195,12 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         """See `HydraModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
+    def get_video_features(
+        self, pixel_values_videos: Tensor, video_grid_thw: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        """See `HydraModel.get_video_features`."""
+        return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -290,8 +211,11 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
         latents: Tensor | None = None,
         sigma: Tensor | None = None,
+        num_sources: Tensor | None = None,
         is_generated: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
@@ -323,8 +247,11 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             image_grid_thw=image_grid_thw,
+            pixel_values_videos=pixel_values_videos,
+            video_grid_thw=video_grid_thw,
             latents=latents,
             sigma=sigma,
+            num_sources=num_sources,
             mm_token_type_ids=mm_token_type_ids,
             document_ids=document_ids,
             mm_encoder_outputs=mm_encoder_outputs,

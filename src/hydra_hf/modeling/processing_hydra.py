@@ -1,9 +1,6 @@
 """Chat messages with images and clips to the model's inputs, and its outputs to text and images."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoInput
 
+from .chat_messages import as_dicts, check_parts, check_placeholders, check_unicode, parts_of, token_starts
 from .compat import TypedProcessingKwargs
 from .grid import Grid, folded_length, image_grid, num_tokens
 from .image_processing_hydra import HydraImageProcessor
@@ -28,24 +26,6 @@ from .video_processing_hydra import HydraVideoProcessor
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 WORD_JOINER = "\u2060"  # invisible and without a line break: the text looks the same
 VIDEO_TOKEN = "<|video_pad|>"
-PART_KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}  # in their order
-
-
-def check_unicode(name: str, text: str) -> None:
-    """Raises ValueError for text with half a character (a lone surrogate), which no tokenizer can read."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"Got {name}={text!r:.100}, expected valid Unicode: character {error.start} is half of one, or a byte that is"
-            " not UTF-8."
-        ) from error
-
-
-@lru_cache
-def _token_starts(tokens: tuple[str, ...]) -> re.Pattern:
-    """Matches the first character of each of `tokens` in a text, overlapping ones too."""
-    return re.compile(f"(?={'|'.join(map(re.escape, tokens))}).", flags=re.DOTALL)
 
 
 class HydraProcessor(ProcessorMixin):
@@ -170,9 +150,9 @@ class HydraProcessor(ProcessorMixin):
             for one in text:
                 check_unicode("text", one)
             num_images = None if images is None else len(make_flat_list_of_images(images))
-            _check_placeholders(text, self.image_token, num_images, "images")
+            check_placeholders(text, self.image_token, num_images, "images")
             if self.video_token is not None:
-                _check_placeholders(text, self.video_token, None if videos is None else len(videos), "videos")
+                check_placeholders(text, self.video_token, None if videos is None else len(videos), "videos")
         super().validate_inputs(images=images, text=text, videos=videos, **kwargs)
 
     # Chats
@@ -193,7 +173,7 @@ class HydraProcessor(ProcessorMixin):
         tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         tokens |= {*self.tokenizer.all_special_tokens, *self.all_special_multimodal_tokens}
         tokens |= {self.vision_start_token, self.vision_end_token}
-        return _token_starts(tuple(sorted(tokens))).sub(rf"\g<0>{WORD_JOINER}", text)
+        return token_starts(tuple(sorted(tokens))).sub(rf"\g<0>{WORD_JOINER}", text)
 
     def apply_chat_template(
         self,
@@ -211,9 +191,9 @@ class HydraProcessor(ProcessorMixin):
         """
         conversations, is_batched = self._readable_conversations(conversation)
         if tokenize:
-            _check_parts(conversations, "video")
+            check_parts(conversations, "video")
             if not (processor_kwargs or {}).get("images"):
-                _check_parts(conversations, "image")
+                check_parts(conversations, "image")
         return super().apply_chat_template(
             conversations if is_batched else conversations[0],
             chat_template,
@@ -226,7 +206,7 @@ class HydraProcessor(ProcessorMixin):
         """A batch, copied, whose texts cannot be mistaken for special tokens, and whether `conversation` was a batch."""
         if not conversation:
             raise ValueError("Got no messages, expected at least one.")
-        conversation = _as_dicts(conversation)
+        conversation = as_dicts(conversation)
         if not isinstance(conversation, (list, tuple)):
             raise ValueError(f"Got a {type(conversation).__name__}, expected a list of messages or of such lists.")
         is_batched = not isinstance(conversation[0], dict)
@@ -281,6 +261,13 @@ class HydraProcessor(ProcessorMixin):
         chat = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         return chat + self.vision_start_token
 
+    def expand_images(self, text: str, grids: list[Grid]) -> str:
+        """A rendered chat with as many placeholders for each of its images as `grids` need."""
+        first, *rest = text.split(self.image_token)
+        if len(rest) != len(grids):
+            raise ValueError(f"Got {len(grids)} images for {len(rest)} image parts.")
+        return first + "".join(self.image_token * self.image_length(grid) + part for grid, part in zip(grids, rest))
+
     def encode_conversations(
         self,
         conversations: list[list[dict]],
@@ -290,37 +277,40 @@ class HydraProcessor(ProcessorMixin):
     ) -> dict[str, Tensor]:
         """
         What `apply_chat_template` returns for a batch whose images are already pixels in [-1, 1], without the pixels:
-        `input_ids`, `attention_mask`, `mm_token_type_ids`, `assistant_masks`, each (B, L), and, if there are images,
-        `image_grid_thw` (num_images, 3).
+        `input_ids`, `attention_mask`, `mm_token_type_ids`, `assistant_masks`, each (B, L), and, if there are images or clips,
+        `image_grid_thw` (num_images, 3), whose t is the number of frames.
 
         Args:
-            images: tensors (3, H, W) or only their grids, in the order of the image parts; None takes those in the parts.
+            images: tensors (3, H, W), of clips (3, T, H, W), or only their grids, in the order of the parts; None takes those in
+                the parts.
             max_length: longer conversations lose their end; cutting an image is a ValueError.
         """
         conversations, is_batched = self._readable_conversations(conversations)
         if not is_batched:
             raise ValueError("Got one conversation, expected a list of conversations.")
         if images is None:
-            images = [part.get("image") for part in _parts(conversations, "image")]
+            images = _visuals(conversations)
         return self.pad_encodings(self._encode_each(conversations, images, max_length), padding_side)
 
     def encode_each(self, conversations: list[list[dict]]) -> list[dict[str, Tensor]]:
         """What `encode_conversations` gives for each conversation alone, without the axis of the batch: quicker than one by one."""
         conversations, _ = self._readable_conversations(conversations)
-        return self._encode_each(conversations, [part.get("image") for part in _parts(conversations, "image")])
+        return self._encode_each(conversations, _visuals(conversations))
 
     def _encode_each(
         self, conversations: list[list[dict]], images: list[Tensor | Grid], max_length: int | None = None
     ) -> list[dict[str, Tensor]]:
-        if any(_parts(conversations, "video")):
-            raise ValueError("Got a part of type 'video', expected text and images; apply_chat_template reads clips.")
+        if self.video_token is None and any(parts_of(conversations, "video")):
+            raise ValueError(
+                "Got a part of type 'video', but this processor has no video_processor: its model only reads images."
+            )
         texts, generated_spans = render_jinja_template(
             conversations,
             chat_template=self._default_chat_template(),
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
-        counts = [text.count(self.image_token) for text in texts]
+        counts = [text.count(self.image_token) + text.count(self.video_token or "\0") for text in texts]
         if sum(counts) != len(images):
             raise ValueError(f"Got {len(images)} images for {sum(counts)} image parts.")
         encodings = self.tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, padding=False)
@@ -356,9 +346,12 @@ class HydraProcessor(ProcessorMixin):
     def _grid_of(self, image: Tensor | Grid) -> Grid:
         if isinstance(image, tuple):
             return image
-        if not isinstance(image, Tensor) or image.ndim != 3:
-            raise ValueError(f"Got {getattr(image, 'shape', image)} for an image, expected a tensor (3, H, W).")
-        return image_grid(*image.shape[-2:], self.patch_size)
+        if not isinstance(image, Tensor) or image.ndim not in (3, 4):
+            raise ValueError(
+                f"Got {getattr(image, 'shape', image)} for an image, expected a tensor (3, H, W), or (3, T, H, W) for a clip."
+            )
+        _, height, width = image_grid(*image.shape[-2:], self.patch_size)
+        return (1 if image.ndim == 3 else image.shape[1], height, width)
 
     def _expanded(
         self,
@@ -373,17 +366,23 @@ class HydraProcessor(ProcessorMixin):
         is_generated = np.zeros_like(ids)
         for span_start, span_end in generated_spans:
             is_generated[(starts < span_end) & (ends > span_start)] = 1
+        types = np.where(ids == self.image_token_id, 1, 0)
+        if self.video_token_id is not None:
+            types[ids == self.video_token_id] = 2
         lengths = np.ones_like(ids)
-        lengths[ids == self.image_token_id] = [self.image_length(grid) for grid in grids]
-        row = ids.repeat(lengths)
-        if max_length is not None and (row[max_length:] == self.image_token_id).any():
+        lengths[types > 0] = [
+            self.video_length(grid) if kind == 2 else self.image_length(grid)
+            for kind, grid in zip(types[types > 0], grids)
+        ]
+        row, types = ids.repeat(lengths), types.repeat(lengths)
+        if max_length is not None and (types[max_length:] > 0).any():
             raise ValueError(f"Got {len(row)} tokens and {max_length=}, which would cut an image.")
         row = torch.from_numpy(row[:max_length])
         encoding = {
             "input_ids": row,
             "attention_mask": torch.ones_like(row),
             "assistant_masks": torch.from_numpy(is_generated.repeat(lengths)[:max_length]),
-            "mm_token_type_ids": (row == self.image_token_id).long(),
+            "mm_token_type_ids": torch.from_numpy(types[:max_length]),
         }
         return {**encoding, "image_grid_thw": torch.tensor(grids)} if grids else encoding
 
@@ -412,39 +411,6 @@ class HydraProcessor(ProcessorMixin):
         raise ValueError(f"Got {generation_mode=}, expected 'text' or 'image'.")
 
 
-def _as_dicts(value: Any) -> Any:
-    """Messages and their parts as dicts, if they are objects of an API client: dataclasses or pydantic models."""
-    if isinstance(value, (list, tuple)):
-        return [_as_dicts(item) for item in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
-    elif callable(getattr(value, "model_dump", None)):
-        value = value.model_dump()
-    if isinstance(value, dict) and isinstance(value.get("content"), (list, tuple)):
-        return {**value, "content": _as_dicts(value["content"])}
-    return value
-
-
-def _parts(conversations: list[list[dict]], kind: str) -> Iterator[dict]:
-    for messages in conversations:
-        for message in messages:
-            if not isinstance(message["content"], str):
-                yield from (part for part in message["content"] if part["type"] == kind)
-
-
-def _check_parts(conversations: list[list[dict]], kind: str) -> None:
-    keys = PART_KEYS[kind]
-    if any(not any(part.get(key) is not None for key in keys) for part in _parts(conversations, kind)):
-        raise ValueError(f"Got a part of type {kind!r} without its {kind}, expected one of the keys {keys}.")
-
-
-def _check_placeholders(texts: list[str], token: str, count: int | None, what: str) -> None:
-    """Raises ValueError unless there are as many placeholders as images or clips; transformers checks this itself since 5.23."""
-    num_placeholders = sum(text.count(token) for text in texts)
-    if count is None and num_placeholders:
-        raise ValueError(f"Got {num_placeholders} {token} tokens, but no {what} were passed.")
-    if count is not None and count != num_placeholders:
-        raise ValueError(
-            f"Got {num_placeholders} {token} tokens and {count} {what}: the number of {token} tokens in the prompts should"
-            f" be the same as the number of {what}."
-        )
+def _visuals(conversations: list[list[dict]]) -> list:
+    """What the image and video parts of conversations hold, in order."""
+    return [part.get(part["type"]) for part in parts_of(conversations, "image", "video")]

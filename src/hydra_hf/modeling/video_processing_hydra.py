@@ -6,6 +6,9 @@ A frame is treated as `HydraImageProcessor` treats an image, so an image is a cl
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from transformers.video_processing_utils import BaseVideoProcessor, BatchFeature
 from transformers.video_utils import VideoInput, VideoMetadataType, make_batched_metadata
 
 from .grid import check_num_frames, image_grid, pack_images
-from .image_processing_hydra import HydraImageProcessor
+from .image_processing_hydra import HydraImageProcessor, center_box
 from .video_reading import ClipMetadata, read_video, stack_frames
 
 
@@ -57,6 +60,13 @@ class HydraVideoProcessor(HydraImageProcessor, BaseVideoProcessor):
     temporal_patch_size = 4
     valid_kwargs = HydraVideoProcessorKwargs
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
+    reads = "video"
+    free_settings = HydraImageProcessor.free_settings | {
+        "do_sample_frames",
+        "num_frames",
+        "fps",
+        "temporal_patch_size",
+    }
 
     def __init__(self, **kwargs):
         super().__init__(**_checked(kwargs))
@@ -161,6 +171,28 @@ class HydraVideoProcessor(HydraImageProcessor, BaseVideoProcessor):
             raise ValueError(f"Got {len(clip)} frames and {metadata.total_num_frames=}, expected as many.")
         metadata.frames_indices = [int(index) for index in sample_indices_fn(metadata=metadata)]
         return clip[metadata.frames_indices], metadata
+
+    # Levels: what training keeps in memory, a quarter of the pixels
+
+    def given_levels(self, clip: str | Path | BytesIO) -> Tensor:
+        """The RGB levels from 0 to 255, (3, T, H, W), of the frames that a call of a plain processor takes of a clip's file."""
+        frames = self._read_frames(clip)  # (T, 3, H, W)
+        return self._resized_levels(frames, *self.output_size(*frames.shape[-2:])).transpose(0, 1)
+
+    def generated_levels(self, clip: str | Path | BytesIO) -> Tensor:
+        """As `given_levels`, for a clip that the model learns to generate: its middle part, at its `generated_size`."""
+        frames = self._read_frames(clip)
+        size = self.generated_size(*frames.shape[-2:])
+        top, left, bottom, right = center_box(*frames.shape[-2:], *size)
+        return self._resized_levels(frames[..., top:bottom, left:right], *size).transpose(0, 1)
+
+    def _read_frames(self, clip: str | Path | BytesIO) -> Tensor:
+        choose = (
+            partial(self.sample_frames, num_frames=self.num_frames, fps=self.fps) if self.do_sample_frames else None
+        )
+        frames, _ = read_video(clip, choose, self.max_input_pixels)
+        check_num_frames(len(frames), self.temporal_patch_size)
+        return frames
 
     # Which pixels
 

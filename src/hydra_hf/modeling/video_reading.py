@@ -50,7 +50,7 @@ FramesAt = Callable[[Sequence[int]], list[Tensor]]
 
 
 def read_video(
-    source: str | Path,
+    source: str | Path | BytesIO,
     sample_indices_fn: Callable[..., Sequence[int]] | None = None,
     max_input_pixels: int = 178_956_970,
 ) -> tuple[Tensor, ClipMetadata]:
@@ -58,7 +58,8 @@ def read_video(
     Upright frames of a clip as RGB levels 0 to 255, (T, 3, H, W) in uint8, and what is known of them.
 
     Args:
-        source: path or URL of a video (PyAV), of a GIF, WebP or PNG (Pillow), or a folder of pictures in the order of their names.
+        source: path or URL of a video (PyAV), of a GIF, WebP or PNG (Pillow), the content of such a file, or a folder of pictures
+            in the order of their names.
         sample_indices_fn: the numbers of the wanted frames for `metadata=`, as in transformers' `load_video`; None is all.
         max_input_pixels: a clip whose frames have more pixels is refused before it is decoded.
 
@@ -84,7 +85,7 @@ def stack_frames(frames: Sequence[Tensor] | Sequence[np.ndarray]) -> Tensor | np
 
 
 @contextmanager
-def _named(source: str | Path) -> Iterator[None]:
+def _named(source: str | Path | BytesIO) -> Iterator[None]:
     """Says of which clip an error speaks."""
     try:
         yield
@@ -94,11 +95,14 @@ def _named(source: str | Path) -> Iterator[None]:
         if isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError) and error.errno is not None:
             raise  # the file system, not the clip
         reason = str(error).rstrip(".")
-        raise ValueError(f"{str(source)!r} cannot be read as a clip: {reason}.") from error
+        name = "The content of a file" if isinstance(source, BytesIO) else repr(str(source))
+        raise ValueError(f"{name} cannot be read as a clip: {reason}.") from error
 
 
-def _open(source: str | Path, max_input_pixels: int) -> tuple[ClipMetadata, FramesAt]:
-    if str(source).startswith(("http://", "https://")):
+def _open(source: str | Path | BytesIO, max_input_pixels: int) -> tuple[ClipMetadata, FramesAt]:
+    if isinstance(source, BytesIO):
+        file = source
+    elif str(source).startswith(("http://", "https://")):
         file = fetch_url(str(source))
     else:
         file = Path(source)

@@ -108,11 +108,15 @@ class SemViT(nn.Module):
         )
 
     def forward(
-        self, hidden_states: Tensor, grids: Sequence[Grid], layer_outputs: list[Tensor] | None = None, **kwargs
-    ) -> Tensor:
-        """Unprojected latents (B, N, D) -> (B, N, D), in rows of images with `grids`, see `grid.py`."""
+        self, hidden_states: Tensor, grids: Sequence[Grid], layer_outputs: list[Tensor] | None = None, start: int = 0,
+        **kwargs,
+    ) -> Tensor:  # fmt: skip
+        """Unprojected latents (B, N, D) -> (B, N, D), in rows of images with `grids`, see `grid.py`.
+
+        `start` is the frame at which they begin: 1 for the target of an edit, whose `frames` are `SourceStates.interact`.
+        """
         if self.position_proj is not None:
             hidden_states = hidden_states + self.position_proj(position_features(grids, hidden_states))
-        layout = FrameLayout(tuple(grids))
+        layout = FrameLayout(tuple(grids), start=start)
         hidden_states, _ = run_layers(self, {}, hidden_states, layout, layer_outputs=layer_outputs, **kwargs)
         return self.post_layernorm(hidden_states)

@@ -102,6 +102,7 @@ def check_processor(model: HydraForConditionalGeneration, processor: HydraProces
     start, end = tokenizer.convert_tokens_to_ids([processor.vision_start_token, processor.vision_end_token])
     expected = {
         "image_token_id": (processor.image_token_id, config.image_token_id),
+        "video_token_id": (processor.video_token_id, config.video_token_id),
         "vision_start_token_id": (start, config.vision_start_token_id),
         "vision_end_token_id": (end, config.vision_end_token_id),
         "null_prompt_ids": (tokenizer(processor.build_image_prompt("")).input_ids, config.null_prompt_ids),

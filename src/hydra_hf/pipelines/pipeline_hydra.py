@@ -1,4 +1,4 @@
-"""Text to image with HYDRA, in the form of diffusers. HYDRA, section 2.2.
+"""Text to image and video, and editing, with HYDRA in the form of diffusers. HYDRA, section 2.2; HYDRA-X, section 3.
 
 negative prompt -> prefill, once -> branch -.
 prompt          -> prefill, once -> branch -+
@@ -7,28 +7,24 @@ prompt          -> prefill, once -> branch -+
 """
 
 import math
-import os
 from collections.abc import Callable
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
-from huggingface_hub import snapshot_download
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from torch import Tensor
-from transformers.modeling_utils import PreTrainedModel
+from transformers.image_utils import ImageInput
 
-from ..hub import HUB_OPTIONS, check_model_name
 from ..modeling.flow import inference_sigmas
-from ..modeling.grid import Grid, num_tokens
-from ..modeling.image_generation import GuidanceBranch, ImagePrefix, classifier_free
+from ..modeling.grid import Grid, latents_shape, num_tokens
+from ..modeling.image_generation import GuidanceBranch, ImagePrefix, classifier_free, image_and_text
 from ..modeling.modeling_hydra import HydraForConditionalGeneration
 from ..modeling.processing_hydra import HydraProcessor
 from .arguments import (
@@ -37,67 +33,25 @@ from .arguments import (
     check_generator,
     check_integer,
     check_number,
-    check_path,
     check_processor,
     check_tensor,
     check_texts,
 )
+from .diffusion_pipeline import ClipPipelineOutput, HydraDiffusionPipeline, check_scheduler
+from .editing import Sources, encode_sources
 
 
 MAX_STEPS, MAX_IMAGES, MAX_GUIDANCE = 10_000, 10_000, 1000.0  # more must be a mistake
-SCHEDULER_OPTIONS = {
-    "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "invert_sigmas": False,
-    "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
-}  # fmt: skip  # options that leave the noise levels to the pipeline
-
-
-class HydraDiffusionPipeline(DiffusionPipeline):
-    """What the pipelines share: loading and saving classes that diffusers does not ship."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """As in diffusers. Raises ValueError if the name is neither a folder nor a repo id, or the folder is incomplete."""
-        path = check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
-        components, _ = cls._get_signature_keys(cls)
-        if os.path.isdir(path):
-            expected = ["model_index.json", *sorted(set(components) - set(kwargs))]
-            if missing := [name for name in expected if not (Path(path) / name).exists()]:
-                raise ValueError(f"{path!r} is not a {cls.__name__}: it has no {missing}, expected {expected}.")
-        else:
-            check_model_name(path)
-        return super().from_pretrained(path, **kwargs)
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> str:
-        """The folder of a repo's snapshot; diffusers' own method refuses components of other libraries."""
-        options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
-        components, _ = cls._get_signature_keys(cls)
-        patterns = ["model_index.json", *(f"{name}/*" for name in components)]
-        return snapshot_download(pretrained_model_name, allow_patterns=patterns, **options)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As in diffusers. Raises ValueError if the model has adapters, which diffusers would leave out silently."""
-        check_path("save_directory", save_directory)
-        for name, component in self.components.items():
-            if is_compiled_module(component):
-                component = component._orig_mod
-            if not isinstance(component, torch.nn.Module):
-                continue
-            if not isinstance(component, PreTrainedModel) or component._hf_peft_config_loaded:
-                raise ValueError(
-                    f"{name} is a {type(component).__name__} that holds adapters or is wrapped; its weights would not be"
-                    f" saved. Expected a transformers model: merge first, as in model.merge_and_unload() of peft."
-                )
-        super().save_pretrained(save_directory, **kwargs)
 
 
 class HydraPipeline(HydraDiffusionPipeline):
     """
-    Generates images from prompts.
+    Generates images and clips from prompts, and edits images.
 
     Args:
         scheduler: Euler steps without a shift of its own: it gets noise levels that are shifted as in training.
-        default_num_inference_steps, default_guidance_scale: used in calls without them; saved with the pipeline.
+        default_num_inference_steps, default_guidance_scale, default_image_guidance_scale: used in calls without them; saved
+            with the pipeline.
     """
 
     model_cpu_offload_seq = "model"
@@ -110,20 +64,28 @@ class HydraPipeline(HydraDiffusionPipeline):
         scheduler: FlowMatchEulerDiscreteScheduler,
         default_num_inference_steps: int = 50,
         default_guidance_scale: float = 4.5,
+        default_image_guidance_scale: float = 1.5,
     ):
         super().__init__()
         check_processor(model, processor)
         check_integer("default_num_inference_steps", default_num_inference_steps, MAX_STEPS)
         check_number("default_guidance_scale", default_guidance_scale, high=MAX_GUIDANCE)
+        check_number("default_image_guidance_scale", default_image_guidance_scale, high=MAX_GUIDANCE)
         self.register_modules(model=model, processor=processor, scheduler=scheduler)
         self.register_to_config(
-            default_num_inference_steps=default_num_inference_steps, default_guidance_scale=default_guidance_scale
+            default_num_inference_steps=default_num_inference_steps,
+            default_guidance_scale=default_guidance_scale,
+            default_image_guidance_scale=default_image_guidance_scale,
         )
-        self.image_processor = VaeImageProcessor(vae_scale_factor=model.config.vision_config.patch_size)
+        self.image_processor = VideoProcessor(vae_scale_factor=model.config.vision_config.patch_size)
 
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
+
+    @property
+    def image_guidance_scale(self) -> float:
+        return self._image_guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -161,25 +123,33 @@ class HydraPipeline(HydraDiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
         max_sequence_length: int | None = None,
         pad_to_multiple_of: int | None = None,
-    ) -> ImagePipelineOutput | tuple:
+        image: ImageInput | list[list[ImageInput]] | None = None,
+        image_guidance_scale: float | None = None,
+        num_frames: int | None = None,
+    ) -> ImagePipelineOutput | ClipPipelineOutput | tuple:
         """
-        Images for the prompts: `num_images_per_prompt` for the first, then for the second, and so on.
+        Images, or clips, for the prompts: `num_images_per_prompt` for the first, then for the second, and so on.
 
         Args:
-            prompt: may be an empty string.
+            prompt: may be an empty string; with `image`, the instruction of an edit.
             negative_prompt: what guidance leads away from; None is the empty prompt, a string applies to every prompt.
-            height, width: in pixels; None is the size at which the tokenizer was trained.
+            height, width: in pixels; None is the size at which the tokenizer was trained, or that of an edited image's aspect.
             num_inference_steps, guidance_scale: None is the pipeline's default; a scale of 1 or less turns guidance off.
             guidance_interval: (low, high): guidance only while low < sigma <= high; sigma is 1 for noise, 0 for data.
             guidance_rescale: from 0, plain guidance, to 1, as much contrast as without guidance (Lin et al. 2023, 3.4).
             generator: one for all, or one for each image; it draws the latents, then the decoder's noise.
-            latents: noise to start from, (B, C, h, w), torch or numpy, instead of the generator's.
+            latents: noise to start from, (B, C, [T',] h, w), torch or numpy, instead of the generator's.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called with pipeline, step, timestep and the requested tensors; returns a dict of those that
                 change, or None.
             max_sequence_length: longest prompt in tokens, the chat around it included; None is what fits the context.
             pad_to_multiple_of: pads prompts so that those of similar lengths share a compiled step, see
                 `model.compile_denoise_step`.
+            image: what to edit: one image for all prompts, or one for each; or lists of several images for a prompt, the last
+                of which is edited.
+            image_guidance_scale: how far guidance leads to the image of an edit, before the instruction (Brooks et al. 2023);
+                1 or less saves this branch; None is the pipeline's default.
+            num_frames: of clips, 1 + 4n; None for images.
 
         Raises ValueError as `check_inputs`, and if latents or images are not finite.
         """
@@ -189,21 +159,26 @@ class HydraPipeline(HydraDiffusionPipeline):
             num_inference_steps = self.config.default_num_inference_steps
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
+        if image_guidance_scale is None:
+            image_guidance_scale = self.config.default_image_guidance_scale
         self.check_inputs(
             prompt, negative_prompt, height, width, num_inference_steps, guidance_scale, guidance_interval,
             guidance_rescale, num_images_per_prompt, generator, latents, output_type, return_dict, callback_on_step_end,
-            callback_on_step_end_tensor_inputs, max_sequence_length, pad_to_multiple_of,
+            callback_on_step_end_tensor_inputs, max_sequence_length, pad_to_multiple_of, image, image_guidance_scale, num_frames,
         )  # fmt: skip
         self._guidance_scale, self._interrupt = float(guidance_scale), False
+        self._image_guidance_scale = float(image_guidance_scale)
 
         prompts = check_texts("prompt", prompt)
         num_images_per_prompt = int(num_images_per_prompt)
         batch_size = len(prompts) * num_images_per_prompt
-        grid = self.get_grid(height, width)
-        texts = [self._negative_prompts(negative_prompt, len(prompts))] if self.do_classifier_free_guidance else []
+        sources = None if image is None else encode_sources(self.processor, image, len(prompts), height, width)
+        grid = self.get_grid(*((height, width) if sources is None else sources.size), num_frames)
         prefixes = [
-            self.prepare_prefix(branch, grid, num_images_per_prompt, max_sequence_length, pad_to_multiple_of)
-            for branch in [*texts, prompts]
+            self.prepare_prefix(texts, grid, num_images_per_prompt, max_sequence_length, pad_to_multiple_of, given)
+            for texts, given in self.get_conditions(
+                prompts, self._negative_prompts(negative_prompt, len(prompts)), sources
+            )
         ]
         latents = self.prepare_latents(batch_size, grid, generator, latents)
         sigmas = self.prepare_sigmas(int(num_inference_steps), grid)
@@ -219,7 +194,9 @@ class HydraPipeline(HydraDiffusionPipeline):
                 progress_bar.update()
         images = self.decode(latents, output_type, generator)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images) if num_frames is None else ClipPipelineOutput(frames=images)
 
     # The stages of a call, which an engine may also call one by one
 
@@ -227,7 +204,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         self, prompt, negative_prompt=None, height=None, width=None, num_inference_steps=1, guidance_scale=1.0,
         guidance_interval=(0.0, 1.0), guidance_rescale=0.0, num_images_per_prompt=1, generator=None, latents=None,
         output_type="pil", return_dict=True, callback_on_step_end=None, callback_on_step_end_tensor_inputs=("latents",),
-        max_sequence_length=None, pad_to_multiple_of=None,
+        max_sequence_length=None, pad_to_multiple_of=None, image=None, image_guidance_scale=1.0, num_frames=None,
     ) -> None:  # fmt: skip
         """Raises ValueError, with what came and what was expected, for wrong arguments of `__call__`."""
         num_prompts = len(check_texts("prompt", prompt))
@@ -245,19 +222,26 @@ class HydraPipeline(HydraDiffusionPipeline):
             context = self.model.config.text_config.max_position_embeddings
             check_integer("pad_to_multiple_of", pad_to_multiple_of, context)
         check_number("guidance_scale", guidance_scale, high=MAX_GUIDANCE)
+        check_number("image_guidance_scale", image_guidance_scale, high=MAX_GUIDANCE)
         check_number("guidance_rescale", guidance_rescale, high=1)
         _check_interval(guidance_interval)
         check_generator(generator, batch_size)
-        shape = self._latents_shape(batch_size, self.get_grid(height, width))
+        size = (height, width)
+        if image is not None:
+            if num_frames is not None:
+                raise ValueError(f"Got image and {num_frames=}, expected one of them: clips cannot be edited.")
+            size = encode_sources(self.processor, image, num_prompts, height, width).size
+        shape = self._latents_shape(batch_size, self.get_grid(*size, num_frames))
         if latents is not None:
             check_tensor("latents", latents, shape)
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
         check_choice("return_dict", return_dict, (True, False))
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        _check_scheduler(self.scheduler)
+        check_scheduler(self.scheduler)
 
-    def get_grid(self, height: int | None, width: int | None) -> Grid:
-        """The grid of an image's latents. Raises ValueError for a size off the patch grid or larger than the context."""
+    def get_grid(self, height: int | None, width: int | None, num_frames: int | None = None) -> Grid:
+        """The grid of the latents of an image or a clip. Raises ValueError for a size off the patch grid or larger than the context,
+        and for clips that the model does not have."""
         config = self.model.config
         patch_size = config.vision_config.patch_size
         for name, value in {"height": height, "width": width}.items():
@@ -266,16 +250,32 @@ class HydraPipeline(HydraDiffusionPipeline):
                 raise ValueError(
                     f"Got {name}={value!r:.100}, expected a positive multiple of the patch size {patch_size}."
                 )
-        grid = self.model.get_latent_grid(*(None if size is None else int(size) for size in (height, width)))
+        if num_frames is not None:
+            num_frames = check_integer("num_frames", num_frames)
+        grid = self.model.get_latent_grid(
+            *(None if size is None else int(size) for size in (height, width)), num_frames
+        )
         context = config.text_config.max_position_embeddings
         room = context - config.num_time_tokens - len(config.null_prompt_ids)
         if num_tokens(grid) > room:
-            side = math.isqrt(max(room, 0)) * patch_size
+            side = math.isqrt(max(room, 0) // grid[0]) * patch_size
+            kind = "an image" if num_frames is None else f"a clip of {num_frames} frames"
             raise ValueError(
-                f"Got {height=} and {width=}, an image of {num_tokens(grid)} tokens, expected at most {room}: the context"
+                f"Got {height=} and {width=}, {kind} of {num_tokens(grid)} tokens, expected at most {room}: the context"
                 f" has {context}. The largest square that fits is {side}x{side} pixels."
             )
         return grid
+
+    def get_conditions(
+        self, prompts: list[str], negative_prompts: list[str], sources: Sources | None = None
+    ) -> list[tuple[list[str], Sources | None]]:
+        """Texts and images of each branch of guidance, the full condition last: nothing, the sources alone, everything."""
+        conditions = [(prompts, sources)]
+        if self.do_classifier_free_guidance:
+            conditions.insert(0, (negative_prompts, sources))
+            if sources is not None and self.image_guidance_scale > 1:
+                conditions.insert(0, (negative_prompts, None))
+        return conditions
 
     @torch.no_grad()
     def prepare_prefix(
@@ -285,8 +285,9 @@ class HydraPipeline(HydraDiffusionPipeline):
         num_images_per_prompt: int = 1,
         max_sequence_length: int | None = None,
         pad_to_multiple_of: int | None = None,
+        sources: Sources | None = None,
     ) -> ImagePrefix:
-        """The prefilled prompts, or negative prompts, each row repeated for its images.
+        """The prefilled prompts, or negative prompts, after the images that they edit, each row repeated for its images.
 
         Raises ValueError for a text that is too long.
         """
@@ -294,7 +295,10 @@ class HydraPipeline(HydraDiffusionPipeline):
         num_image_tokens = config.num_time_tokens + num_tokens(grid)
         longest = config.text_config.max_position_embeddings - num_image_tokens
         longest = longest if max_sequence_length is None else min(longest, max_sequence_length)
-        chats = [self.processor.build_image_prompt(text) for text in check_texts("texts", texts)]
+        chats = [
+            self._build_chat(text, index, len(texts), sources)
+            for index, text in enumerate(check_texts("texts", texts))
+        ]
         inputs = self.processor.tokenizer(
             chats, padding=True, padding_side="left", pad_to_multiple_of=pad_to_multiple_of, return_tensors="pt"
         )
@@ -305,12 +309,19 @@ class HydraPipeline(HydraDiffusionPipeline):
                     f" {config.text_config.max_position_embeddings}, the image needs {num_image_tokens} of them and"
                     f" {max_sequence_length=}. The prompt starts with {text[:60]!r}."
                 )
-        device = self._execution_device
-        prefix = self.model.prefill(inputs["input_ids"].to(device), inputs["attention_mask"].to(device))
-        if num_images_per_prompt == 1:
-            return prefix
-        prefix.cache.batch_repeat_interleave(num_images_per_prompt)
-        return ImagePrefix(prefix.cache, prefix.attention_mask.repeat_interleave(num_images_per_prompt, dim=0))
+        device, images = self._execution_device, {}
+        if sources is not None:
+            pixel_values = sources.pixel_values.to(device, self.model.dtype)
+            images = {"pixel_values": pixel_values, "image_grid_thw": sources.grid_thw, "source_interaction": True}
+        prefix = self.model.prefill(inputs["input_ids"].to(device), inputs["attention_mask"].to(device), **images)
+        return prefix.repeat_interleave(num_images_per_prompt)
+
+    def _build_chat(self, text: str, index: int, num_prompts: int, sources: Sources | None) -> str:
+        """The chat up to where the image begins, with all placeholders of given images."""
+        if sources is None:
+            return self.processor.build_image_prompt(text)
+        grids = sources.grids_of(index, num_prompts)
+        return self.processor.expand_images(self.processor.build_image_prompt(text, len(grids)), grids)
 
     def prepare_latents(
         self,
@@ -319,7 +330,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Initial noise (B, C, h, w), in fp32 whatever the dtype of the weights."""
+        """Initial noise (B, C, [T',] h, w), in fp32 whatever the dtype of the weights."""
         device, shape = self._execution_device, self._latents_shape(batch_size, grid)
         if latents is not None:
             return check_tensor("latents", latents, shape).to(device, torch.float32)
@@ -328,7 +339,7 @@ class HydraPipeline(HydraDiffusionPipeline):
 
     def prepare_sigmas(self, num_inference_steps: int, grid: Grid) -> list[float]:
         """Noise levels of the steps, from 1 down, which the scheduler is set to."""
-        _check_scheduler(self.scheduler)
+        check_scheduler(self.scheduler)
         sigmas = inference_sigmas(num_inference_steps, self.model.get_sigma_shift(num_tokens(grid))).tolist()
         self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
         self.scheduler.set_begin_index(0)
@@ -336,11 +347,14 @@ class HydraPipeline(HydraDiffusionPipeline):
         return sigmas
 
     def get_branches(self, prefixes: list[ImagePrefix], is_guided: bool) -> list[GuidanceBranch]:
-        """The branches of a step: the prompt, which is last in `prefixes`; with guidance, the negative prompt before it."""
+        """The branches of a step for the prefixes of `get_conditions`: with guidance all of them, otherwise the last."""
         if not is_guided or not self.do_classifier_free_guidance:
             return [GuidanceBranch(prefixes[-1])]
         if len(prefixes) == 1:
             raise ValueError("A callback turned guidance on, which needs a call that starts with a scale above 1.")
+        if len(prefixes) == 3:
+            null, source, full = prefixes
+            return image_and_text(full, source, null, self.image_guidance_scale, self.guidance_scale)
         return classifier_free(prefixes[-1], prefixes[0], self.guidance_scale)
 
     @torch.no_grad()
@@ -363,16 +377,20 @@ class HydraPipeline(HydraDiffusionPipeline):
         latents: Tensor,
         output_type: str = "pil",
         generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> list[Image.Image] | np.ndarray | Tensor:
-        """Images of clean latents (B, C, h, w). Raises ValueError for latents or images that are not finite."""
+    ) -> list[Image.Image] | list[list[Image.Image]] | np.ndarray | Tensor:
+        """Images of clean latents (B, C, h, w), or clips of (B, C, T', h, w). Raises ValueError for latents or images that are not
+        finite."""
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
-        if not isinstance(latents, Tensor) or latents.ndim != 4 or not latents.is_floating_point():
-            raise ValueError(f"Got latents={latents!r:.100}, expected floats (B, C, h, w) as a torch tensor.")
+        if not isinstance(latents, Tensor) or latents.ndim not in (4, 5) or not latents.is_floating_point():
+            raise ValueError(f"Got latents={latents!r:.100}, expected floats (B, C, [T,] h, w) as a torch tensor.")
         check_finite("latents", latents)
         if output_type == "latent":
             return latents
         images = self.model.decode_latents(latents, generator=check_generator(generator, len(latents)))
-        return self.image_processor.postprocess(check_finite("images", images.float()), output_type=output_type)
+        images = check_finite("images", images.float())
+        if images.ndim == 5:
+            return self.image_processor.postprocess_video(images, output_type=output_type)
+        return self.image_processor.postprocess(images, output_type=output_type)
 
     def _check_callback(self, callback, tensor_inputs) -> None:
         if callback is not None and not callable(callback):
@@ -393,31 +411,13 @@ class HydraPipeline(HydraDiffusionPipeline):
         return [negative_prompt or ""] * num_prompts
 
     def _latents_shape(self, batch_size: int, grid: Grid) -> tuple[int, ...]:
-        return (batch_size, self.model.config.vision_config.latent_channels, *grid[1:])
+        return (batch_size, *latents_shape(self.model.config.vision_config.latent_channels, grid))
 
 
 def _check_interval(interval) -> None:
     is_pair = isinstance(interval, list | tuple) and len(interval) == 2
     if not is_pair or not all(isinstance(end, Real) for end in interval) or not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"Got guidance_interval={interval!r:.100}, expected (low, high) with 0 <= low <= high <= 1.")
-
-
-def _check_scheduler(scheduler) -> None:
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        raise ValueError(
-            f"Got a {type(scheduler).__name__} as scheduler, expected a FlowMatchEulerDiscreteScheduler: the noise levels"
-            " are the pipeline's own."
-        )
-    options = {**scheduler.config, "shift": scheduler.shift}
-    if changed := {name: options[name] for name, value in SCHEDULER_OPTIONS.items() if options[name] != value}:
-        raise ValueError(
-            f"Got a scheduler with {_joined(changed)}, expected {_joined({name: SCHEDULER_OPTIONS[name] for name in changed})}:"
-            " the noise levels are the pipeline's own."
-        )
-
-
-def _joined(options: dict) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def _changed_latents(latents: Tensor, changes) -> Tensor:

@@ -9,7 +9,8 @@ from ..modeling.grid import unpack_images
 from ..modeling.image_processing_hydra import HydraImageProcessor
 from ..modeling.modeling_hydra_tok import HydraTokModel
 from .arguments import check_choice, check_finite, check_generator, check_integer
-from .pipeline_hydra import MAX_STEPS, HydraDiffusionPipeline
+from .diffusion_pipeline import HydraDiffusionPipeline
+from .pipeline_hydra import MAX_STEPS
 
 
 class HydraReconstructionPipeline(HydraDiffusionPipeline):

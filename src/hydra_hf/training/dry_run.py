@@ -290,7 +290,7 @@ def seen_task(batch: dict[str, Tensor], count: int, config: HydraConfig) -> Task
         num_samples=count,
         num_seen=len(length),
         length=(length.min().item(), length.mean().item(), length.max().item()),
-        image_tokens=(batch["mm_token_type_ids"] == 1).sum().item() / len(length),
+        image_tokens=(batch["mm_token_type_ids"] > 0).sum().item() / len(length),
         label_tokens=(batch["labels"][:, 1:] != -100).sum().item() / len(length),
         num_images=len(images) / len(length),
         generates=bool(len(images)) and bool(batch["is_generated"].any()),

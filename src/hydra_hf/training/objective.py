@@ -65,6 +65,11 @@ class ModelKind(Protocol):
         """Makes the trainer generate sample images into `folder` while it trains, if there is anything to generate."""
 
 
+def latent_grids_of(model: HydraForConditionalGeneration, batch: dict) -> list[Grid]:
+    """The grids of the latents of a batch's images and clips."""
+    return model.model.get_latent_grids(image_grids(batch["image_grid_thw"]))
+
+
 @torch.no_grad()
 def clean_latents(model: HydraForConditionalGeneration, batch: dict) -> Tensor:
     """Removes the images, pixels or stored means, from a batch; returns their normalised latents, packed (total_tokens, C)."""
@@ -94,7 +99,8 @@ class HydraObjective:
             return dict.fromkeys(self.losses, 0)
         num_generated = 0
         if "image_grid_thw" in batch:
-            num_generated = int(batch["image_grid_thw"].prod(dim=1)[batch["is_generated"]].sum())
+            grids = zip(latent_grids_of(model, batch), batch["is_generated"].tolist())
+            num_generated = sum(num_tokens(grid) for grid, is_generated in grids if is_generated)
         return {"language": int((batch["labels"][:, 1:] != -100).sum()), "flow": num_generated}
 
     def prepare(self, model: HydraForConditionalGeneration, bundle: dict, task: str) -> dict:
@@ -108,8 +114,9 @@ class HydraObjective:
             return batch
         if self.stage.condition_grad_scale != 1:
             batch["condition_grad_scale"] = self.stage.condition_grad_scale
-        grids = image_grids(batch["image_grid_thw"])
         latents = clean_latents(model, batch)
+        grids = latent_grids_of(model, batch)
+        batch["image_grid_thw"] = torch.tensor(grids)  # on the CPU: the model reads it
         is_generated = batch.pop("is_generated")
         if not is_generated.any():
             return batch | {"latents": latents, "sigma": latents.new_zeros(len(grids))}

@@ -85,7 +85,7 @@ def paint_hydra(
 
 def prompts_of(batch: dict[str, Tensor], number: int, pad_token_id: int) -> tuple[Tensor, Tensor]:
     """What precedes the last image in the first `number` samples, padded on the left: ids and attention mask (number, P)."""
-    starts = image_starts(batch["mm_token_type_ids"] == 1)
+    starts = image_starts(batch["mm_token_type_ids"] > 0)
     rows = []
     for ids, mask, start in list(zip(batch["input_ids"], batch["attention_mask"], starts))[:number]:
         end = int(start.nonzero()[-1])
