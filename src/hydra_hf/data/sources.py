@@ -152,6 +152,12 @@ class Sources:
 
         return ImageBatches(self.sources, image_sizes, seed, batch_size=batch_size)
 
+    def clips(self, image_size: int, num_frames: int, batch_size: int, seed: int):
+        """Clips to train a vision tower on."""
+        from .images import ClipBatches
+
+        return ClipBatches(self.sources, image_size, num_frames, seed, batch_size=batch_size)
+
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
         """(), since data sets have no prompts of their own; a recipe has them."""
         return ()
