@@ -1,6 +1,7 @@
 """Batches of images and clips without text, for the vision tower."""
 
 import random
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
@@ -90,12 +91,18 @@ class ReadAhead:
         return self.reader.submit(self.batches, step, self.rows[micro_step])
 
 
+def size_shares(sizes: Sequence[int]) -> dict[int, float]:
+    """How often a step has images of each side: in proportion to 1 / size^2, so that all sizes have as many pixels (our choice)."""
+    weights = [1 / size**2 for size in sizes]
+    return {size: weight / sum(weights) for size, weight in zip(sizes, weights)}
+
+
 class ImageBatches:
     """Images without text, for the tokenizer: image `step * batch_size + row` of the sources with images, of any task,
     the middle of each image, mirrored with probability 0.5 (our choice).
 
     Args:
-        image_sizes: sides of the square images; a step has one of them, in proportion to 1 / size^2 (our choice).
+        image_sizes: sides of the square images; a step has one of them, see `size_shares`.
         batch_size: images of a step, of all processes and micro steps together.
 
     Raises ValueError for streams, since an image is asked for by its number.
@@ -116,8 +123,8 @@ class ImageBatches:
 
     def size_of(self, step: int) -> int:
         """The side of a step's images."""
-        weights = [1 / size**2 for size in self.processors]
-        return random.Random(repr((self.seed, "size", step))).choices([*self.processors], weights)[0]
+        shares = size_shares([*self.processors])
+        return random.Random(repr((self.seed, "size", step))).choices([*shares], [*shares.values()])[0]
 
     def __call__(self, step: int, rows: range) -> Tensor:
         """The rows of a global step (len(rows), 3, S, S) in [-1, 1]."""

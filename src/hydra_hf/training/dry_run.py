@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from hydra_hf.data.images import size_shares
 from hydra_hf.data.tasks import TASKS
 from hydra_hf.modeling import HydraConfig, HydraForConditionalGeneration
 from hydra_hf.modeling.compat import enable_checkpointing
@@ -192,7 +193,9 @@ def report_tower_stage(recipe: Recipe, stage: TokenizerStage, num_processes: int
         for module in (model, *judges.values()):
             make_fake(module)
 
-        steps = [(1 - stage.clip_share, partial(tower_step, model, stage, judges, micro))]
+        shares = size_shares(stage.image_sizes or (recipe.config.image_size,))
+        steps = [((1 - stage.clip_share) * share, partial(tower_step, model, stage, judges, micro, size=size))
+                 for size, share in shares.items()]  # fmt: skip
         if stage.clip_share:
             num_clips = micro // stage.images_per_clip
             steps.append((stage.clip_share, partial(tower_step, model, stage, judges, num_clips, stage.num_frames)))

@@ -94,12 +94,16 @@ def tokenizer_losses(
     return losses
 
 
-def training_inputs(config: HydraTokConfig, num_images: int, num_frames: int | None = None) -> dict[str, Tensor]:
+def training_inputs(
+    config: HydraTokConfig, num_images: int, num_frames: int | None = None, size: int | None = None
+) -> dict[str, Tensor]:
     """Inputs of `HydraTokForPreTraining` without contents: pixels, and the noise of latents and decoder.
 
-    With `num_frames` they are those of as many clips.
+    Args:
+        num_frames: frames of each of as many clips; None for images.
+        size: side of the images; None is the config's.
     """
-    size, num_latent_frames = config.image_size, 1
+    size, num_latent_frames = size or config.image_size, 1
     frames = () if num_frames is None else (num_frames,)
     if num_frames is not None:
         num_latent_frames = folded_length(num_frames, config.temporal_compression_ratio)

@@ -39,9 +39,10 @@ def tower_step(
     judges: dict[str, nn.Module],
     num_images: int,
     num_frames: int | None = None,
+    size: int | None = None,
 ) -> None:
     """A micro step of `TokenizerTrainer`, with fake contents, of images or of clips of `num_frames`."""
-    weights, inputs = stage.loss_weights, training_inputs(model.config, num_images, num_frames)
+    weights, inputs = stage.loss_weights, training_inputs(model.config, num_images, num_frames, size)
     pixel_values, layers = inputs["pixel_values"], stage.compared_layers
     _, *size = model.model.get_grid(pixel_values)
     with torch.autocast("cpu", torch.bfloat16, enabled=stage.mixed_precision == "bf16"):
