@@ -11,6 +11,7 @@ from vision_tower_run import SIZES
 
 from hydra_hf.data.images import MixedBatches
 from hydra_hf.data.seeds import hashed_generator
+from hydra_hf.data.sources import Source, Sources
 from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, HydraTokModel, PixelViTDecoderConfig
 from hydra_hf.toy.batches import ToyBatches, ToyClipBatches, ToyData, toy_images
 from hydra_hf.toy.clips import ToyClips, render_clips
@@ -294,6 +295,14 @@ def test_statistics_of_latents_are_measured_over_images_and_clips_after_a_stage_
         [model.encode(batch).latent_dist.mean.flatten(2).transpose(1, 2).flatten(0, 1) for batch in batches]
     )
     torch.testing.assert_close(means.mean(0), torch.zeros(4), rtol=0, atol=1e-3)
+
+
+def test_data_without_clips_is_refused_before_anything_is_written(run, tmp_path):
+    images = Sources((Source(task="generate", path="images"),))
+    recipe = Recipe(name="test", config=CONFIG, stages=(replace(STAGE, data=images),), init=str(run / "images"))
+    with pytest.raises(ValueError, match="data has no clips, which decoder needs: add video_generate=PATH"):
+        train_tokenizer(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("missing", ["video_teacher", "video_teacher_size", "clip_share"])

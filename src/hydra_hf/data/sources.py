@@ -123,6 +123,10 @@ class Sources:
         return any(source.is_stream for source in self.sources)
 
     @property
+    def has_clips(self) -> bool:
+        return any(TASKS[source.task].num_videos for source in self.sources)
+
+    @property
     def num_workers(self) -> int:
         """Processes that read ahead: the CPU cores that each training process on this machine has besides its own, up to 8;
         none for streams, which are read in order."""

@@ -43,6 +43,7 @@ class ToyData:
     unknown_share: float = 0.0
     is_held_out: bool = False
     is_streaming: ClassVar[bool] = False
+    has_clips: ClassVar[bool] = True
     num_workers: ClassVar[int] = 0
 
     def bundles(

@@ -27,6 +27,7 @@ class Data(Protocol):
     """What a stage is trained on: `data.sources.Sources`, or the toy world (`toy.batches.ToyData`)."""
 
     is_streaming: bool  # read in order, by the training process itself
+    has_clips: bool  # for a vision tower
     num_workers: int  # processes that read ahead, unless the recipe says how many
 
     def bundles(self, stage: "HydraStage", processor: HydraProcessor, seed: int, **place: int) -> Dataset:

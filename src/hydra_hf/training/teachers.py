@@ -132,8 +132,8 @@ def load_teacher(teacher: str | Callable[[], nn.Module], weights: str | None = N
         model = model.vision_model
     if isinstance(model, Siglip2VisionModel):
         return NaflexTeacher(model)
-    if model.main_input_name != "pixel_values":
-        raise ValueError(f"The teacher {teacher!r} is a {type(model).__name__}, expected a vision model.")
+    if model.main_input_name != "pixel_values" or "patch_size" not in model.config.to_dict():
+        raise ValueError(f"The teacher {teacher!r} is a {type(model).__name__}, expected a ViT.")
     return TransformersTeacher(model)
 
 

@@ -43,12 +43,15 @@ def train_tokenizer(
 
 
 def check_data(recipe: Recipe, stage: TokenizerStage) -> None:
-    """Raises ValueError for a stage without images to train on, or without held-out ones to measure it on."""
+    """Raises ValueError for a stage without images, or clips, to train on, or without held-out ones to measure it on."""
     data = recipe.data_of(stage)
     if data is None:
         raise ValueError(f"{recipe.name} needs data: images to train on, such as generate=PATH.")
     if stage.held_out is None:
         raise ValueError(f"{recipe.name}: {data=} needs held_out images too, which are not trained on.")
+    for name, part in (("data", data), ("held_out", stage.held_out)):
+        if stage.clip_share and not part.has_clips:
+            raise ValueError(f"{recipe.name}: {name} has no clips, which {stage.name} needs: add video_generate=PATH.")
 
 
 def create_batches(recipe: Recipe, stage: TokenizerStage, seed: int) -> tuple[Batches, HeldOut]:
