@@ -252,7 +252,7 @@ def test_no_bundle_comes_after_the_last(make_bundles):
 
 
 def image_batches(path, batch_size: int = 4, task: str = "generate", **kwargs) -> ImageBatches:
-    return ImageBatches((Source(task=task, path=str(path), **kwargs),), 32, 0, batch_size=batch_size)
+    return ImageBatches((Source(task=task, path=str(path), **kwargs),), (32,), 0, batch_size=batch_size)
 
 
 def numbers_of(number_in, batches: ImageBatches, steps, rows: range) -> list[int]:

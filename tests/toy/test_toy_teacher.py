@@ -1,10 +1,11 @@
-"""The toy world's stand-in for a pretrained ViT."""
+"""The toy world's stand-ins for a pretrained ViT and a video teacher."""
 
 import pytest
 import torch
 
 from hydra_hf.modeling import HydraTokConfig
-from hydra_hf.toy.teacher import ToyTeacher, place_codes
+from hydra_hf.toy.clips import DIRECTIONS, ToyClips, direction_between, render_clips
+from hydra_hf.toy.teacher import ToyTeacher, ToyVideoTeacher, place_codes
 from hydra_hf.toy.world import ToyWorld
 from hydra_hf.training.teachers import load_teacher
 
@@ -82,3 +83,41 @@ def test_a_small_object_has_the_name_of_the_large_one(teacher):
     ]  # fmt: skip
     torch.testing.assert_close(*names)
     assert len(names[0]) == 2  # the object's and none
+
+
+# Clips
+
+
+@pytest.fixture(scope="module")
+def taught():
+    """Clips, and the video teacher's states on the grid of every fourth frame after the first."""
+    world, teacher = ToyWorld(1), ToyVideoTeacher()
+    clips = ToyClips(world).sample(24, torch.Generator().manual_seed(0))
+    pixel_values = render_clips(world, clips)
+    states, grid = teacher(pixel_values)
+    assert grid == (4, 4, 4)
+    return clips, pixel_values, states.unflatten(1, grid), teacher.motion_codes
+
+
+def test_the_video_teacher_says_which_way_each_object_has_come(taught):
+    clips, _, states, codes = taught
+    seen = set()
+    for clip, frames in zip(clips, states):
+        for index, frame in enumerate(frames):
+            for track in clip.tracks:
+                (x, y), before = track.place(4 * index + 4), track.place(4 * index)
+                way = direction_between(before, (x, y))
+                motions = frame[y // 16 : y // 16 + 2, x // 16 : x // 16 + 2, 96:128].flatten(0, 1)
+                motions = motions[motions.norm(dim=-1) > 0]  # a few corners of emoji are empty
+                assert len(motions)
+                torch.testing.assert_close(motions, codes[DIRECTIONS.index(way) + 1 if way else 0].expand_as(motions))
+                seen.add(way)
+    assert seen == {None, *DIRECTIONS}
+
+
+def test_the_video_teacher_names_objects_as_the_teacher_of_images_does(taught, teacher):
+    _, pixel_values, states, _ = taught
+    for index in range(4):
+        images = states_of(teacher, pixel_values[:, :, 4 * index + 4])
+        torch.testing.assert_close(states[:, index, ..., :96], images[..., :96])
+        torch.testing.assert_close(states[:, index, ..., 128:], images[..., 128:])

@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from vision_tower_run import CONFIG, make_stage
 
-from hydra_hf.data.images import ReadAhead, check_range
+from hydra_hf.data.images import ImageBatches, ReadAhead, check_range
 from hydra_hf.data.seeds import hashed_generator
 from hydra_hf.data.sources import Source, Sources
+from hydra_hf.files import write_video
 from hydra_hf.toy.batches import ToyBatches, ToyHeldOut, choose_canvas, toy_images
 from hydra_hf.toy.world import CANVASES, ToyWorld
 from hydra_hf.training.processes import share_of, split_batch
@@ -118,6 +119,42 @@ def test_a_folder_of_images_is_training_data(tmp_path, monkeypatch):
     assert whole.shape == (4, 3, 64, 64)
     assert torch.equal(batches(3, range(1, 3)), whole[1:3])
     assert held_out.images(0, range(2)).shape == (2, 3, 64, 64)
+
+
+def test_a_step_has_images_of_one_size_and_all_sizes_have_as_many_pixels(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (90, 70), "red").save(tmp_path / "images" / "a.png")
+    batches = ImageBatches((Source(task="generate", path=str(tmp_path / "images")),), (32, 64), 0, batch_size=2)
+    sizes = [batches.size_of(step) for step in range(2000)]
+    assert 0.77 < sizes.count(32) / 2000 < 0.83  # 1 - 1 / 5
+    for size in (32, 64):
+        assert batches(sizes.index(size), range(2)).shape == (2, 3, size, size)
+
+
+def frames(num_frames: int, color: str = "red") -> list[Image.Image]:
+    return [Image.new("RGB", (48, 32), color)] * num_frames
+
+
+def test_clips_are_read_from_video_files_and_those_that_cannot_be_are_skipped_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "clips"
+    write_video(folder / "long.mp4", frames(12), fps=10)
+    write_video(folder / "short.mp4", frames(6, "blue"), fps=10)
+    (folder / "damaged.mp4").write_bytes(b"not a video" * 50)
+    data = Sources((Source(task="video_generate", path=str(folder)),))
+    batches = data.clips(32, 9, 2, seed=0)
+    whole = torch.cat([check_range(batches(step, range(2))) for step in range(4)])
+    assert whole.shape == (8, 3, 9, 32, 32)
+    assert (whole[:, 0] > 0.8).all()  # all red
+    assert torch.equal(batches(1, range(1, 2)), whole[3:4])
+    reasons = {key.rpartition(": ")[2] for key in batches.num_skipped}
+    assert reasons == {"a clip of fewer than 9 frames", "a clip that cannot be decoded"}
+
+
+def test_sources_without_clips_are_refused_where_clips_are_needed(tmp_path):
+    with pytest.raises(ValueError, match="none of a task with videos"):
+        Sources((Source(task="generate", path=str(tmp_path)),)).clips(32, 9, 2, seed=0)
 
 
 def test_a_step_has_one_canvas_half_of_the_time_the_first_and_large_ones_less_often():

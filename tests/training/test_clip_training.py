@@ -6,19 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
+from transformers import SiglipVisionConfig, SiglipVisionModel, VideoMAEConfig, VideoMAEModel
 from vision_tower_run import SIZES
 
 from hydra_hf.data.images import MixedBatches
 from hydra_hf.data.seeds import hashed_generator
+from hydra_hf.data.sources import Source, Sources
 from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, HydraTokModel, PixelViTDecoderConfig
 from hydra_hf.toy.batches import ToyBatches, ToyClipBatches, ToyData, toy_images
 from hydra_hf.toy.clips import ToyClips, render_clips
 from hydra_hf.toy.world import CANVAS, ToyWorld
+from hydra_hf.training.dry_run import report_tower_stage
 from hydra_hf.training.folds import fold_weights
+from hydra_hf.training.image_trainer import TokenizerTrainer
+from hydra_hf.training.latent_statistics import measure_latents
 from hydra_hf.training.losses import frames_of, reached_parameters, training_inputs
 from hydra_hf.training.recipe import Recipe, TokenizerLossWeights, TokenizerStage
 from hydra_hf.training.recipes.tiny_x import tokenizer
-from hydra_hf.training.vision_tower_trainer import create_stage_model, train_tokenizer
+from hydra_hf.training.vision_tower_trainer import create_batches, create_stage_model, train_tokenizer
 
 
 IMAGE_CONFIG = HydraTokConfig(num_gen_layers=2, num_sem_layers=1, image_size=64, latent_channels=4, **SIZES)
@@ -192,3 +197,130 @@ def test_the_tower_of_the_embedded_checkpoint_can_learn_clips():
     assert set(fold_weights(model.model)) == {PATCH_WEIGHT, "gen_vit.folds.2.projection.weight"}
     named = recipe.stages[0].learning_rates
     assert all(any(name.startswith(prefix) for name, _ in model.named_parameters()) for prefix in named)
+
+
+# Teachers and harmonisation
+
+
+@pytest.fixture(scope="module")
+def semantics(tmp_path_factory) -> TokenizerStage:
+    """Sem-ViT alone, after a teacher of images and one of clips, both with 2 x 2 patches where the student has 4 x 4."""
+    folder, sizes = tmp_path_factory.mktemp("teachers"), {"num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(1)
+    sizes |= {"hidden_size": 32, "intermediate_size": 16}
+    SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=64, patch_size=32)).save_pretrained(folder / "images")
+    video = VideoMAEConfig(**sizes | {"hidden_size": 24}, image_size=32, patch_size=16, num_frames=8, tubelet_size=2)
+    VideoMAEModel(video).save_pretrained(folder / "clips")
+    return replace(
+        STAGE,
+        name="harmonisation",
+        keeps_image_latents=False,
+        learning_rates={"model.sem_vit": 1e-3, "model.bottleneck.semantic_up_proj": 1e-3, "decompressor": 1e-3},
+        muon_scale=0.0,
+        loss_weights=TokenizerLossWeights(regression=0.0, kl=0.0, cosine=0.0, distill=1.0, video_distill=1.0),
+        teacher=str(folder / "images"),
+        video_teacher=str(folder / "clips"),
+        video_teacher_size=24,
+    )
+
+
+@pytest.fixture(scope="module")
+def harmonised(run, semantics, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harmonised")
+    recipe = Recipe(
+        name="test",
+        config=CONFIG,
+        stages=(semantics,),
+        init=str(run / "decoder" / "final"),
+        log_every=1,
+        sample_every=4,
+    )
+    train_tokenizer(recipe, folder)
+    return folder / "harmonisation"
+
+
+def test_harmonisation_trains_sem_vit_alone_and_leaves_no_decompressor(run, harmonised):
+    before, after = (
+        HydraTokModel.from_pretrained(folder / "final").state_dict() for folder in (run / "decoder", harmonised)
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    named = ("sem_vit", "bottleneck.semantic_up_proj")
+    assert moved == {name for name in before if name.startswith(named) and before[name].numel()}
+
+
+def test_the_video_term_is_zero_for_images_and_counts_for_clips(harmonised):
+    records = [json.loads(line) for line in (harmonised / "log.jsonl").read_text().splitlines()]
+    images = [record for record in records if "loss" in record]
+    clips = [record for record in records if "clip_loss" in record]
+    assert images
+    assert clips
+    assert all(
+        record["video_distill"] == 0 and record["loss"] == pytest.approx(record["distill"]) for record in images
+    )
+    assert all(0 < record["clip_video_distill"] < 2 for record in clips)
+    assert all(
+        record["clip_loss"] == pytest.approx(record["clip_distill"] + record["clip_video_distill"]) for record in clips
+    )
+
+
+def test_steps_of_images_and_of_clips_give_a_gradient_to_every_parameter_that_is_trained(semantics, tmp_path):
+    """Or DDP waits for it."""
+    recipe = Recipe(name="test", config=CONFIG, stages=(semantics,))
+    trainer = TokenizerTrainer(create_stage_model(recipe, semantics, None), semantics, *create_batches(recipe, semantics, 1), tmp_path)  # fmt: skip
+    trained = {
+        name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad and parameter.numel()
+    }
+    assert any(name.startswith("decompressor.") for name in trained)
+    for kind in (False, True):
+        step = next(step for step in range(99) if trainer.batches.has_clips(step) == kind)
+        pixel_values = trainer.batches(step, range(4))
+        outputs = trainer.model(pixel_values, **trainer.sample_noise(pixel_values, range(4)), distill_layers=())
+        trainer.model.zero_grad()
+        sum(trainer.tokenizer_losses(outputs, pixel_values).values()).backward()
+        found = {name for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
+        assert trained <= found
+
+
+def test_statistics_of_latents_are_measured_over_images_and_clips_after_a_stage_that_changes_them(
+    run, world, clips, tmp_path
+):
+    stage = replace(STAGE, keeps_image_latents=False, num_steps=1, learning_rates={"model": 1e-3})
+    recipe = Recipe(name="test", config=CONFIG, stages=(stage,), init=str(run / "decoder" / "final"))
+    model = HydraTokModel.from_pretrained(train_tokenizer(recipe, tmp_path)).eval()
+    assert not torch.equal(model.bottleneck.latents_std, torch.ones(4))
+    batches = [toy_images(world, 4, hashed_generator(0, 0)), clips]
+    model.set_latents_statistics(*measure_latents(model, iter(batches)))
+    means = torch.cat(
+        [model.encode(batch).latent_dist.mean.flatten(2).transpose(1, 2).flatten(0, 1) for batch in batches]
+    )
+    torch.testing.assert_close(means.mean(0), torch.zeros(4), rtol=0, atol=1e-3)
+
+
+def test_data_without_clips_is_refused_before_anything_is_written(run, tmp_path):
+    images = Sources((Source(task="generate", path="images"),))
+    recipe = Recipe(name="test", config=CONFIG, stages=(replace(STAGE, data=images),), init=str(run / "images"))
+    with pytest.raises(ValueError, match="data has no clips, which decoder needs: add video_generate=PATH"):
+        train_tokenizer(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("missing", ["video_teacher", "video_teacher_size", "clip_share"])
+def test_a_video_loss_without_what_it_needs_is_refused(semantics, missing):
+    with pytest.raises(ValueError, match="needs a video teacher and clips"):
+        replace(semantics, **{missing: 0 if missing == "clip_share" else None})
+
+
+def test_a_dry_run_counts_images_clips_and_the_decompressor(semantics):
+    reports = {}
+    for share in (0.25, 0.75):
+        stage = replace(semantics, clip_share=share, image_sizes=(64, 128))
+        reports[share] = report_tower_stage(Recipe(name="test", config=CONFIG, stages=(stage,)), stage)
+    total, trained = reports[0.25].parameters["decompressor"]
+    assert total == trained > 0
+    images_alone, clips_alone = (
+        report_tower_stage(Recipe(name="test", config=CONFIG, stages=()), replace(semantics, **changes)).flops
+        for changes in ({"clip_share": 1e-9, "image_sizes": (64, 128)}, {"clip_share": 1.0})
+    )
+    for share, report in reports.items():
+        assert report.flops == pytest.approx((1 - share) * images_alone + share * clips_alone)

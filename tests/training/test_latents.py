@@ -286,7 +286,7 @@ def test_a_process_without_a_sample_gets_a_blank_one_of_latents(prepared):
 
 def test_a_vision_tower_is_not_trained_on_latents(prepared):
     with pytest.raises(ValueError, match="a vision tower is trained on pixels"):
-        prepared.stages[0].data.images(64, 2, 0)
+        prepared.stages[0].data.images((64,), 2, 0)
 
 
 def test_what_cannot_be_encoded_or_mixed_is_one_line(files, tmp_path):

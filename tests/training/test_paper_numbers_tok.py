@@ -20,6 +20,7 @@ LOSS_WEIGHTS = {
     "kl": (1e-4, 0.0, SECTION),  # off where the encoder is frozen
     "cosine": (1.0, 0.0, SECTION),
     "distill": (1.0, 0.0, SECTION),
+    "video_distill": (0.0, 0.0, "HYDRA-TOK reads images alone"),
     "perceptual": (0.1, 0.1, SECTION),
     "adversarial": (0.0, 0.075, SECTION),
     "discriminator": (0.0, 1.0, OURS),
@@ -30,6 +31,11 @@ STAGES = {
     "name": ("foundation", "decoder", OURS),
     "num_steps": (300_000, 100_000, SECTION),
     "batch_size": (256, 256, SECTION),
+    "image_sizes": ((), (), "that of the config"),
+    "clip_share": (0.0, 0.0, "HYDRA-TOK reads images alone"),
+    "num_frames": (17, 17, "HYDRA-TOK reads images alone"),
+    "images_per_clip": (4, 4, "HYDRA-TOK reads images alone"),
+    "keeps_image_latents": (False, False, "HYDRA-TOK reads images alone"),
     "learning_rates": ({"model": 2e-5}, DECODER_RATES, f"{SECTION}; in the second stage only 'lower', {OURS}"),
     "distill_layers": ((3, 6, 9, 12, 15, 18, 21, 24),) * 2 + (OURS,),
     "perceptual_backbone": ("lpips:vgg", "lpips:vgg", "LPIPS is given, its trunk is our choice"),
@@ -46,7 +52,7 @@ STAGES = {
     "mixed_precision": ("bf16", "bf16", OURS),
     "num_held_out": (1024, 1024, OURS),
 }
-PATHS = {"loss_weights", "decoder_config", "teacher", "teacher_weights", "perceptual_weights", "frechet_backbone",
+PATHS = {"loss_weights", "decoder_config", "teacher", "teacher_weights", "video_teacher", "video_teacher_size", "perceptual_weights", "frechet_backbone",
          "frechet_weights", "held_out"}  # fmt: skip
 
 

@@ -161,7 +161,7 @@ def states(*shape: int, seed: int) -> torch.Tensor:
 def test_the_distill_loss_is_the_sum_over_layers_on_patches_alone():
     student, teacher = [states(2, 5, 6, seed=i) for i in (0, 1)], [states(2, 4, 6, seed=i) for i in (2, 3)]
     cosines = [nn_cosine(a[:, 1:], b) for a, b in zip(student, teacher)]
-    torch.testing.assert_close(distill_loss(student, teacher, 4), sum(1 - cosine.mean() for cosine in cosines))
+    torch.testing.assert_close(distill_loss(student, teacher, (1, 2, 2)), sum(1 - cosine.mean() for cosine in cosines))
 
 
 def nn_cosine(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -172,17 +172,17 @@ def test_the_class_token_does_not_count():
     student = states(2, 5, 6, seed=0)
     teacher = student.clone()
     teacher[:, 0] = 100
-    assert distill_loss([student], [teacher], 4).item() == pytest.approx(0, abs=1e-6)
+    assert distill_loss([student], [teacher], (1, 2, 2)).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_a_teacher_of_another_width_is_refused():
     with pytest.raises(ValueError, match=r"\(2, 4, 7\) must have the shape of the student's, \(2, 4, 6\)"):
-        distill_loss([states(2, 4, 6, seed=0)], [states(2, 4, 7, seed=0)], 4)
+        distill_loss([states(2, 4, 6, seed=0)], [states(2, 4, 7, seed=0)], (1, 2, 2))
 
 
 @pytest.mark.parametrize("num_tokens", [3, 16])
 def test_a_teacher_of_another_grid_is_refused(num_tokens):
-    with pytest.raises(ValueError, match=f"{num_tokens} tokens for an image of 4 patches"):
+    with pytest.raises(ValueError, match=f"{num_tokens} tokens for 4 patches"):
         patch_states(states(1, num_tokens, 6, seed=0), 4)
 
 

@@ -118,3 +118,17 @@ def test_the_launch_configurations_are_those_of_this_accelerate(name):
     config = load_config_from_file(str(EXAMPLES / f"{name}.yaml"))
     assert config.distributed_type.name.lower() == name
     assert (EXAMPLES.parents[1] / config.deepspeed_config.get("deepspeed_config_file", "README.md")).is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_images_and_clips_as_one_does(tmp_path):
+    """The statistics of the latents, which are saved with the model, are measured over all processes."""
+    for number in (1, 2):
+        launch_program(number, RUN.with_name("clip_run.py"), tmp_path / str(number))
+    folders = [tmp_path / str(number) / "decoder" for number in (1, 2)]
+    weights = [load_file(folder / "final" / "model.safetensors") for folder in folders]
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+    logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in folders]
+    for one, two in zip(*logs, strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
+    assert {"video_distill", "clip_video_distill"} <= {name for record in logs[0] for name in record}

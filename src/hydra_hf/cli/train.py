@@ -21,10 +21,11 @@ STAGE_OPTIONS = {
     "frechet_backbone": "timm:NAME of the network for a Frechet distance during training",
     "frechet_weights": "its safetensors",
 }
-STAGE_FIELDS = ("num_steps", "lora_rank", "condition_grad_scale", *STAGE_OPTIONS)
+STAGE_FIELDS = ("num_steps", "video_teacher_size", "lora_rank", "condition_grad_scale", *STAGE_OPTIONS)
 NEEDED = {
     "tokenizer": "the `final` folder that a recipe of hydra_tok leaves, or a Hub id",
     "init": "the folder that `hydra convert` writes, or a Hub id",
+    "video_teacher": "a video model to distill from, such as V-JEPA 2 or VideoMAE, a folder or Hub id",
     "teacher": "the ViT to distill from, a folder, Hub id or timm:NAME",
     "model": "the model to be trained, a folder or Hub id",
 }  # options that a recipe may need
@@ -41,6 +42,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--teacher", help="frozen ViT to distill from: folder, Hub id or timm:NAME; --init by default"
     )
+    command.add_argument("--video_teacher", help="for HYDRA-XTok: frozen teacher of clips, a folder or Hub id")
+    command.add_argument("--video_teacher_size", type=int, help="its width, instead of the recipe's")
     command.add_argument("--decoder", help="size of the flow decoder: S, M or L")
     command.add_argument("--mixture", help="for UniMRG: unimrg, or sft, reca, depth or segment to compare with")
     command.add_argument("--data", action="append", metavar="TASK=PATH", help="data to train on; may be repeated")
@@ -141,7 +144,7 @@ def _given(options: argparse.Namespace, parameters: Mapping[str, Parameter]) -> 
     """The arguments of a recipe's function. Raises ValueError for an unknown option or a missing one."""
     from hydra_hf.hub import check_model_name
 
-    names = ("tokenizer", "init", "model", "teacher", "decoder", "mixture")
+    names = ("tokenizer", "init", "model", "teacher", "video_teacher", "decoder", "mixture")
     values = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in values.items() if value is not None}
     if unknown := sorted(set(given) - set(parameters)):

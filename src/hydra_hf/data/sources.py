@@ -123,6 +123,10 @@ class Sources:
         return any(source.is_stream for source in self.sources)
 
     @property
+    def has_clips(self) -> bool:
+        return any(TASKS[source.task].num_videos for source in self.sources)
+
+    @property
     def num_workers(self) -> int:
         """Processes that read ahead: the CPU cores that each training process on this machine has besides its own, up to 8;
         none for streams, which are read in order."""
@@ -146,11 +150,17 @@ class Sources:
             num_processes=num_processes, accumulation=accumulation,
         )  # fmt: skip
 
-    def images(self, image_size: int, batch_size: int, seed: int):
+    def images(self, image_sizes: tuple[int, ...], batch_size: int, seed: int):
         """Images to train a vision tower on."""
         from .images import ImageBatches
 
-        return ImageBatches(self.sources, image_size, seed, batch_size=batch_size)
+        return ImageBatches(self.sources, image_sizes, seed, batch_size=batch_size)
+
+    def clips(self, image_size: int, num_frames: int, batch_size: int, seed: int):
+        """Clips to train a vision tower on."""
+        from .images import ClipBatches
+
+        return ClipBatches(self.sources, image_size, num_frames, seed, batch_size=batch_size)
 
     def sample_prompts(self, seed: int) -> tuple[str, ...]:
         """(), since data sets have no prompts of their own; a recipe has them."""

@@ -24,7 +24,8 @@ for _config in (PixelFlowDecoderConfig, PixelViTDecoderConfig, VisionHeadConfig,
 
 from .image_processing_hydra import HydraImageProcessor
 from .modeling_hydra import HydraForConditionalGeneration, HydraModel
-from .modeling_hydra_tok import HydraTokForPreTraining, HydraTokModel
+from .modeling_hydra_tok import HydraTokModel
+from .pretraining_hydra_tok import HydraTokForPreTraining
 from .processing_hydra import HydraProcessor
 from .video_processing_hydra import HydraVideoProcessor
 

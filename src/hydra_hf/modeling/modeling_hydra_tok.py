@@ -15,10 +15,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder
 
-from .bottleneck import Bottleneck, sample_posterior
+from .bottleneck import Bottleneck
 from .compat import capture_outputs
 from .configuration_hydra import HydraTokConfig, PixelFlowDecoderConfig, PixelViTDecoderConfig
-from .flow import add_noise, predict_clean, velocity_target
 from .grid import (
     Grid,
     clip_grid,
@@ -33,7 +32,6 @@ from .layers import ViTAttention, ViTLayer, init_layer
 from .outputs import (
     HydraTokDecoderOutput,
     HydraTokEncoderOutput,
-    HydraTokForPreTrainingOutput,
     HydraTokOutput,
 )
 from .pixel_decoders import PIXEL_DECODERS
@@ -388,62 +386,4 @@ def _as_clip(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor[:, :, None] if like.ndim == 5 and tensor.ndim == 4 else tensor
 
 
-class HydraTokForPreTraining(HydraTokPreTrainedModel):
-    """The tokenizer for training: one call, so that DDP and FSDP wrap all of it. Save its `.model` with `save_pretrained`."""
-
-    def __init__(self, config: HydraTokConfig):
-        super().__init__(config)
-        self.model = HydraTokModel(config)
-        self.post_init()
-
-    def forward(
-        self,
-        pixel_values: Tensor,
-        latent_noise: Tensor,
-        pixel_noise: Tensor | None = None,
-        sigma: Tensor | None = None,
-        distill_layers: tuple[int, ...] = (),
-    ) -> HydraTokForPreTrainingOutput:
-        """Reconstruction path (eq. 1-7), and as much of the understanding path as `distill_layers` need.
-
-        Args:
-            pixel_values: (B, 3, H, W), or clips (B, 3, 1 + 4n, H, W), in [-1, 1].
-            latent_noise: (B, N, C), the noise that samples the latents from their posterior; zeros give the mean.
-            pixel_noise, sigma: (B, N, 3 p p) and (B,), the noise of a flow decoder's patches and its level.
-            distill_layers: blocks, counted from 1, whose outputs are compared with a teacher's (L_dist).
-        """
-        model, patch = self.model, self.config.patch_size
-        grid = model.get_grid(pixel_values)
-        normalized = model.normalize_pixels(pixel_values)
-        layer_outputs: list[Tensor] = []
-        gen_states = model.gen_vit(normalized, layer_outputs)  # (B, N, D)
-        bottleneck = model.bottleneck(gen_states)  # mean, logvar: (B, N, C)
-        if max(distill_layers, default=0) > self.config.num_gen_layers:
-            model.sem_vit(bottleneck.hidden_states, [grid], layer_outputs)  # (B, N, D), only its layers are used
-        latents = sample_posterior(bottleneck.mean, bottleneck.logvar, latent_noise)  # (B, N, C)
-        decoder_states = model.bottleneck.decoder_up_proj(latents.to(gen_states.dtype))  # (B, N, D)
-        velocity = target = None
-        if model.decodes_from_noise:
-            patches = patchify(normalized, patch)  # (B, N, 3 p p)
-            noisy_patches = add_noise(patches, pixel_noise, sigma)
-            conditions = model.pixel_decoder.get_conditions(decoder_states, [grid])
-            velocity, target = (
-                model.pixel_decoder(noisy_patches, sigma, conditions),
-                velocity_target(patches, pixel_noise),
-            )
-            clean_patches = predict_clean(noisy_patches, velocity, sigma)
-        else:
-            clean_patches = model.pixel_decoder(decoder_states, [grid])
-        return HydraTokForPreTrainingOutput(
-            clean_pixel_values=model.denormalize_pixels(model.as_pixels(clean_patches, grid, pixel_values)),
-            velocity=velocity,
-            velocity_target=target,
-            mean=bottleneck.mean,
-            logvar=bottleneck.logvar,
-            gen_states=gen_states,
-            bottleneck_states=bottleneck.hidden_states,
-            hidden_states=tuple(layer_outputs[layer - 1] for layer in distill_layers),
-        )
-
-
-__all__ = ["HydraTokForPreTraining", "HydraTokModel", "HydraTokPreTrainedModel"]
+__all__ = ["HydraTokModel", "HydraTokPreTrainedModel"]

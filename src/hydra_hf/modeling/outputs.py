@@ -43,7 +43,8 @@ class HydraTokDecoderOutput(ModelOutput):
 @dataclass
 class HydraTokForPreTrainingOutput(ModelOutput):
     """The inputs of the tokenizer's losses. `clean_pixel_values` (B, 3, H, W); `velocity` and its target (B, N, 3 p p) only
-    with a flow decoder; `hidden_states`: the outputs of `distill_layers`, Gen-ViT's with the class token."""
+    with a flow decoder; `hidden_states`: the outputs of `distill_layers` for images and the first frames of clips, Gen-ViT's with
+    the class token; `video_states` (B, 4n h w, D_teacher), of clips, for the frames after the first."""
 
     clean_pixel_values: Tensor | None = None
     velocity: Tensor | None = None
@@ -53,6 +54,7 @@ class HydraTokForPreTrainingOutput(ModelOutput):
     gen_states: Tensor | None = None
     bottleneck_states: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    video_states: Tensor | None = None
 
 
 @dataclass

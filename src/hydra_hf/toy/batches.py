@@ -46,6 +46,7 @@ class ToyData:
     unknown_share: float = 0.0
     is_held_out: bool = False
     is_streaming: ClassVar[bool] = False
+    has_clips: ClassVar[bool] = True
     num_workers: ClassVar[int] = 0
 
     def bundles(
@@ -54,7 +55,7 @@ class ToyData:
         """One bundle of tasks for each micro step; `place` as in `ToyBundles`."""
         return ToyBundles(self, processor, stage, seed, **place)
 
-    def images(self, image_size: int, batch_size: int, seed: int) -> Batches:
+    def images(self, image_sizes: tuple[int, ...], batch_size: int, seed: int) -> Batches:
         """Images to train a vision tower on, or to measure it on."""
         world = ToyWorld(self.difficulty)
         if self.is_held_out:

@@ -15,6 +15,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +24,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from hydra_hf.modeling import HydraForConditionalGeneration, HydraTokForPreTraining
+from hydra_hf.data.images import size_shares
+from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.modeling.compat import enable_checkpointing
 from hydra_hf.modeling.grid import Grid
 
-from .discriminator import PatchDiscriminator, adversarial_loss, discriminator_loss
 from .lora import add_adapters
-from .losses import distill_loss, reached_parameters, tokenizer_losses, training_inputs, weighted_sum
+from .losses import reached_parameters
 from .optimizers import create_optimizer
 from .processes import num_accumulation_steps, partial_state, split_batch
 from .recipe import HydraRecipe, HydraStage, Recipe, Stage, TokenizerStage, UnifiedRecipe, freeze_unnamed
 from .task_report import TaskReport, look_at_tasks
-from .teachers import blank_perceptual
+from .tower_step import count_judges, create_judges, tower_step
 from .vision_tower_trainer import create_stage_model
 
 
 PARTS = ("gen_vit", "bottleneck", "sem_vit", "pixel_decoder")
-TOWER_MODULES = tuple(f"model.{part}" for part in PARTS)
+TOWER_MODULES = (*(f"model.{part}" for part in PARTS), "decompressor")
 MODULES = (
     *(f"model.vision_tower.{part}" for part in PARTS), "model.multi_modal_projector", "model.time_embedding",
     "model.language_model", "lm_head", "vision_head",
@@ -168,11 +169,17 @@ def report_tower_stage(recipe: Recipe, stage: TokenizerStage, num_processes: int
         for module in (model, *judges.values()):
             make_fake(module)
 
-        def micro_step() -> None:
-            tower_step(model, stage, judges, micro)
-
-        peak = measure_peak(micro_step, min(accumulation, 2))
-        flops = num_processes * accumulation * count_flops(micro_step)
+        shares = size_shares(stage.image_sizes or (recipe.config.image_size,))
+        steps = [((1 - stage.clip_share) * share, partial(tower_step, model, stage, judges, micro, size=size))
+                 for size, share in shares.items()]  # fmt: skip
+        if stage.clip_share:
+            num_clips = micro // stage.images_per_clip
+            steps.append((stage.clip_share, partial(tower_step, model, stage, judges, num_clips, stage.num_frames)))
+        peak, flops = 0, 0.0
+        for share, step in steps:
+            model.zero_grad()  # a step allocates gradients again
+            peak = max(peak, measure_peak(step, min(accumulation, 2)) if share else 0)
+            flops += share * num_processes * accumulation * (count_flops(step) if share else 0)
         memory = memory_of(model, stage, peak, num_processes) | {"judges": 4 * count_judges(model, stage, judges)}
     return StageReport(
         name=stage.name, num_steps=stage.num_steps, batch_size=stage.batch_size, accumulation=accumulation,
@@ -335,50 +342,3 @@ def fake_latents(model: HydraForConditionalGeneration, num_images: int, grid: Gr
     size = [side * vision.patch_size for side in grid[1:]]
     states = tower.gen_vit(torch.empty(num_images, vision.num_channels, num_frames, *size))
     return tower.bottleneck(states).mean.flatten(0, 1).float()
-
-
-def create_judges(stage: TokenizerStage) -> dict[str, nn.Module]:
-    """The judges that the losses need apart from the teacher, without weights."""
-    judges: dict[str, nn.Module] = {}
-    if stage.loss_weights.perceptual > 0:
-        judges["perceptual"] = blank_perceptual(stage.perceptual_backbone)
-    if stage.loss_weights.discriminator > 0:
-        with torch.device("meta"):
-            judges["discriminator"] = PatchDiscriminator()
-    return judges
-
-
-def count_judges(model: HydraTokForPreTraining, stage: TokenizerStage, judges: dict[str, nn.Module]) -> int:
-    """The number of values of judges: weights of frozen ones; weights and two moments of the discriminator (the step has its
-    gradients)."""
-    counts = {name: sum(parameter.numel() for parameter in judge.parameters()) for name, judge in judges.items()}
-    teacher = 0
-    if stage.loss_weights.distill > 0:
-        layers = [model.model.gen_vit, model.model.sem_vit]
-        teacher = sum(parameter.numel() for part in layers for parameter in part.parameters())
-    return teacher + counts.get("perceptual", 0) + 3 * counts.get("discriminator", 0)
-
-
-def tower_step(
-    model: HydraTokForPreTraining, stage: TokenizerStage, judges: dict[str, nn.Module], num_images: int
-) -> None:
-    """A micro step of `TokenizerTrainer`, with fake contents."""
-    weights, inputs = stage.loss_weights, training_inputs(model.config, num_images)
-    pixel_values = inputs["pixel_values"]
-    layers = stage.distill_layers if weights.distill > 0 else ()
-    with torch.autocast("cpu", torch.bfloat16, enabled=stage.mixed_precision == "bf16"):
-        outputs = model(**inputs, distill_layers=layers)
-    losses = tokenizer_losses(outputs, pixel_values, weights)
-    if layers:
-        targets = [torch.empty(state.shape) for state in outputs.hidden_states]
-        losses["distill"] = distill_loss(outputs.hidden_states, targets, outputs.mean.shape[1])
-    if weights.perceptual > 0:
-        losses["perceptual"] = judges["perceptual"](outputs.clean_pixel_values, pixel_values).mean()
-    if weights.adversarial > 0:
-        judges["discriminator"].requires_grad_(False)
-        losses["adversarial"] = adversarial_loss(judges["discriminator"](outputs.clean_pixel_values))
-        judges["discriminator"].requires_grad_(True)
-    weighted_sum(losses, weights).backward()
-    if weights.discriminator > 0:
-        copies = outputs.clean_pixel_values.detach()
-        discriminator_loss(judges["discriminator"](pixel_values), judges["discriminator"](copies)).backward()

@@ -31,6 +31,12 @@ def fold_weights(model: HydraTokModel) -> dict[str, tuple[nn.Parameter, int]]:
     return weights
 
 
+def changes_image_latents(model: HydraTokModel, stage: TokenizerStage) -> bool:
+    """Whether a stage trains what the latents of images depend on."""
+    names = [f"model.{name}" for name, _ in model.named_parameters() if name.startswith(ENCODER)]
+    return not stage.keeps_image_latents and any(map(stage.learning_rate_of, names))
+
+
 def check_kept_latents(model: HydraTokModel, stage: TokenizerStage) -> None:
     """Raises ValueError if a stage that keeps the latents of images trains more of the encoder than `fold_weights`."""
     folds = fold_weights(model)

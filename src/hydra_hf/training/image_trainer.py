@@ -28,10 +28,11 @@ from .checkpoints import (
     save_state,
 )
 from .discriminator import PatchDiscriminator, adaptive_weight, adversarial_loss, discriminator_loss
+from .distillation import check_distill_layers, image_distill_loss, video_distill_loss
 from .folds import check_kept_latents, zero_anchor_gradients
 from .interruption import StopRequest, TrainingInterruptedError
 from .latent_statistics import measure_latents
-from .losses import distill_loss, frames_of, reached_parameters, tokenizer_losses, weighted_sum
+from .losses import frames_of, reached_parameters, tokenizer_losses, weighted_sum
 from .optimizers import MuonAdamW, create_average, create_optimizer, shardable
 from .processes import gather_shares, partial_state, share_of, split_batch
 from .randomness import row_generator
@@ -45,6 +46,7 @@ from .sharding import (
     save_launcher,
 )
 from .teachers import load_perceptual, load_teacher
+from .video_teachers import load_video_teacher
 
 
 logger = logging.getLogger(__name__)
@@ -141,6 +143,8 @@ class TokenizerTrainer:
         stage, weights, device = self.stage, self.stage.loss_weights, self.accelerator.device
         if weights.distill > 0:
             self.teacher = load_teacher(stage.teacher, stage.teacher_weights).to(device)
+        if weights.video_distill > 0:
+            self.video_teacher = load_video_teacher(stage.video_teacher, self.config).to(device)
         if weights.perceptual > 0:
             self.perceptual = load_perceptual(stage.perceptual_backbone, stage.perceptual_weights).to(device)
         self.discriminator = None
@@ -217,9 +221,9 @@ class TokenizerTrainer:
 
     def micro_step(self, pixel_values: Tensor, rows: range) -> dict[str, Tensor]:
         """Forward and backward of some rows; the optimizers step at the end of an accumulation."""
-        layers = self.stage.distill_layers if self.stage.loss_weights.distill > 0 else ()
+        noise, layers = self.sample_noise(pixel_values, rows), self.stage.compared_layers
         with autocast(self.accelerator, self.stage):
-            outputs = self.model(pixel_values, **self.sample_noise(pixel_values, rows), distill_layers=layers)
+            outputs = self.model(pixel_values, **noise, distill_layers=layers)
         losses = self.tokenizer_losses(outputs, pixel_values)
         loss = self.add_adversarial(losses, outputs.clean_pixel_values)
         self.accelerator.backward(loss)
@@ -239,12 +243,12 @@ class TokenizerTrainer:
         """Every loss but the adversarial one."""
         weights = self.stage.loss_weights
         losses = tokenizer_losses(outputs, pixel_values, weights)
-        if weights.distill > 0:
-            layers, num_patches = self.stage.distill_layers, outputs.mean.shape[1]
-            normalized = self.accelerator.unwrap_model(self.model).model.normalize_pixels(pixel_values)
-            with autocast(self.accelerator, self.stage):
-                targets = self.teacher(normalized, layers)
-            losses["distill"] = distill_loss(outputs.hidden_states, targets, num_patches)
+        model = self.accelerator.unwrap_model(self.model).model
+        with autocast(self.accelerator, self.stage):
+            if weights.distill > 0:
+                losses["distill"] = image_distill_loss(model, self.teacher, outputs, pixel_values, self.stage)
+            if weights.video_distill > 0:
+                losses["video_distill"] = video_distill_loss(model, self.video_teacher, outputs, pixel_values)
         if weights.perceptual > 0:
             losses["perceptual"] = self.perceptual(frames_of(outputs.clean_pixel_values), frames_of(pixel_values))
         return losses
@@ -381,7 +385,7 @@ class TokenizerTrainer:
             return self.ema.module.model
         if not self.is_sharded:
             return self.accelerator.unwrap_model(self.model).model
-        whole = HydraTokForPreTraining._from_config(self.config)
+        whole = HydraTokForPreTraining._from_config(self.config, video_teacher_size=self.stage.decompressed_size)
         weights = self.accelerator.get_state_dict(self.model)
         if self.accelerator.is_main_process:  # FSDP gives the others nothing
             whole.load_state_dict(weights)
@@ -435,12 +439,3 @@ class TokenizerTrainer:
             self.accelerator.load_state(str(self.output_dir / f"shards-{self.step}"))
         self.scheduler.last_epoch = load_state(folder, "scheduler")["value"]["last_epoch"]
         logger.info("Resumed %s at step %d.", self.stage.name, self.step)
-
-
-def check_distill_layers(stage: TokenizerStage, num_layers: int) -> None:
-    """Raises ValueError for a layer that a ViT of `num_layers` does not have."""
-    if (
-        stage.loss_weights.distill > 0
-        and not 1 <= min(stage.distill_layers) <= max(stage.distill_layers) <= num_layers
-    ):
-        raise ValueError(f"{stage.distill_layers=} must be blocks 1 to {num_layers} of the ViT.")

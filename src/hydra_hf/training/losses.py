@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, PixelFlowDecoderConfig
-from hydra_hf.modeling.grid import folded_length
+from hydra_hf.modeling.grid import Grid, folded_length, num_tokens
 from hydra_hf.modeling.outputs import HydraTokForPreTrainingOutput
 
 from .recipe import TokenizerLossWeights, TokenizerStage
@@ -26,14 +26,21 @@ def cosine_loss(states: Tensor, targets: Tensor) -> Tensor:
     return 1 - nn.functional.cosine_similarity(states.float(), targets.float(), dim=-1).mean()
 
 
-def distill_loss(states: Sequence[Tensor], targets: Sequence[Tensor], num_tokens: int) -> Tensor:
+def distill_loss(
+    states: Sequence[Tensor], targets: Sequence[Tensor], grid: Grid, teacher_grid: Grid | None = None
+) -> Tensor:
     """L_dist: the sum over layers of 1 - cos between student and teacher (B, cls + N, D), only on patches.
 
-    Raises ValueError for a teacher of another width or another number of patches.
+    Args:
+        grid, teacher_grid: (t, h, w) of the student's patches and of the teacher's, to which the student's are resized; None
+            is the same.
+
+    Raises ValueError for a teacher of another width, or states that are not of these grids.
     """
-    total = 0.0
+    total, teacher_grid = 0.0, teacher_grid or grid
     for state, target in zip(states, targets, strict=True):
-        state, target = patch_states(state, num_tokens), patch_states(target, num_tokens)
+        state = resize_states(patch_states(state, num_tokens(grid)), grid, teacher_grid)
+        target = patch_states(target, num_tokens(teacher_grid))
         if state.shape != target.shape:
             raise ValueError(
                 f"The teacher's states {tuple(target.shape)} must have the shape of the student's, {tuple(state.shape)}."
@@ -42,11 +49,27 @@ def distill_loss(states: Sequence[Tensor], targets: Sequence[Tensor], num_tokens
     return total
 
 
-def patch_states(states: Tensor, num_tokens: int) -> Tensor:
+def patch_states(states: Tensor, num_patches: int) -> Tensor:
     """States (B, cls + N, D) -> (B, N, D). Raises ValueError if the number of other tokens cannot be class tokens."""
-    if not 0 <= states.shape[1] - num_tokens <= MAX_CLASS_TOKENS:
-        raise ValueError(f"A layer has {states.shape[1]} tokens for an image of {num_tokens} patches.")
-    return states[:, states.shape[1] - num_tokens :]
+    if not 0 <= states.shape[1] - num_patches <= MAX_CLASS_TOKENS:
+        raise ValueError(f"A layer has {states.shape[1]} tokens for {num_patches} patches.")
+    return states[:, states.shape[1] - num_patches :]
+
+
+def resize_states(states: Tensor, grid: Grid, target_grid: Grid) -> Tensor:
+    """States (B, N, D) of a (t, h, w) grid on another one: means of successive frames, and bilinear in space.
+
+    Raises ValueError if the frames do not divide evenly.
+    """
+    if grid == target_grid:
+        return states
+    num_frames, *size = target_grid
+    if grid[0] % num_frames:
+        raise ValueError(f"{grid[0]} frames of the student cannot be averaged to {num_frames} of the teacher.")
+    frames = states.float().unflatten(1, (num_frames, -1, *grid[1:])).mean(2)  # (B, t, h, w, D)
+    maps = frames.flatten(0, 1).permute(0, 3, 1, 2)
+    maps = nn.functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    return maps.flatten(2).transpose(1, 2).unflatten(0, (len(states), num_frames)).flatten(1, 2)
 
 
 def frames_of(pixel_values: Tensor) -> Tensor:
@@ -71,22 +94,26 @@ def tokenizer_losses(
     return losses
 
 
-def training_inputs(config: HydraTokConfig, num_images: int, num_frames: int | None = None) -> dict[str, Tensor]:
+def training_inputs(
+    config: HydraTokConfig, num_images: int, num_frames: int | None = None, size: int | None = None
+) -> dict[str, Tensor]:
     """Inputs of `HydraTokForPreTraining` without contents: pixels, and the noise of latents and decoder.
 
-    With `num_frames` they are those of as many clips.
+    Args:
+        num_frames: frames of each of as many clips; None for images.
+        size: side of the images; None is the config's.
     """
-    size, num_latent_frames = config.image_size, 1
+    size, num_latent_frames = size or config.image_size, 1
     frames = () if num_frames is None else (num_frames,)
     if num_frames is not None:
         num_latent_frames = folded_length(num_frames, config.temporal_compression_ratio)
-    num_tokens = num_latent_frames * (size // config.patch_size) ** 2
+    num_latents = num_latent_frames * (size // config.patch_size) ** 2
     inputs = {
         "pixel_values": torch.empty(num_images, config.num_channels, *frames, size, size),
-        "latent_noise": torch.empty(num_images, num_tokens, config.latent_channels),
+        "latent_noise": torch.empty(num_images, num_latents, config.latent_channels),
     }
     if isinstance(config.decoder_config, PixelFlowDecoderConfig):
-        inputs["pixel_noise"] = torch.empty(num_images, num_tokens, config.num_channels * config.patch_size**2)
+        inputs["pixel_noise"] = torch.empty(num_images, num_latents, config.num_channels * config.patch_size**2)
         inputs["sigma"] = torch.empty(num_images)
     return inputs
 
@@ -101,11 +128,14 @@ def reached_parameters(model: HydraTokForPreTraining, stage: TokenizerStage) -> 
     """
     weights = stage.loss_weights
     with torch.device("meta"):
-        blank = HydraTokForPreTraining._from_config(model.config, attn_implementation="sdpa")
+        blank = HydraTokForPreTraining._from_config(
+            model.config, attn_implementation="sdpa", video_teacher_size=stage.decompressed_size
+        )
         inputs = training_inputs(model.config, 1)
-    layers = stage.distill_layers if weights.distill > 0 else ()
-    outputs = blank(**inputs, distill_layers=layers)
+    outputs = blank(**inputs, distill_layers=stage.compared_layers)
     judged = [*tokenizer_losses(outputs, inputs["pixel_values"], weights).values(), *outputs.hidden_states]
+    if weights.video_distill > 0:
+        judged.append(outputs.video_states)
     if weights.perceptual > 0 or weights.adversarial > 0:
         judged.append(outputs.clean_pixel_values)
     if not judged:

@@ -77,7 +77,7 @@ def shardable(optimizer: MuonAdamW, stage: Stage) -> torch.optim.AdamW:
     return adamw
 
 
-INPUT_AND_OUTPUT_LAYERS = ("lm_head", "pixel_decoder.out_proj", "pixel_decoder.patch_embedding")
+INPUT_AND_OUTPUT_LAYERS = ("lm_head", "pixel_decoder.out_proj", "pixel_decoder.patch_embedding", "decompressor.head")
 
 
 def is_hidden_matrix(module: nn.Module, module_name: str, parameter_name: str) -> bool:

@@ -30,12 +30,13 @@ class Data(Protocol):
     """What a stage is trained on: `data.sources.Sources`, or the toy world (`toy.batches.ToyData`)."""
 
     is_streaming: bool  # read in order, by the training process itself
+    has_clips: bool  # for a vision tower
     num_workers: int  # processes that read ahead, unless the recipe says how many
 
     def bundles(self, stage: "HydraStage", processor: HydraProcessor, seed: int, **place: int) -> Dataset:
         """One bundle of tasks for each micro step of this process."""
 
-    def images(self, image_size: int, batch_size: int, seed: int) -> Batches:
+    def images(self, image_sizes: tuple[int, ...], batch_size: int, seed: int) -> Batches:
         """Images alone, for the vision tower."""
 
     def clips(self, image_size: int, num_frames: int, batch_size: int, seed: int) -> Batches:
@@ -47,8 +48,9 @@ class Data(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerLossWeights:
-    """HYDRA, section 3.3; a loss of weight 0 is not computed.
+    """HYDRA, section 3.3, and HYDRA-X, section 2; a loss of weight 0 is not computed.
 
+    `distill` is that of images and first frames, `video_distill` that of the other frames of clips; both are L_dist.
     `regression` is that of a ViT decoder, `flow` that of a flow decoder; `discriminator` is the discriminator's own loss,
     `adversarial` the decoder's loss from its judgement.
     """
@@ -58,6 +60,7 @@ class TokenizerLossWeights:
     kl: float = 1e-4
     cosine: float = 1.0
     distill: float = 0.0
+    video_distill: float = 0.0
     perceptual: float = 0.0
     adversarial: float = 0.0
     discriminator: float = 0.0
@@ -130,6 +133,8 @@ class Stage:
 class TokenizerStage(Stage):
     """Args:
     batch_size: images of one optimizer step, over all processes and accumulation.
+    image_sizes: sides of square images; a step has one of them, large ones less often, in proportion to 1 / size^2. () is the
+        `image_size` of the config; the toy world has its own canvases.
     clip_share: share of the steps that train on clips instead of images.
     num_frames: of a clip, 1 + 4n.
     images_per_clip: how many images of a step one clip takes the place of, so that both cost about the same (our choice).
@@ -138,7 +143,10 @@ class TokenizerStage(Stage):
     one_step_prob: share of samples at exactly sigma = 1, where one-step decoding evaluates (our choice).
     teacher: frozen ViT to distill from: folder or Hub id, timm:NAME, or a function that makes one; see `training.teachers`.
     teacher_weights: safetensors of a timm teacher.
-    distill_layers: blocks, counted from 1, whose outputs are trained to match the teacher's.
+    distill_layers: blocks, counted from 1, whose outputs are trained to match the teacher's; () is the output of Sem-ViT. Of a
+        clip they are those of its first frame.
+    video_teacher: frozen teacher of clips, for the frames after the first, see `training.video_teachers`.
+    video_teacher_size: its width.
     perceptual_backbone: lpips:vgg, lpips:alex, lpips:squeeze, or timm:NAME, a feature distance that is not LPIPS.
     perceptual_weights: safetensors of the backbone's trunk.
     discriminator_start: first step with the adversarial loss.
@@ -147,6 +155,7 @@ class TokenizerStage(Stage):
     """
 
     batch_size: int
+    image_sizes: tuple[int, ...] = ()
     clip_share: float = 0.0
     num_frames: int = 17
     images_per_clip: int = 4
@@ -157,6 +166,8 @@ class TokenizerStage(Stage):
     teacher: str | Callable[[], nn.Module] | None = None
     teacher_weights: str | None = None
     distill_layers: tuple[int, ...] = ()
+    video_teacher: str | Callable[[], nn.Module] | None = None
+    video_teacher_size: int | None = None
     perceptual_backbone: str = "lpips:vgg"
     perceptual_weights: str | None = None
     discriminator_learning_rate: float = 1e-4
@@ -178,10 +189,24 @@ class TokenizerStage(Stage):
             raise ValueError(
                 f"{self.name}: {weights.adversarial=} needs a discriminator, but {weights.discriminator=}."
             )
-        if weights.distill > 0 and not (self.teacher and self.distill_layers):
+        if weights.distill > 0 and not self.teacher:
+            raise ValueError(f"{self.name}: {weights.distill=} needs a teacher, got {self.teacher=}.")
+        needed = (self.video_teacher, self.video_teacher_size, self.clip_share)
+        if weights.video_distill > 0 and not all(needed):
             raise ValueError(
-                f"{self.name}: {weights.distill=} needs a teacher, got {self.teacher=} {self.distill_layers=}."
+                f"{self.name}: {weights.video_distill=} needs a video teacher and clips, got {self.video_teacher=}"
+                f" {self.video_teacher_size=} {self.clip_share=}."
             )
+
+    @property
+    def compared_layers(self) -> tuple[int, ...] | None:
+        """`distill_layers`, None if nothing is distilled."""
+        return self.distill_layers if self.loss_weights.distill > 0 else None
+
+    @property
+    def decompressed_size(self) -> int | None:
+        """The width to which semantic states of clips are decompressed, None if they are not."""
+        return self.video_teacher_size if self.loss_weights.video_distill > 0 else None
 
     @property
     def num_held_out_clips(self) -> int:

@@ -26,7 +26,14 @@ logger = logging.getLogger(__name__)
 
 NAME = "run.json"
 PACKAGES = ("torch", "transformers", "diffusers", "accelerate")
-MODELS = ("init", "tokenizer", "teacher", "teacher_weights", "perceptual_weights")  # folders, files or Hub ids
+MODELS = (
+    "init",
+    "tokenizer",
+    "teacher",
+    "video_teacher",
+    "teacher_weights",
+    "perceptual_weights",
+)  # folders, files or Hub ids
 NOT_DECIDING = {
     "stages", "data", "log_every", "save_every", "sample_every", "sample_prompts", "num_workers", "micro_batch_size",
     "micro_batch_tokens", "gradient_checkpointing", "attn_implementation", "num_inference_steps", "guidance_scale", "held_out", "num_held_out",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hydra_hf.evaluation.backbones import freeze, load_strictly, load_timm, load_weights, to_imagenet
 from hydra_hf.modeling import HydraTokModel
+from hydra_hf.modeling.grid import Grid
 
 
 class HydraTokTeacher(nn.Module):
@@ -17,17 +18,22 @@ class HydraTokTeacher(nn.Module):
 
     def __init__(self, model: HydraTokModel):
         super().__init__()
+        if model.reads_clips or model.config.rotary_axes:
+            raise ValueError("The teacher is a HYDRA-XTok, expected the ViT for images that it was made from.")
+        self.patch_size = model.config.patch_size
         self.embeddings = model.gen_vit.embeddings
         self.layers = nn.ModuleList([*model.gen_vit.layers, *model.sem_vit.layers])
+        self.post_layernorm = model.sem_vit.post_layernorm
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
-        """Outputs (B, cls + N, D) of the blocks `layers`, counted from 1, for normalised pixels (B, 3, H, W)."""
+        """Outputs (B, cls + N, D) of the blocks `layers`, counted from 1, for normalised pixels (B, 3, H, W); () is the output
+        of the whole."""
         _check_layers(layers, len(self.layers))
         hidden_states, outputs = self.embeddings(pixel_values), {}
-        for number, layer in enumerate(self.layers[: max(layers)], start=1):
+        for number, layer in enumerate(self.layers[: max(layers, default=None)], start=1):
             outputs[number] = hidden_states = layer(hidden_states)
-        return [outputs[number] for number in layers]
+        return [outputs[number] for number in layers] or [self.post_layernorm(hidden_states)]
 
 
 class TransformersTeacher(nn.Module):
@@ -35,14 +41,15 @@ class TransformersTeacher(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model, self.patch_size = model, side_of(model.config.patch_size)
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
         """As `HydraTokTeacher.forward`."""
-        states = self.model(**self.get_inputs(pixel_values), output_hidden_states=True).hidden_states
+        outputs = self.model(**self.get_inputs(pixel_values), output_hidden_states=True)
+        states = outputs.hidden_states
         _check_layers(layers, len(states) - 1)
-        return [states[number] for number in layers]
+        return [states[number] for number in layers] or [outputs.last_hidden_state]
 
     def get_inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
         return {"pixel_values": pixel_values}
@@ -53,7 +60,7 @@ class NaflexTeacher(TransformersTeacher):
 
     def get_inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Raises ValueError for sides that are not multiples of the patch size."""
-        patch, (height, width) = self.model.config.patch_size, pixel_values.shape[-2:]
+        patch, (height, width) = self.patch_size, pixel_values.shape[-2:]
         if height % patch or width % patch:
             raise ValueError(f"{height=} and {width=} must be multiples of the teacher's patch size {patch}.")
         patches = pixel_values.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, C, h, p, w, p)
@@ -71,24 +78,41 @@ class TimmTeacher(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model, self.patch_size = model, side_of(model.patch_embed.patch_size)
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
         """As `HydraTokTeacher.forward`, without class tokens."""
         _check_layers(layers, len(self.model.blocks))
+        if not layers:
+            return [self.model.forward_features(pixel_values)]
         return self.model.forward_intermediates(
             pixel_values, indices=[number - 1 for number in layers], output_fmt="NLC", intermediates_only=True
         )
 
 
+def side_of(size: int | list[int] | tuple[int, ...]) -> int:
+    """The side of a square patch or image, which configs write in one number or in two. Raises ValueError for others."""
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f"The teacher's size {size} must be square.")
+    return sides.pop()
+
+
+def patch_grid(teacher: nn.Module, pixel_values: Tensor) -> Grid:
+    """The grid of a teacher's patches of images (B, 3, H, W)."""
+    height, width = pixel_values.shape[-2:]
+    return 1, height // teacher.patch_size, width // teacher.patch_size
+
+
 def _check_layers(layers: tuple[int, ...], num_layers: int) -> None:
-    if not 1 <= min(layers) <= max(layers) <= num_layers:
+    if layers and not 1 <= min(layers) <= max(layers) <= num_layers:
         raise ValueError(f"distill_layers={layers} must be blocks 1 to {num_layers} of the teacher.")
 
 
 def load_teacher(teacher: str | Callable[[], nn.Module], weights: str | None = None) -> nn.Module:
-    """The frozen teacher in a folder or on the Hub, "timm:NAME" with its safetensors, or the result of a function.
+    """The frozen teacher in a folder or on the Hub, "timm:NAME" with its safetensors, or the result of a function: a module with
+    a `patch_size`, called as `HydraTokTeacher` is.
 
     Raises ValueError for a model that is not a ViT.
     """
@@ -108,8 +132,8 @@ def load_teacher(teacher: str | Callable[[], nn.Module], weights: str | None = N
         model = model.vision_model
     if isinstance(model, Siglip2VisionModel):
         return NaflexTeacher(model)
-    if model.main_input_name != "pixel_values":
-        raise ValueError(f"The teacher {teacher!r} is a {type(model).__name__}, expected a vision model.")
+    if model.main_input_name != "pixel_values" or "patch_size" not in model.config.to_dict():
+        raise ValueError(f"The teacher {teacher!r} is a {type(model).__name__}, expected a ViT.")
     return TransformersTeacher(model)
 
 

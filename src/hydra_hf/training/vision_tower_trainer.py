@@ -11,7 +11,7 @@ from hydra_hf.files import write_folder
 from hydra_hf.modeling import HydraTokConfig, HydraTokForPreTraining, HydraTokModel
 from hydra_hf.modeling.compat import enable_checkpointing
 
-from .folds import FOLDS, add_folds
+from .folds import FOLDS, add_folds, changes_image_latents
 from .image_trainer import TokenizerTrainer
 from .recipe import Recipe, TokenizerStage
 from .stages import check_stage, run_stages
@@ -43,19 +43,23 @@ def train_tokenizer(
 
 
 def check_data(recipe: Recipe, stage: TokenizerStage) -> None:
-    """Raises ValueError for a stage without images to train on, or without held-out ones to measure it on."""
+    """Raises ValueError for a stage without images, or clips, to train on, or without held-out ones to measure it on."""
     data = recipe.data_of(stage)
     if data is None:
         raise ValueError(f"{recipe.name} needs data: images to train on, such as generate=PATH.")
     if stage.held_out is None:
         raise ValueError(f"{recipe.name}: {data=} needs held_out images too, which are not trained on.")
+    for name, part in (("data", data), ("held_out", stage.held_out)):
+        if stage.clip_share and not part.has_clips:
+            raise ValueError(f"{recipe.name}: {name} has no clips, which {stage.name} needs: add video_generate=PATH.")
 
 
 def create_batches(recipe: Recipe, stage: TokenizerStage, seed: int) -> tuple[Batches, HeldOut]:
     """What a stage is trained on, and what it is measured on. Raises ValueError if either is missing."""
     check_data(recipe, stage)
     size, data, held_out = recipe.config.image_size, recipe.data_of(stage), stage.held_out
-    images, held_out_images = data.images(size, stage.batch_size, seed), held_out.images(size, stage.num_held_out, 0)
+    images = data.images(stage.image_sizes or (size,), stage.batch_size, seed)
+    held_out_images = held_out.images((size,), stage.num_held_out, 0)
     if not stage.clip_share:
         return images, HeldOut(held_out_images)
     clips = data.clips(size, stage.num_frames, stage.batch_size // stage.images_per_clip, seed)
@@ -69,7 +73,8 @@ def train_stage(
 ) -> None:
     """Trains one stage and writes `folder/final`.
 
-    After the first one, the statistics of the latents are measured, unless it keeps the latents of images.
+    The statistics of the latents are measured after every stage that changes those of images, and hold in the stages after it:
+    Sem-ViT and flow read normalised latents, the decoder those before, as it was trained.
     """
     seed = recipe.seed + 1000 * index
     torch.manual_seed(seed)  # initial weights, the same whether or not earlier stages ran in this process
@@ -80,7 +85,7 @@ def train_stage(
         log_every=recipe.log_every, save_every=recipe.save_every, sample_every=recipe.sample_every,
     )  # fmt: skip
     model = trainer.train().eval()
-    if index == 0 and not stage.keeps_image_latents:
+    if changes_image_latents(model, stage):
         model.set_latents_statistics(*trainer.measure_latents(model))
     if trainer.accelerator.is_main_process:
         write_folder(folder / "final", model.save_pretrained)
@@ -96,7 +101,9 @@ def create_stage_model(
     Raises ValueError if the encoders, or two decoders of the same kind, do not have the same weights.
     """
     config = HydraTokConfig.from_dict({**recipe.config.to_dict(), "decoder_config": stage.decoder_config.to_dict()})
-    model = HydraTokForPreTraining._from_config(config, attn_implementation=recipe.attn_implementation)
+    model = HydraTokForPreTraining._from_config(
+        config, attn_implementation=recipe.attn_implementation, video_teacher_size=stage.decompressed_size
+    )
     if recipe.gradient_checkpointing:
         enable_checkpointing(model, use_reentrant=False)
     if previous is None:

@@ -11,6 +11,7 @@ from hydra_hf.toy.batches import ToyData
 from hydra_hf.toy.clips import clip_corpus
 from hydra_hf.toy.edits import edit_corpus
 from hydra_hf.toy.language import PAINTED
+from hydra_hf.toy.teacher import ToyTeacher, ToyVideoTeacher
 from hydra_hf.toy.text_tokenizer import extend_toy_tokenizer, words_of
 from hydra_hf.toy.world import CANVASES
 from hydra_hf.training.recipe import HydraRecipe, HydraStage, Recipe, TokenizerLossWeights, TokenizerStage
@@ -29,7 +30,10 @@ def video_config() -> HydraTokConfig:
 
 
 def tokenizer(init: str = f"{EMBEDDED}/model") -> Recipe:
-    """Clips for a vision tower that knows images: folds and a ViT decoder. Latents of images stay as they are."""
+    """Clips for a vision tower that knows images: folds and a ViT decoder, then Sem-ViT after the toy teachers.
+
+    Latents of images stay as they are.
+    """
     decoder = TokenizerStage(
         name="decoder",
         data=ToyData(canvases=CANVASES),
@@ -52,10 +56,21 @@ def tokenizer(init: str = f"{EMBEDDED}/model") -> Recipe:
         ),
         loss_weights=TokenizerLossWeights(cosine=0.0),
     )  # fmt: skip
+    semantics = replace(
+        decoder,
+        name="semantics",
+        num_steps=800,
+        keeps_image_latents=False,  # the encoder is frozen
+        learning_rates={"model.sem_vit": 5e-4, "model.bottleneck.semantic_up_proj": 5e-4, "decompressor": 1e-3},
+        loss_weights=TokenizerLossWeights(regression=0.0, kl=0.0, cosine=0.0, distill=1.0, video_distill=1.0),
+        teacher=ToyTeacher,
+        video_teacher=ToyVideoTeacher,
+        video_teacher_size=192,
+    )
     return Recipe(
         name="tiny_x.tokenizer",
         config=video_config(),
-        stages=(decoder,),
+        stages=(decoder, semantics),
         init=init,
         attn_implementation=ATTENTION,
         save_every=200,
