@@ -35,17 +35,19 @@ def parser(description: str, layers: int, runs: int = 3, dtype: str = "fp32") ->
     return parser
 
 
-def medians(functions: dict[str, Callable], runs: int) -> dict[str, float]:
+def medians(
+    functions: dict[str, Callable], runs: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each function. They take turns, so that a slow minute of the machine slows all of them."""
     times = {name: [] for name in functions}
     for run in range(runs + 1):
         for name, function in functions.items():
             synchronize()
-            start = time.perf_counter()
+            start = clock()
             function()
             synchronize()
             if run:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

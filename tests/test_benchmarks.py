@@ -15,7 +15,17 @@ import torch
 
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ["data", "denoise_step", "image_sizes", "matmul_share", "memory", "packing", "text_answer", "tokenizer"]
+SCRIPTS = [
+    "clips",
+    "data",
+    "denoise_step",
+    "image_sizes",
+    "matmul_share",
+    "memory",
+    "packing",
+    "text_answer",
+    "tokenizer",
+]
 
 
 def load(name: str, monkeypatch):

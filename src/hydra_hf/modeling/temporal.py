@@ -226,10 +226,12 @@ class FrameAttention:
         if num_paired < self.num_frames:  # the anchor sees itself alone
             parts.append((*attend(query[:, :, 0], key[:, :, 0], value[:, :, 0]), 0))
         if num_paired:
-            key, value = (torch.cat([states[:, :, :-1], states[:, :, 1:]], dim=3) for states in (key, value))
+            frame_size = query.shape[3]
+            key, value = (
+                states.flatten(2, 3).unfold(2, 2 * frame_size, frame_size).transpose(3, 4) for states in (key, value)
+            )  # views of (B, heads, T, 2 S, head_dim): neighbours overlap, and a single clip is not copied
             paired = [states.transpose(1, 2).flatten(0, 1) for states in (query[:, :, -num_paired:], key, value)]
             outputs, weights = (None if x is None else x.unflatten(0, (-1, num_paired)) for x in attend(*paired))
-            frame_size = query.shape[3]
             for index in range(num_paired):
                 own_weights = None if weights is None else weights[:, index]
                 parts.append((outputs[:, index], own_weights, index * frame_size))

@@ -1,0 +1,169 @@
+"""The claims of HYDRA-X at toy scale: trains what they compare, measures it, and prints and plots tables.
+
+python examples/hydra_x_table.py --out runs/hydra_x_table --seeds 0 1
+
+A run or a score that exists is not made again, so the same command resumes a killed table. It writes `table.json`, `table.md` and
+`table.png` (with matplotlib). A group of claims is an entry of `PARTS`: its rows, its columns, and the function that trains and
+measures one row from one seed.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from torch import Tensor
+
+from hydra_hf import HydraTokConfig, HydraTokModel
+from hydra_hf.evaluation.reconstruction import reconstruct, score_reconstructions
+from hydra_hf.files import write_text
+from hydra_hf.toy.clips import ToyClips, render_clips
+from hydra_hf.toy.world import ToyWorld
+from hydra_hf.training.losses import frames_of
+from hydra_hf.training.recipe import Recipe
+from hydra_hf.training.recipes import tiny_x
+from hydra_hf.training.vision_tower_trainer import train_tokenizer
+
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A table.
+
+    Args:
+        rows: what is compared.
+        columns: the scores that are shown.
+        run: the scores of one row from one seed.
+    """
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    run: Callable[[argparse.Namespace, str, int], Scores]
+
+
+# The tokenizer: who sees whom, with the folds of Gen-ViT and the unfolds of the decoder (HYDRA-X, table 1)
+
+TOKENIZERS = {
+    "full": ("full", [0, 0], [3, 3]),
+    "causal": ("causal", [0, 0], [3, 3]),
+    "tubelet": ("tubelet", [0, 0], [3, 3]),
+    "tubelet_two_folds": ("tubelet", [0, 2], [1, 3]),
+}
+TRAINED = ("model.gen_vit", "model.bottleneck", "model.pixel_decoder")
+
+
+def tokenizer_recipe(options: argparse.Namespace, name: str, seed: int) -> Recipe:
+    """`tiny_x.tokenizer` with other attention and folds; the whole encoder is trained, from that of the embedded checkpoint."""
+    attention, folds, unfolds = TOKENIZERS[name]
+    recipe = tiny_x.tokenizer()
+    config = {**recipe.config.to_dict(), "temporal_attention": attention, "temporal_fold_layers": folds}
+    (stage,) = recipe.stages
+    decoder_config = stage.decoder_config.to_dict() | {
+        "temporal_attention": attention,
+        "temporal_unfold_layers": unfolds,
+    }
+    stage = replace(
+        stage, num_steps=options.num_steps, batch_size=16, keeps_image_latents=False, learning_rates=dict.fromkeys(TRAINED, 1e-3),
+        decoder_config=type(stage.decoder_config).from_dict(decoder_config),
+    )  # fmt: skip
+    return replace(recipe, config=HydraTokConfig.from_dict(config), stages=(stage,), seed=seed)
+
+
+def score_tokenizer(model: HydraTokModel, options: argparse.Namespace) -> Scores:
+    """Of held-out clips, frame by frame, and of held-out images."""
+    world, generator = ToyWorld(difficulty=1), torch.Generator().manual_seed(0)
+    clips = render_clips(world, ToyClips(world).sample(options.num_clips, generator, split="test", scattered=True))
+    images = world.render(world.sample_scenes(options.num_images, generator, split="test"))
+
+    def score(kind: str, originals: Tensor) -> Scores:
+        copies = reconstruct(model, originals, batch_size=8)
+        scores = score_reconstructions([(frames_of(originals), frames_of(copies))])
+        return {f"{kind}/{name}": value for name, value in scores.items()}
+
+    return score("clip", clips) | score("image", images)
+
+
+def run_tokenizer(options: argparse.Namespace, name: str, seed: int) -> Scores:
+    folder = train_tokenizer(
+        tokenizer_recipe(options, name, seed), options.out / f"tokenizer-{name}-{seed}", on_stage=print
+    )
+    return score_tokenizer(HydraTokModel.from_pretrained(folder).eval(), options)
+
+
+PARTS = {
+    "tokenizer": Part(tuple(TOKENIZERS), ("clip/psnr", "clip/ssim", "image/psnr", "image/ssim"), run_tokenizer),
+}
+
+
+# The tables
+
+
+def scores_of(options: argparse.Namespace, part: str, name: str, seed: int) -> Scores:
+    """Those of an earlier call, or new ones."""
+    path = options.out / f"{part}-{name}-{seed}.json"
+    if not path.exists():
+        write_text(path, json.dumps(PARTS[part].run(options, name, seed), indent=2) + "\n")
+    return json.loads(path.read_text())
+
+
+def table_of(columns: tuple[str, ...], rows: dict[str, list[Scores]]) -> str:
+    """A Markdown table: mean and standard deviation over seeds."""
+    lines = ["| | seeds | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    for name, scores in rows.items():
+        cells = []
+        for column in columns:
+            values = [score[column] for score in scores]
+            spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.3f}{spread}")
+        lines.append(f"| {name} | {len(scores)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(tables: dict[str, dict[str, list[Scores]]], path: Path) -> None:
+    """A row of diagrams for each table, one for each column, with a dot for each seed."""
+    from matplotlib import pyplot  # pip install matplotlib
+
+    width = max(len(PARTS[part].columns) for part in tables)
+    figure, grid = pyplot.subplots(len(tables), width, figsize=(3 * width, 4 * len(tables)), squeeze=False)
+    for (part, rows), axes in zip(tables.items(), grid):
+        for axis in axes[len(PARTS[part].columns) :]:
+            axis.axis("off")
+        for axis, column in zip(axes, PARTS[part].columns):
+            for place, scores in enumerate(rows.values()):
+                axis.scatter([place] * len(scores), [score[column] for score in scores])
+            axis.set_xticks(range(len(rows)), list(rows), rotation=90)
+            axis.set_title(column)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--num_steps", type=int, default=400, help="of each tokenizer")
+    parser.add_argument("--num_clips", type=int, default=64)
+    parser.add_argument("--num_images", type=int, default=128)
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    tables = {}
+    for part in options.parts:
+        tables[part] = rows = {}
+        for seed in options.seeds:
+            for name in PARTS[part].rows:
+                rows.setdefault(name, []).append(scores_of(options, part, name, seed))
+                print(table_of(PARTS[part].columns, rows), flush=True)
+    write_text(options.out / "table.json", json.dumps(tables, indent=2) + "\n")
+    texts = [f"## {part}\n\n{table_of(PARTS[part].columns, rows)}\n" for part, rows in tables.items()]
+    write_text(options.out / "table.md", "\n".join(texts))
+    plot(tables, options.out / "table.png")
+
+
+if __name__ == "__main__":
+    main()
