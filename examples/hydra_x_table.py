@@ -9,6 +9,7 @@ measures one row from one seed.
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +18,17 @@ from statistics import mean, stdev
 import torch
 from torch import Tensor
 
-from hydra_hf import HydraTokConfig, HydraTokModel
+import hydra_hf
+from hydra_hf import HydraPipeline, HydraTokConfig, HydraTokModel
 from hydra_hf.evaluation.reconstruction import reconstruct, score_reconstructions
 from hydra_hf.files import write_text
 from hydra_hf.toy.clips import ToyClips, render_clips
+from hydra_hf.toy.edits import ToyEdits
+from hydra_hf.toy.evaluation_x import evaluate_edits
 from hydra_hf.toy.world import ToyWorld
+from hydra_hf.training.hydra_trainer import train_hydra
 from hydra_hf.training.losses import frames_of
-from hydra_hf.training.recipe import Recipe
+from hydra_hf.training.recipe import HydraRecipe, Recipe
 from hydra_hf.training.recipes import tiny_x
 from hydra_hf.training.vision_tower_trainer import train_tokenizer
 
@@ -95,8 +100,49 @@ def run_tokenizer(options: argparse.Namespace, name: str, seed: int) -> Scores:
     return score_tokenizer(HydraTokModel.from_pretrained(folder).eval(), options)
 
 
+# Edits: whether Sem-ViT reads the target together with its source (HYDRA-X, section 3 and table 3)
+
+EDITING = {"interaction": True, "independent": False}
+
+
+def without_edits(name: str, options: argparse.Namespace) -> Path:
+    """The embedded checkpoint, which has never edited, with Sem-ViT as `name` says."""
+    folder = options.out / f"start-{name}"
+    if not folder.exists():
+        shutil.copytree(options.init, folder)
+        config = folder / "model" / "config.json"
+        fields = json.loads(config.read_text()) | {"use_source_interaction": EDITING[name]}
+        write_text(config, json.dumps(fields, indent=2) + "\n")
+    return folder
+
+
+def edit_recipe(options: argparse.Namespace, name: str, seed: int) -> HydraRecipe:
+    """`tiny_x.hydra` with one stage of edits, and some text to image."""
+    recipe = tiny_x.hydra(str(without_edits(name, options)), options.tokenizer)
+    stage = replace(
+        recipe.stages[-1],
+        name="edit",
+        num_steps=options.num_edit_steps,
+        tasks={"edit": 24, "generate": 8},
+        task_weights={},
+    )
+    return replace(recipe, stages=(stage,), seed=seed)
+
+
+def run_edits(options: argparse.Namespace, name: str, seed: int) -> Scores:
+    """As `hydra evaluate --suite edit` measures them, without guidance by the image, which is another comparison."""
+    folder = train_hydra(edit_recipe(options, name, seed), options.out / f"edits-{name}-{seed}", on_stage=print)
+    pipeline = HydraPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    edits = ToyEdits(ToyWorld(difficulty=1))
+    return evaluate_edits(pipeline, edits, options.num_edits, guidance_scale=1.0)
+
+
 PARTS = {
     "tokenizer": Part(tuple(TOKENIZERS), ("clip/psnr", "clip/ssim", "image/psnr", "image/ssim"), run_tokenizer),
+    "edits": Part(
+        tuple(EDITING), ("edit/mean", "edit_psnr/mean", "edit/new_wording", "edit_decoded_psnr/mean"), run_edits
+    ),
 }
 
 
@@ -150,6 +196,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num_steps", type=int, default=400, help="of each tokenizer")
     parser.add_argument("--num_clips", type=int, default=64)
     parser.add_argument("--num_images", type=int, default=128)
+    parser.add_argument("--init", default=hydra_hf.TINY, help="the model of images that edits are learnt from")
+    parser.add_argument("--tokenizer", default="runs/tiny_x.tokenizer/final", help="its tokenizer, for clips too")
+    parser.add_argument("--num_edit_steps", type=int, default=500)
+    parser.add_argument("--num_edits", type=int, default=50, help="of each kind")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     tables = {}
