@@ -31,7 +31,8 @@ COLUMNS = (
     "t2i/mean", "vqa/mean", "vqa/spatial", "paint/psnr", "paint/depth_similarity", "paint/foreground_error", "paint/foreground_iou",
     "paint/order", "paint/boundary_f", "paint/white_share",
 )  # fmt: skip
-LORA = "unimrg_lora"
+LORA = "_lora"  # behind the name of a mixture: adapters are trained instead of the weights
+NAMES = [*MIXTURES, *(f"{mixture}{LORA}" for mixture in MIXTURES)]
 ADAPTED = ("model.language_model", "model.vision_tower.sem_vit", "vision_head")  # the head is a fifth of the toy model
 
 
@@ -49,13 +50,13 @@ def run_one(options: argparse.Namespace, name: str, seed: int) -> dict[str, floa
     if not path.exists():
         folder = options.init
         if name != "base":
-            recipe = replace(tiny.unimrg(options.init, name.removesuffix("_lora")), seed=seed)
+            recipe = replace(tiny.unimrg(options.init, name.removesuffix(LORA)), seed=seed)
             overrides = {"num_steps": options.num_steps} if options.num_steps else {}
-            if name == LORA:
+            if name.endswith(LORA):
                 overrides |= {"lora_rank": options.lora_rank, "lora_targets": ADAPTED}
             folder = train_hydra(recipe.with_overrides(**overrides), options.out / f"{name}-{seed}", on_stage=print)
         scores = measure(folder, options)
-        if name == LORA:
+        if name.endswith(LORA):
             adapter = options.out / f"{name}-{seed}" / "unimrg" / "final" / "adapter" / "adapter_model.safetensors"
             scores["adapter_share"] = num_values(adapter) / num_values(folder / "model" / "model.safetensors")
         write_text(path, json.dumps(scores, indent=2) + "\n")
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", default=hydra_hf.TINY, help="the base model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--mixtures", nargs="+", default=[*MIXTURES, LORA], choices=[*MIXTURES, LORA])
+    parser.add_argument("--mixtures", nargs="+", default=[*MIXTURES, f"unimrg{LORA}"], choices=NAMES)
     parser.add_argument("--num_steps", type=int, help="instead of the recipe's")
     parser.add_argument("--lora_rank", type=int, default=16)
     parser.add_argument("--num_prompts", type=int, default=100, help="of each of six categories")

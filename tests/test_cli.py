@@ -24,7 +24,7 @@ from hydra_hf.training.recipe import HydraRecipe, HydraStage
 from toy_models import toy_config, toy_pipeline
 
 
-COMMANDS = ("generate", "ask", "reconstruct", "train", "evaluate")
+COMMANDS = ("generate", "ask", "chat", "reconstruct", "train", "evaluate")
 
 
 @pytest.fixture(scope="module")

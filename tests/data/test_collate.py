@@ -69,6 +69,22 @@ def test_text_up_to_a_generated_image_is_labelled_and_after_it_is_not(tiny_proce
     )
 
 
+def test_after_a_given_image_of_the_assistant_text_is_labelled_again(tiny_processor):
+    given = image() | {"is_given": True}
+    sample = chat(("user", [text("draw a cat")]), ("assistant", [text("a cat"), given, text("two")]), ("user", [text("what")]),
+                  ("assistant", [text("dog"), image(), text("red")]), task="edit")  # fmt: skip
+    other = chat(("user", [text("what")]), ("assistant", [text("cat")]), task="text")
+    batch = collate([sample, other], tiny_processor)
+    assert (
+        drawn(batch, tiny_processor)
+        == """
+[ user / draw a cat ] / [ assistant / a cat < # # # > two ] / [ user / what ] / [ assistant / dog < # # # > red ] /
+. .    . .    . .   . . . .         . . .   . . . . > two ] . . .    . .    . . . .         . dog < . . . . .   . ."""
+    )
+    assert drawn(batch, tiny_processor, row=1).endswith("cat ] .")
+    assert batch["is_generated"].tolist() == [False, True]
+
+
 def test_a_generated_image_silences_its_own_row_only(tiny_processor):
     samples = [
         chat(("user", [text("a cat")]), ("assistant", [image()]), task="generate"),

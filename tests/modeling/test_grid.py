@@ -138,9 +138,9 @@ def test_buckets_use_up_the_budget_and_keep_the_aspect_in_bounds(max_tokens):
 
 @pytest.mark.parametrize(
     ("grid", "message"),
-    [([1, 2], "must be"), ([[2, 2, 2]], r"\(2, 2, 2\), expected \(1, h, w\)"), ([[1, 0, 2]], "at least one patch")],
+    [([1, 2], "must be"), ([[0, 2, 2]], r"\(0, 2, 2\), expected \(t, h, w\)"), ([[1, 0, 2]], "at least one patch")],
 )
-def test_what_is_no_grid_of_an_image_is_refused(grid, message):
+def test_what_is_no_grid_is_refused(grid, message):
     with pytest.raises(ValueError, match=message):
         image_grids(torch.tensor(grid))
 

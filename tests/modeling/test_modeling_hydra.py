@@ -601,7 +601,7 @@ def test_prefill_in_chunks_is_refused(qwen):
 
 
 def test_an_unknown_generation_mode_is_refused(qwen):
-    with pytest.raises(ValueError, match="generation_mode='video' must be 'text' or 'image'"):
+    with pytest.raises(ValueError, match="generation_mode='video' must be 'text', 'image' or 'interleaved'"):
         qwen.generate(**prompt(), generation_mode="video")
 
 
@@ -833,7 +833,7 @@ def test_an_image_is_edited_without_guidance(qwen):
         "num_inference_steps": 1,
     }
     assert qwen.generate(**kwargs, guidance_scale=1).shape == (1, 3, 12, 12)
-    with pytest.raises(ValueError, match="guidance_scale=1"):
+    with pytest.raises(ValueError, match="guidance_scale=4.5 for prompts with images, expected 1"):
         qwen.generate(**kwargs)
 
 

@@ -514,8 +514,18 @@ def test_as_many_clips_as_placeholders_or_an_error(processor, clip_processor):
         clip_processor(text="<|video_pad|>")
     with pytest.raises(ValueError, match="no video_processor: its model only reads images"):
         encode(processor, [user(video())])
-    with pytest.raises(ValueError, match="part of type 'video', expected text and images"):
-        clip_processor.encode_conversations([[user(video())]])
+    with pytest.raises(ValueError, match="no video_processor: its model only reads images"):
+        processor.encode_conversations([[user({"type": "video", "video": torch.zeros(3, 9, 14, 28)})]])
+
+
+def test_training_encodes_clips_and_images_as_a_chat_does(clip_processor):
+    pixels, conversation = torch.zeros(3, 9, 14, 28), [user(video(), text("what?"), image())]
+    chat = encode(clip_processor, conversation)
+    size = chat["image_grid_thw"][0, 1:] * clip_processor.patch_size
+    trained = clip_processor.encode_conversations([conversation], images=[pixels, torch.zeros(3, *size.tolist())])
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        assert torch.equal(trained[name], chat[name]), name
+    assert torch.equal(trained["image_grid_thw"], torch.cat([chat["video_grid_thw"], chat["image_grid_thw"]]))
 
 
 def test_the_model_gets_every_input_of_a_clip(clip_processor):

@@ -189,7 +189,7 @@ def test_packed_latents_that_do_not_fit_their_grids_are_refused(qwen):
     batch = batch_of((0, 1))
     with pytest.raises(ValueError, match=r"latents \(7, 6\) must be packed, \(8, ...\)"):
         qwen(**{**batch, "image_grid_thw": torch.tensor([(1, 2, 2), (1, 2, 2)])})
-    with pytest.raises(ValueError, match="must be .num_images, C, h, w., or packed with image_grid_thw"):
+    with pytest.raises(ValueError, match="or packed with image_grid_thw"):
         qwen(**{**batch, "image_grid_thw": None})
 
 

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    LogitsProcessor,
+    pipeline,
+)
 
 
 @pytest.fixture
@@ -59,3 +65,42 @@ def test_any_to_any_answers(checkpoint, chat):
     ask = pipeline("any-to-any", model=checkpoint)
     answer = ask(text=chat, max_new_tokens=3, return_full_text=False)[0]["generated_text"]
     assert isinstance(answer, str)
+
+
+class Draws(LogitsProcessor):
+    """Makes a model of random weights draw after its second token, and end after its fourth."""
+
+    def __init__(self, vision_start: int, end: int):
+        self.decisions, self.number = {2: vision_start, 4: end}, -1
+
+    def __call__(self, input_ids, scores):
+        self.number += 1
+        if self.number not in self.decisions:
+            return scores
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([self.decisions[self.number]]), 0.0)
+
+
+def test_any_to_any_returns_text_and_images_of_one_answer(checkpoint, chat):
+    talk = pipeline("any-to-any", model=checkpoint)
+    config = talk.model.config
+
+    def settings():
+        decisions = Draws(config.vision_start_token_id, config.text_config.eos_token_id)
+        return {
+            "generation_mode": "interleaved", "num_inference_steps": 2, "guidance_scale": 3.0, "do_sample": False,
+            "logits_processor": [decisions], "generator": torch.Generator().manual_seed(0), "max_new_tokens": 8,
+        }  # fmt: skip
+
+    dialogue = talk(chat, generate_kwargs=settings())[0]["generated_text"]
+    assert dialogue[:1] == chat
+    assert dialogue[1]["role"] == "assistant"
+    assert [part["type"] for part in dialogue[1]["content"]] == ["text", "image", "text"]
+    inputs = talk.processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = talk.model.generate(**inputs, **settings())
+    (expected,) = talk.processor.post_process_multimodal_output(output)
+    assert dialogue[1]["content"] == expected
+    assert talk(chat, generate_kwargs=settings(), return_full_text=False)[0]["generated_text"] == expected
+    dialogue.append({"role": "user", "content": [{"type": "text", "text": "what is in the picture"}]})
+    assert len(talk(dialogue, generate_kwargs=settings())[0]["generated_text"]) == 4

@@ -11,7 +11,8 @@ from .tasks import check_task
 class Sample:
     """`messages` are those of the chat template. The `image` of an image part is its pixels (3, H, W), floats in [-1, 1]
     or uint8 levels from 0 to 255; or it is the grid of the image, and `latent_mean` is the mean (N, C) of its latents
-    before they are normalised. The `video` of a part is a clip (3, T, H, W), in the same values.
+    before they are normalised. The `video` of a part is a clip (3, T, H, W), in the same values. An image of the assistant with
+    `is_given` true was generated in another sample.
 
     Args:
         encoding: what `HydraProcessor.encode_each` gives for these messages, if it is known.

@@ -1,10 +1,13 @@
 """The messages of a chat: parts of text, images and clips, and checks of them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
+
+from PIL import Image
 
 
 PART_KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}  # in their order
@@ -49,6 +52,7 @@ def parts_of(conversations: list[list[dict]], *kinds: str) -> Iterator[dict]:
 
 
 def check_parts(conversations: list[list[dict]], kind: str) -> None:
+    """Raises ValueError for a part without its image or clip."""
     keys = PART_KEYS[kind]
     if any(not any(part.get(key) is not None for key in keys) for part in parts_of(conversations, kind)):
         raise ValueError(f"Got a part of type {kind!r} without its {kind}, expected one of the keys {keys}.")
@@ -64,3 +68,24 @@ def check_placeholders(texts: list[str], token: str, count: int | None, what: st
             f"Got {num_placeholders} {token} tokens and {count} {what}: the number of {token} tokens in the prompts should"
             f" be the same as the number of {what}."
         )
+
+
+class AnswerParts(list):
+    """The parts of an answer, the `content` of an assistant's message."""
+
+    def find(self, prompt: str) -> int:
+        """-1: transformers' pipelines look for the text of the prompt at the start of what was generated, to cut it off."""
+        return -1
+
+
+def answer_parts(
+    token_ids: Sequence[int], images: Sequence[Image.Image], image_token_id: int, decode: Callable[[list[int]], str]
+) -> AnswerParts:
+    """An answer's text and images, in order; each run of placeholders in `token_ids` is the next image."""
+    parts, remaining = AnswerParts(), iter(images)
+    for is_image, run in groupby(token_ids, key=lambda token: token == image_token_id):
+        if is_image:
+            parts.append({"type": "image", "image": next(remaining)})
+        elif text := decode(list(run)):
+            parts.append({"type": "text", "text": text})
+    return parts

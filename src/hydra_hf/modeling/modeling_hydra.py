@@ -32,7 +32,7 @@ from .grid import (
     tokens_to_latents,
 )
 from .image_embedding import ImageEmbeddingMixin
-from .image_generation import ImageGenerationMixin
+from .interleaved_generation import InterleavedGenerationMixin
 from .layers import TimestepEmbedding, first_set, init_layer
 from .masks import choose_masks, create_masks
 from .modeling_hydra_tok import HydraTokModel
@@ -174,8 +174,8 @@ class HydraModel(ImageEmbeddingMixin, HydraPreTrainedModel):
         )
 
 
-class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, GenerationMixin):
-    """HYDRA with its two heads: `generate` answers, `generate(generation_mode="image")` generates images."""
+class HydraForConditionalGeneration(HydraPreTrainedModel, InterleavedGenerationMixin, GenerationMixin):
+    """HYDRA with its two heads: `generate` answers, in text, in images or in both, see `generation_mode`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -328,14 +328,17 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, ImageGenerationMixin, 
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_mode: str = "text", **kwargs):
-        """Token ids, or with `generation_mode="image"` pixels (B, 3, H, W) in [-1, 1]: see `generate_images`."""
+        """Token ids; with `generation_mode="image"` pixels (B, 3, H, W) in [-1, 1], see `generate_images`; with "interleaved"
+        both, see `generate_interleaved`."""
         if generation_mode == "image":
             # transformers' pipelines add their defaults for text, such as max_new_tokens, to every call
             text_only = ({*vars(GenerationConfig())} | {"generation_config"}) - {"guidance_scale"}
             kwargs = {name: value for name, value in kwargs.items() if name not in text_only}
             return self.generate_images(kwargs.pop("input_ids", inputs), **kwargs)
+        if generation_mode == "interleaved":
+            return self.generate_interleaved(kwargs.pop("input_ids", inputs), **kwargs)
         if generation_mode != "text":
-            raise ValueError(f"{generation_mode=} must be 'text' or 'image'.")
+            raise ValueError(f"{generation_mode=} must be 'text', 'image' or 'interleaved'.")
         generation_config = kwargs.get("generation_config") or self.generation_config
         if kwargs.get("prefill_chunk_size", generation_config.prefill_chunk_size) is not None:
             raise ValueError(

@@ -77,3 +77,14 @@ class HydraOutput(CausalLMOutputWithPast):
     language_loss: Tensor | None = None
     flow_loss: Tensor | None = None
     image_outputs: BaseModelOutputWithPooling | None = None
+
+
+@dataclass
+class HydraInterleavedOutput(ModelOutput):
+    """`sequences` (1, L): the prompt of `prompt_length` tokens and the answer, with a placeholder for each token of an image;
+    `images`: those that were drawn, in order, each (3, H, W) near [-1, 1]; `latents`: theirs, each (1, C, h, w)."""
+
+    sequences: Tensor | None = None
+    prompt_length: int | None = None
+    images: list[Tensor] | None = None
+    latents: list[Tensor] | None = None

@@ -1,6 +1,8 @@
 """Chat messages with images and clips to the model's inputs, and its outputs to text and images."""
 
 import re
+from collections.abc import Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,16 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.video_utils import VideoInput
 
-from .chat_messages import as_dicts, check_parts, check_placeholders, check_unicode, parts_of, token_starts
+from .chat_messages import (
+    AnswerParts,
+    answer_parts,
+    as_dicts,
+    check_parts,
+    check_placeholders,
+    check_unicode,
+    parts_of,
+    token_starts,
+)
 from .compat import TypedProcessingKwargs
 from .grid import Grid, folded_length, image_grid, num_tokens
 from .image_processing_hydra import HydraImageProcessor
@@ -390,25 +401,34 @@ class HydraProcessor(ProcessorMixin):
 
     def post_process_multimodal_output(
         self,
-        generated_outputs: Tensor,
+        generated_outputs: Tensor | Mapping[str, Any],
         skip_special_tokens: bool = True,
         generation_mode: str | None = None,
         **kwargs,
-    ) -> list[str] | list[Image.Image]:
+    ) -> list[str] | list[Image.Image] | list[AnswerParts]:
         """
-        What the model generated, as text or images.
+        What the model generated, as text, images, or lists of parts such as messages hold.
 
         Args:
-            generated_outputs: token ids, or `pixel_values` (B, 3, H, W) when `generation_mode` is "image".
-            generation_mode: "text" (also when None) or "image".
+            generated_outputs: token ids, `pixel_values` (B, 3, H, W) when `generation_mode` is "image", or what
+                `generate(generation_mode="interleaved")` returned.
+            generation_mode: "text" (also when None), "image" or "interleaved".
         """
+        if isinstance(generated_outputs, Mapping):  # pipelines keep its fields and not its class, and name no mode
+            return [self._parts_of_answer(generated_outputs, skip_special_tokens, **kwargs)]
         if generation_mode in (None, "text"):
             return self.post_process_image_text_to_text(
                 generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
             )
         if generation_mode == "image":
             return self.image_processor.postprocess(generated_outputs, output_type="pil")
-        raise ValueError(f"Got {generation_mode=}, expected 'text' or 'image'.")
+        raise ValueError(f"Got {generation_mode=}, expected 'text', 'image', or 'interleaved' with what it generates.")
+
+    def _parts_of_answer(self, output: Mapping[str, Any], skip_special_tokens: bool, **kwargs) -> AnswerParts:
+        images = self.image_processor.postprocess(output["images"])
+        decode = partial(self.tokenizer.decode, skip_special_tokens=skip_special_tokens, **kwargs)
+        answer = output["sequences"][0, output["prompt_length"] :].tolist()
+        return answer_parts(answer, images, self.image_token_id, decode)
 
 
 def _visuals(conversations: list[list[dict]]) -> list:

@@ -1,9 +1,10 @@
-"""Questions about images, answered in batches."""
+"""Questions about images and clips, answered in batches."""
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, LogitsProcessor
+from transformers.video_utils import VideoInput
 
 from ..modeling.modeling_hydra import HydraForConditionalGeneration
 from ..modeling.processing_hydra import HydraProcessor
@@ -14,11 +15,11 @@ from .arguments import check_integer, check_processor, check_texts
 def answer(
     model: HydraForConditionalGeneration,
     processor: HydraProcessor,
-    images: list[Image.Image],
+    images: list[Image.Image | VideoInput],
     questions: list[str],
     max_new_tokens: int = 32,
 ) -> list[str]:
-    """Greedy answers to one question about each image.
+    """Greedy answers to one question about each image or clip; what is not an image of PIL is a clip, as a file or as frames.
 
     Raises ValueError if the lists differ in length, a question is empty or longer than the context, the processor does not
     belong to the model, or the model computes NaN.
@@ -33,9 +34,10 @@ def answer(
         raise ValueError(f"Got {len(images)} images and {len(questions)} questions, expected as many of each.")
     if empty := [index for index, question in enumerate(questions) if not question.strip()]:
         raise ValueError(f"The questions {empty} are empty.")
+    kinds = ["image" if isinstance(image, Image.Image) else "video" for image in images]
     turns = [
-        [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        for image, question in zip(images, questions)
+        [{"type": kind, kind: image}, {"type": "text", "text": question}]
+        for kind, image, question in zip(kinds, images, questions)
     ]
     inputs = encode_turns(model, processor, turns)
     _check_lengths(inputs["attention_mask"], max_new_tokens, model.config.text_config.max_position_embeddings)

@@ -4,7 +4,8 @@ Text to image has six categories after GenEval, judged by a checker without lear
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -105,18 +106,31 @@ def evaluate_understanding(
     generator = torch.Generator().manual_seed(seed)
     scenes, questions = language.sample_questions(num_questions, generator, split="test")
     images = processor.image_processor.postprocess(language.world.render(scenes), output_type="pil")
-    counts, right = Counter(question.type for question in questions), Counter()
-    for start in range(0, num_questions, batch_size):
+    return score_answers(model, processor, images, questions, "vqa", batch_size)
+
+
+def score_answers(
+    model: HydraForConditionalGeneration,
+    processor: HydraProcessor,
+    visuals: Iterable,
+    questions: list[Question],
+    name: str,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """Share of exact answers to one question about each image or clip, see `answer`: `<name>/<type>`, `<name>/mean` over all
+    questions, and what the commonest answers would get: `<name>_majority/<type>`, `<name>/majority`."""
+    counts, right, visuals = Counter(question.type for question in questions), Counter(), iter(visuals)
+    for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        given = answer(model, processor, images[start : start + batch_size], [question.question for question in batch])
+        given = answer(model, processor, list(islice(visuals, batch_size)), [question.question for question in batch])
         for question, text in zip(batch, given):
             right[question.type] += text == question.answer
     majority = majority_shares(questions)
     return {
-        **{f"vqa/{name}": right[name] / counts[name] for name in majority},
-        **{f"vqa_majority/{name}": share for name, share in majority.items()},
-        "vqa/mean": right.total() / num_questions,
-        "vqa/majority": sum(share * counts[name] for name, share in majority.items()) / num_questions,
+        **{f"{name}/{kind}": right[kind] / counts[kind] for kind in majority},
+        **{f"{name}_majority/{kind}": share for kind, share in majority.items()},
+        f"{name}/mean": right.total() / len(questions),
+        f"{name}/majority": sum(share * counts[kind] for kind, share in majority.items()) / len(questions),
     }
 
 
