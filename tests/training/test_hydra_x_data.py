@@ -126,7 +126,7 @@ def test_a_dry_run_counts_the_latent_frames_of_clips(recipe):
     (nominal,) = dry_run(recipe.with_overrides(data=None, image_size=32, clip_size=24))
     assert seen.tasks["video_generate"].num_frames == 3  # of 9 frames
     assert nominal.tasks["video_generate"].num_frames == 5  # of 17
-    assert seen.tasks["video_generate"].image_tokens == 1 + 3 * 2 * 3  # 16 x 24 px
+    assert seen.tasks["video_generate"].image_tokens == 1 + 3 * 3 * 3  # 24 x 24 px
     assert nominal.tasks["video_generate"].image_tokens == 1 + 5 * 3 * 3
     assert nominal.tasks["edit"].image_tokens == 2 * (1 + 4 * 4)
     assert nominal.tasks["edit"].num_generated == 1
