@@ -32,7 +32,7 @@ def test_a_piped_dialogue_draws_saves_answers_and_survives_mistakes(tmp_path, mo
     drawn, copy = tmp_path / "drawn", tmp_path / "copy.png"
     lines = ["a cat", "/image nowhere.png", "what is in the picture?", "", f"/save {copy}", "/quit", "a dog"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    assert main(["chat", "--out", str(drawn)]) == 0
+    assert main(["chat", "--out", str(drawn), "--num_inference_steps", "8"]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [str(drawn / "001.png"), "cat", str(copy)]
     (mistake,) = [line for line in captured.err.splitlines() if line.startswith("hydra chat: ")]

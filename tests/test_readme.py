@@ -1,5 +1,6 @@
 """The README is true: its blocks run, its tree and its numbers are those of the repository."""
 
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import hydra_hf
-from hydra_hf.cli import create_parser
+from hydra_hf.cli import create_parser, main
 from hydra_hf.data.sources import parse_source
 
 
@@ -101,6 +102,17 @@ def test_command_block_runs(index, tmp_path):
     run_hydra('hydra generate "a cat" --out cat.png', tmp_path)
     for line in lines:
         run_hydra(line, tmp_path)
+
+
+def test_the_dialogue_is_what_the_embedded_model_says(tmp_path, monkeypatch, capsys):
+    (block,) = [block for block in blocks("text") if "$ hydra chat" in block]
+    command, *lines = block.splitlines()
+    monkeypatch.chdir(tmp_path)
+    said = [line.removeprefix("> ") for line in lines if line.startswith("> ")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(said)))
+    assert main(shlex.split(command)[2:]) == 0
+    assert capsys.readouterr().out.splitlines() == [line for line in lines if not line.startswith("> ")]
+    assert (tmp_path / "drawn" / "001.png").is_file()
 
 
 def test_the_tree_in_the_readme_is_the_tree():
