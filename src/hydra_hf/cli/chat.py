@@ -72,6 +72,7 @@ class Chat:
         for name in ("max_images", "max_new_tokens"):
             check_integer(name, drawing[name])
         self.settings = drawing | {"generator": torch.Generator().manual_seed(options.seed)}
+        self.settings["source_interaction"] = self.processor.video_token is not None  # HYDRA-X edits what it saw last
         self.messages, self.attached, self.last_image = [], [], None
 
     def take(self, line: str) -> None:

@@ -124,6 +124,10 @@ class ImageEmbeddingMixin:
             states |= zip(others, split_images(rows, own_grids))
         return torch.cat([states[index] for index in range(len(grids))])
 
+    def encode_source(self, tokens: Tensor, grid: Grid) -> SourceStates:
+        """What the target of an edit sees of its source, whose clean latents are (N, C)."""
+        return self._source_rows(tokens[None], grid)[1]
+
     def encode_sources(
         self, pixel_values: Tensor, image_grid_thw: Tensor | None, num_rows: int
     ) -> tuple[SourceStates, BaseModelOutputWithPooling]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationConfig
 
-from .grid import Grid, tokens_to_latents
+from .grid import Grid, image_grids, num_tokens, pack_dense, tokens_to_latents
 from .image_generation import GuidanceBranch, ImageGenerationMixin, ImagePrefix, classifier_free
 from .outputs import HydraInterleavedOutput
 from .prefix_cache import FrozenPrefixCache
@@ -36,6 +36,7 @@ class InterleavedGenerationMixin(ImageGenerationMixin):
         guidance_scale: float = 4.5,
         generator: torch.Generator | None = None,
         max_images: int = 4,
+        source_interaction: bool = False,
         generation_config: GenerationConfig | None = None,
         **kwargs,
     ) -> HydraInterleavedOutput:
@@ -49,6 +50,7 @@ class InterleavedGenerationMixin(ImageGenerationMixin):
             guidance_scale: leads away from the empty prompt; 1 or less turns guidance off.
             generator: draws the latents of an image and the decoder's noise, then those of the next image.
             max_images: after as many, the answer continues in text only.
+            source_interaction: every image is drawn as an edit of the one before it, if there is one (HYDRA-X, section 3).
             kwargs: the images of the prompt, see `HydraModel.forward`, and what `generate` takes for text. `max_new_tokens`,
                 256 by default, counts text and <|vision_start|>, but not the rest of an image.
 
@@ -64,6 +66,7 @@ class InterleavedGenerationMixin(ImageGenerationMixin):
         prompt_length, start_id = ids.shape[1], self.config.vision_start_token_id
         grid = self.get_latent_grid(height, width)
         cache, images, latents = DynamicCache(config=self.config.text_config), [], []
+        source = self._last_image(prompt_inputs) if source_interaction else None
         while True:
             if num_left and ids[0, -1] != start_id:
                 text_config = self._text_config(config, num_left, can_draw=len(images) < max_images)
@@ -77,7 +80,8 @@ class InterleavedGenerationMixin(ImageGenerationMixin):
                 break
             self._check_context(torch.ones_like(ids), [grid])
             self.model(ids[:, cache.get_seq_length() :], cache=cache, use_cache=True, **prompt_inputs)
-            tokens = self._draw_after(ids, cache, grid, num_inference_steps, guidance_scale, generator)
+            tokens = self._draw_after(ids, cache, grid, num_inference_steps, guidance_scale, generator, source)
+            source = (tokens, grid) if source_interaction else None
             latents.append(tokens_to_latents(tokens[None], grid))
             images.append(self.decode_latents(latents[-1], generator=generator)[0])
             ids, prompt_inputs = self._read_again(ids, cache, grid, tokens), {}
@@ -96,14 +100,26 @@ class InterleavedGenerationMixin(ImageGenerationMixin):
 
     def _draw_after(
         self, ids: Tensor, cache: DynamicCache, grid: Grid, num_inference_steps: int, guidance_scale: float,
-        generator: torch.Generator | None,
+        generator: torch.Generator | None, source: tuple[Tensor, Grid] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Latents (N, C) of an image after `ids`, all of which are in the cache."""
-        prefix = ImagePrefix(FrozenPrefixCache.from_cache(cache), torch.ones_like(ids))
+        """Latents (N, C) of an image after `ids`, all of which are in the cache; of an edit, the latents of its source are given."""
+        sources = None if source is None or not self.model.interacts else self.model.encode_source(*source)
+        prefix = ImagePrefix(FrozenPrefixCache.from_cache(cache), torch.ones_like(ids), sources=sources)
         branches = [GuidanceBranch(prefix)]
         if guidance_scale > 1:
             branches = classifier_free(prefix, self._prefill_null_prompts(ids), guidance_scale)
         return self.sample_latents(branches, [grid], num_inference_steps, generator)
+
+    def _last_image(self, prompt_inputs: dict) -> tuple[Tensor, Grid] | None:
+        """The latents (N, C) of the last image of a prompt, and their grid; None without images."""
+        pixel_values, image_grid_thw = (prompt_inputs.get(name) for name in ("pixel_values", "image_grid_thw"))
+        if pixel_values is None:
+            return None
+        if image_grid_thw is None:
+            pixel_values, image_grid_thw = pack_dense(pixel_values, self.config.vision_config.patch_size)
+        grid = image_grids(image_grid_thw)[-1]
+        tokens = self.model.get_latents(pixel_values[-num_tokens(grid) :], image_grid_thw[-1:])
+        return tokens, self.model.get_latent_grids([grid])[0]
 
     def _read_again(self, ids: Tensor, cache: DynamicCache, grid: Grid, tokens: Tensor) -> Tensor:
         """Runs the finished image at sigma 0, so that what follows sees no noise. Returns `ids` with the image and its end."""
