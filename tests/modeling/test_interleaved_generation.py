@@ -197,3 +197,30 @@ def test_an_image_beyond_the_context_is_refused(make_tiny_model):
     start_id = model.config.vision_start_token_id
     with pytest.raises(ValueError, match="expected at most 128 together"):
         answer(model, Script(5, start_id), {"input_ids": ids})
+
+
+def drawn(model, steps: Tensor, **kwargs) -> Tensor:
+    settings = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 8, "width": 8}
+    return model.generate_images(steps, generator=torch.Generator().manual_seed(0), **settings, **kwargs)[0]
+
+
+def test_an_edit_in_a_dialogue_sees_the_last_image_in_sem_vit(qwen):
+    row = sequence(1, 2, "image", 4)
+    inputs = {"input_ids": torch.tensor([row]), "pixel_values": pictures(1)}
+    size = {"height": 8, "width": 8, "guidance_scale": 1.0}
+    edited = answer(qwen, Script(START, STOP), inputs, **size, source_interaction=True).images[0]
+    prefix = torch.tensor([[*row, START]])
+    expected = drawn(qwen, prefix, pixel_values=pictures(1), source_interaction=True)
+    torch.testing.assert_close(edited, expected, atol=1e-4, rtol=1e-4)
+    plain = answer(qwen, Script(START, STOP), inputs, **size).images[0]
+    assert not torch.allclose(plain, edited, atol=1e-3)
+
+
+def test_the_second_image_of_an_answer_is_an_edit_of_the_first(qwen):
+    inputs, size = {"input_ids": torch.tensor([[1, 2]])}, {"height": 8, "width": 8}
+    plain, edited = (
+        answer(qwen, Script(START, 5, START, STOP), inputs, **size, source_interaction=interaction).images
+        for interaction in (False, True)
+    )
+    torch.testing.assert_close(edited[0], plain[0])
+    assert not torch.allclose(edited[1], plain[1], atol=1e-3)
