@@ -22,9 +22,9 @@ import hydra_hf
 from hydra_hf import HydraPipeline, HydraTokConfig, HydraTokModel
 from hydra_hf.evaluation.reconstruction import reconstruct, score_reconstructions
 from hydra_hf.files import write_text
-from hydra_hf.toy.clips import ToyClips, render_clips
+from hydra_hf.toy.clips import CLIP_QUESTION_TYPES, ToyClips, render_clips
 from hydra_hf.toy.edits import ToyEdits
-from hydra_hf.toy.evaluation_x import evaluate_edits
+from hydra_hf.toy.evaluation_x import evaluate_edits, evaluate_video_understanding
 from hydra_hf.toy.world import ToyWorld
 from hydra_hf.training.hydra_trainer import train_hydra
 from hydra_hf.training.losses import frames_of
@@ -67,7 +67,7 @@ def tokenizer_recipe(options: argparse.Namespace, name: str, seed: int) -> Recip
     attention, folds, unfolds = TOKENIZERS[name]
     recipe = tiny_x.tokenizer()
     config = {**recipe.config.to_dict(), "temporal_attention": attention, "temporal_fold_layers": folds}
-    (stage,) = recipe.stages
+    stage = recipe.stages[0]
     decoder_config = stage.decoder_config.to_dict() | {
         "temporal_attention": attention,
         "temporal_unfold_layers": unfolds,
@@ -138,11 +138,46 @@ def run_edits(options: argparse.Namespace, name: str, seed: int) -> Scores:
     return evaluate_edits(pipeline, edits, options.num_edits, guidance_scale=1.0)
 
 
+# Teachers: what Sem-ViT has learnt of clips before the language model asks about them (HYDRA-X, table 2)
+
+QUESTIONS = tuple(f"video_vqa/{kind}" for kind in CLIP_QUESTION_TYPES)
+TEACHERS = ("none", "image_teacher", "image_and_video_teacher")
+
+
+def teacher_recipe(options: argparse.Namespace, name: str, seed: int) -> Recipe:
+    """The stage "semantics" of `tiny_x.tokenizer` on a tokenizer that has not seen it."""
+    recipe = tiny_x.tokenizer(options.tokenizer)
+    stage = replace(recipe.stages[1], num_steps=options.num_teacher_steps)
+    if name == "image_teacher":
+        weights = replace(stage.loss_weights, video_distill=0.0)
+        rates = {module: rate for module, rate in stage.learning_rates.items() if module != "decompressor"}
+        stage = replace(stage, loss_weights=weights, learning_rates=rates, video_teacher=None, video_teacher_size=None)
+    return replace(recipe, stages=(stage,), seed=seed)
+
+
+def run_teacher(options: argparse.Namespace, name: str, seed: int) -> Scores:
+    """Answers about held-out clips after equally many steps of questions about clips."""
+    tokenizer = options.tokenizer
+    if name != "none":
+        recipe = teacher_recipe(options, name, seed)
+        tokenizer = str(train_tokenizer(recipe, options.out / f"semantics-{name}-{seed}", on_stage=print))
+    recipe = tiny_x.hydra(options.init, tokenizer)
+    stage = replace(
+        recipe.stages[-1], name="questions", num_steps=options.num_question_steps, tasks={"video_understand": 12},
+        task_weights={},
+    )  # fmt: skip
+    recipe = replace(recipe, stages=(stage,), seed=seed)
+    folder = train_hydra(recipe, options.out / f"questions-{name}-{seed}", on_stage=print)
+    pipeline, clips = HydraPipeline.from_pretrained(folder), ToyClips(ToyWorld(difficulty=1))
+    return evaluate_video_understanding(pipeline.model, pipeline.processor, clips, options.num_questions)
+
+
 PARTS = {
     "tokenizer": Part(tuple(TOKENIZERS), ("clip/psnr", "clip/ssim", "image/psnr", "image/ssim"), run_tokenizer),
     "edits": Part(
         tuple(EDITING), ("edit/mean", "edit_psnr/mean", "edit/new_wording", "edit_decoded_psnr/mean"), run_edits
     ),
+    "teachers": Part(TEACHERS, ("video_vqa/mean", "video_vqa/majority", *QUESTIONS), run_teacher),
 }
 
 
@@ -200,6 +235,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", default="runs/tiny_x.tokenizer/final", help="its tokenizer, for clips too")
     parser.add_argument("--num_edit_steps", type=int, default=500)
     parser.add_argument("--num_edits", type=int, default=50, help="of each kind")
+    parser.add_argument("--num_teacher_steps", type=int, default=400)
+    parser.add_argument("--num_question_steps", type=int, default=300)
+    parser.add_argument("--num_questions", type=int, default=600)
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     tables = {}
