@@ -67,11 +67,11 @@ def test_python_block_runs(index, tmp_path, monkeypatch, capsys):
 
 def full_size_commands() -> list[list[str]]:
     """The commands of the section on full size, lines joined, as arguments of `hydra`."""
-    (block,) = [block for block in blocks("text") if "hydra convert" in block]
-    lines = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+    text = "\n".join(block for block in blocks("text") if "hydra convert" in block)
+    lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
     commands = [line[line.index("hydra_hf.cli") + 1 :] if "hydra_hf.cli" in line else line[1:] for line in lines
                 if "hydra_hf.cli" in line or line[:1] == ["hydra"]]  # fmt: skip
-    assert len(commands) >= 7
+    assert len(commands) >= 10
     return commands
 
 
