@@ -1,27 +1,16 @@
-"""Clips and edits of the toy world as training data, and the recipe that trains on them."""
+"""Clips and edits of the toy world as training data."""
 
 from dataclasses import replace
 
-import pytest
 import torch
 
 from hydra_hf.data.seeds import hashed_generator
-from hydra_hf.modeling import (
-    HydraForConditionalGeneration,
-    HydraProcessor,
-    HydraTokModel,
-    PixelViTDecoderConfig,
-)
 from hydra_hf.toy.batches import ToyBundles, ToyData
 from hydra_hf.toy.checker import ToyChecker
-from hydra_hf.toy.clips import CLIP_QUESTION_TYPES, ToyClips, check_clip, clip_corpus
-from hydra_hf.toy.edits import edit_corpus
-from hydra_hf.toy.text_tokenizer import words_of
+from hydra_hf.toy.clips import CLIP_QUESTION_TYPES, ToyClips, check_clip
 from hydra_hf.toy.world import ToyWorld
-from hydra_hf.training.hydra_trainer import create_model
-from hydra_hf.training.recipe import HydraStage, freeze_unnamed
-from hydra_hf.training.recipes import tiny, tiny_x
-from toy_models import toy_processor
+from hydra_hf.training.recipe import HydraStage
+from toy_models import toy_processor, toy_video_pipeline
 
 
 STAGE = HydraStage(name="clips", num_steps=9, tasks={"video_understand": 4, "video_generate": 4}, learning_rates={})
@@ -93,62 +82,11 @@ def test_held_out_clips_are_of_the_other_split():
         assert [parts_of(sample.messages[0])["text"] for sample in samples] == expected
 
 
-# The recipe
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    """`tiny_x.hydra` on an untrained tokenizer for clips."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    config = tiny.tokenizer_config()
-    config.temporal_fold_layers = [0, 1]
-    config.decoder_config = PixelViTDecoderConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, patch_size=16, temporal_unfold_layers=[1, 2]
-    )  # fmt: skip
-    HydraTokModel(config).save_pretrained(folder)
-    return tiny_x.hydra(tokenizer=str(folder))
-
-
-@pytest.fixture(scope="module")
-def model(recipe):
-    return create_model(recipe)
-
-
-def test_the_model_is_the_embedded_one_with_more_words_and_another_tokenizer(recipe, model):
-    embedded = HydraForConditionalGeneration.from_pretrained(tiny.EMBEDDED, subfolder="model")
-    old, new = embedded.get_input_embeddings().weight, model.get_input_embeddings().weight
-    assert torch.equal(new[: len(old)], old)
-    assert len(new) == len(recipe.processor.tokenizer) > len(old)
-    assert model.lm_head.weight is new
-    torch.testing.assert_close(new[len(old) :].mean(0), old.mean(0), rtol=0, atol=1e-3)
-    heads = (each.vision_head.in_proj.weight for each in (model, embedded))
-    assert torch.equal(*heads)
-    assert model.config.text_config.vocab_size == recipe.config.text_config.vocab_size == len(new)
-    assert model.config.video_token_id == recipe.config.video_token_id == 6
-    assert model.config.vision_config.temporal_fold_layers == [0, 1]
-
-
-def test_the_processor_reads_clips_and_knows_their_words_and_all_old_ones(recipe, model):
-    processor = recipe.processor
-    embedded = HydraProcessor.from_pretrained(tiny.EMBEDDED, subfolder="processor")
-    assert processor.video_token_id == model.config.video_token_id
-    assert processor.image_token_id == model.config.image_token_id == embedded.image_token_id
-    assert set(processor.known_words) == {*embedded.known_words, *words_of([*clip_corpus(), *edit_corpus()])}
-    assert processor.unknown_words("please move the cat to the left, then it moves down") == ["it"]
-    assert processor.video_length((17, 4, 4)) == 1 + 5 * 16
-    ids = processor.tokenizer("which way does the cat move?")["input_ids"]
-    assert len(ids) == 7
-
-
-def test_every_stage_has_all_tasks_and_never_trains_what_makes_latents(recipe, model):
-    for stage in recipe.stages:
-        assert {"understand", "generate", "video_understand", "video_generate", "edit"} < set(stage.tasks)
-        freeze_unnamed(model, stage)
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        tower = {name for name in trained if name.startswith("model.vision_tower.")}
-        allowed = ("model.vision_tower.sem_vit", "model.vision_tower.bottleneck.semantic_up_proj")
-        assert all(name.startswith(allowed) for name in tower)
-        assert {
-            "model.language_model.embed_tokens.weight",
-            "model.vision_tower.sem_vit.layers.0.mlp.fc1.weight",
-        } < trained
+def test_clips_and_edits_become_batches():
+    stage = replace(STAGE, tasks={"video_understand": 1, "video_generate": 2, "edit": 2}, drop_prompt=0.0)
+    bundle = ToyBundles(ToyData(clip_lengths=(9,)), toy_video_pipeline().processor, stage, seed=0)[0]
+    grids = {task: bundle[task]["image_grid_thw"].tolist() for task in stage.tasks}
+    assert grids == {"video_understand": [[9, 4, 4]], "video_generate": [[9, 4, 4]] * 2, "edit": [[1, 4, 4]] * 4}
+    assert bundle["video_generate"]["is_generated"].tolist() == [True, True]
+    assert bundle["edit"]["num_sources"].tolist() == [0, 1, 0, 1]
+    assert (bundle["video_understand"]["mm_token_type_ids"] == 2).sum() == 1 + 3 * 16

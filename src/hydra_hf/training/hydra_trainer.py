@@ -175,7 +175,7 @@ def create_model(recipe: HydraRecipe) -> HydraForConditionalGeneration:
     torch.manual_seed(recipe.seed)  # initial weights
     if recipe.init is not None:
         model = open_model(recipe.init, recipe)
-        extend_vocabulary(model, recipe.config)
+        adopt_config(model, recipe.config)
     else:
         config = deepcopy(recipe.config)  # the model writes to it
         model = HydraForConditionalGeneration._from_config(config, attn_implementation=recipe.attn_implementation)
@@ -184,11 +184,13 @@ def create_model(recipe: HydraRecipe) -> HydraForConditionalGeneration:
     return model
 
 
-def extend_vocabulary(model: HydraForConditionalGeneration, config: HydraConfig) -> None:
-    """Gives the model the tokens of `config` that it has not yet, at the end; each starts as the mean of the old ones."""
+def adopt_config(model: HydraForConditionalGeneration, config: HydraConfig) -> None:
+    """Gives a trained model what the recipe's `config` has beyond its own: clips, edits that see their source, and tokens at the
+    end of the vocabulary, each of which starts as the mean of the old ones."""
     if config.text_config.vocab_size > model.config.text_config.vocab_size:
         model.resize_token_embeddings(config.text_config.vocab_size)
     model.config.video_token_id = config.video_token_id
+    model.config.use_source_interaction = config.use_source_interaction
 
 
 def replace_tokenizer(model: HydraForConditionalGeneration, recipe: HydraRecipe) -> None:
