@@ -21,7 +21,7 @@ from hydra_hf.data.sources import Source, Sources
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 from hydra_hf.toy.text_tokenizer import train_toy_tokenizer
 from hydra_hf.training.recipe import HydraRecipe, HydraStage
-from toy_models import toy_config, toy_pipeline
+from toy_models import toy_config, toy_pipeline, toy_video_pipeline
 
 
 COMMANDS = ("generate", "ask", "chat", "reconstruct", "train", "evaluate")
@@ -186,7 +186,36 @@ def test_evaluate_of_unimrg_has_painted_maps_next_to_trivial_ones(model, tmp_pat
     assert {f"{kind}/{name}" for kind in kinds for name in measures} <= set(scores)
 
 
+@pytest.fixture(scope="module")
+def video_model(tmp_path_factory) -> str:
+    """The folder of a random pipeline that reads and draws clips."""
+    folder = tmp_path_factory.mktemp("video_model")
+    toy_video_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+def test_evaluate_of_clips_has_answers_and_drawn_clips_next_to_trivial_ones(video_model, tmp_path):
+    out = tmp_path / "scores.json"
+    options = ["--suite", "video", "--num_questions", "3", "--num_captions", "2", "--out", str(out)]
+    assert main(["evaluate", video_model, *options]) == 0
+    scores = json.loads(out.read_text())
+    assert {"video_vqa/mean", "video_vqa/majority", "t2v/right", "t2v_frozen/objects", "num_captions"} <= set(scores)
+    assert not {"num_scenes", "prompts_per_kind"} & set(scores)
+
+
+def test_evaluate_of_edits_has_every_kind(video_model, tmp_path):
+    out = tmp_path / "scores.json"
+    assert main(["evaluate", video_model, "--suite", "edit", "--edits_per_kind", "1", "--out", str(out)]) == 0
+    kinds = ("recolor", "remove", "add", "replace", "move", "new_wording", "mean")
+    assert {f"edit{unit}/{kind}" for unit in ("", "_psnr") for kind in kinds} <= set(json.loads(out.read_text()))
+
+
 # Errors
+
+
+def test_clips_cannot_be_asked_of_a_model_of_images(model, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    assert "only reads images" in error_of(capsys, "evaluate", model, "--suite", "video", "--out", out)
 
 
 def test_a_missing_picture_is_named(model, capsys):
@@ -296,7 +325,9 @@ def test_a_config_value_that_cannot_be_is_an_error(
     assert expected in error_of(capsys, command, *arguments)
 
 
-@pytest.mark.parametrize("name", ["prompts_per_category", "num_questions", "num_scenes"])
+@pytest.mark.parametrize(
+    "name", ["prompts_per_category", "num_questions", "num_scenes", "num_captions", "edits_per_kind"]
+)
 def test_nothing_cannot_be_evaluated(model, tmp_path, capsys, name):
     assert f"--{name} 0" in error_of(capsys, "evaluate", model, "--out", tmp_path / "scores.json", f"--{name}", "0")
 

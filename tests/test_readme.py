@@ -34,7 +34,7 @@ def run_hydra(line: str, folder: Path) -> str:
         words += ["--num_steps", "2"]
     if words[:2] == ["hydra", "evaluate"]:
         words += ["--prompts_per_category", "2", "--num_questions", "4", "--num_scenes", "2"]
-        words += ["--prompts_per_kind", "1", "--prompts_per_size", "1"]
+        words += ["--prompts_per_kind", "1", "--prompts_per_size", "1", "--num_captions", "2", "--edits_per_kind", "1"]
     command = [sys.executable, "-m", "hydra_hf.cli", *words[1:]]
     result = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"}
