@@ -5,7 +5,7 @@ from pathlib import Path
 from textwrap import wrap
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -15,7 +15,7 @@ from .clips import GROUP
 
 
 SCALE = 3  # pixels of a picture for one of the world
-CHARACTERS = 28  # as wide as a picture of 64 px
+LETTER, CHARACTERS = 18, 18  # pixels of a letter, and how many are in a line of a picture of 64 px
 
 
 def write_clip_strips(path: Path, clips: Sequence[Tensor]) -> None:
@@ -40,6 +40,7 @@ def write_words(text: str, height: int, width: int) -> Tensor:
     """Text in the middle of a white picture (3, H, W) in [-1, 1]."""
     lines = wrap(text, max(1, CHARACTERS * width // (SCALE * 64)))
     picture = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(picture)
-    pen.multiline_text((width / 2, height / 2), "\n".join(lines), fill="black", anchor="mm", align="center")
+    font = ImageFont.load_default(LETTER)
+    middle = (width / 2, height / 2)
+    ImageDraw.Draw(picture).multiline_text(middle, "\n".join(lines), "black", font, anchor="mm", align="center")
     return pil_to_tensor(picture).float() / 127.5 - 1
