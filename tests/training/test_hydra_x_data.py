@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import make_config, make_tok_config
 from hydra_hf.data.sources import Sources, parse_source
 from hydra_hf.files import write_video
 from hydra_hf.modeling import (
@@ -22,6 +21,7 @@ from hydra_hf.modeling.image_processing_hydra import packed_pixel_values
 from hydra_hf.training.dry_run import dry_run
 from hydra_hf.training.hydra_trainer import create_bundles, train_hydra
 from hydra_hf.training.recipe import HydraRecipe, HydraStage
+from tiny_models import make_config, make_tok_config
 
 
 pytest.importorskip("datasets")

@@ -1,5 +1,8 @@
 """Questions about images and clips, answered in batches."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -34,7 +37,7 @@ def answer(
         raise ValueError(f"Got {len(images)} images and {len(questions)} questions, expected as many of each.")
     if empty := [index for index, question in enumerate(questions) if not question.strip()]:
         raise ValueError(f"The questions {empty} are empty.")
-    kinds = ["image" if isinstance(image, Image.Image) else "video" for image in images]
+    kinds = [_kind_of(index, image, processor) for index, image in enumerate(images)]
     turns = [
         [{"type": kind, kind: image}, {"type": "text", "text": question}]
         for kind, image, question in zip(kinds, images, questions)
@@ -44,6 +47,16 @@ def answer(
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=[FiniteLogits()])
     texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def _kind_of(index: int, value, processor: HydraProcessor) -> str:
+    """ "image" or "video". Raises ValueError for what is neither, and for clips that the model does not read."""
+    if isinstance(value, Image.Image):
+        return "image"
+    if processor.video_token is None or not isinstance(value, str | Path | list | tuple | np.ndarray | Tensor):
+        expected = "an image of PIL" if processor.video_token is None else "an image of PIL or a clip"
+        raise ValueError(f"Got a {type(value).__name__} as images[{index}], expected {expected}.")
+    return "video"
 
 
 def encode_turns(
