@@ -67,7 +67,7 @@ def tokenizer_recipe(options: argparse.Namespace, name: str, seed: int) -> Recip
     attention, folds, unfolds = TOKENIZERS[name]
     recipe = tiny_x.tokenizer()
     config = {**recipe.config.to_dict(), "temporal_attention": attention, "temporal_fold_layers": folds}
-    stage = recipe.stages[0]
+    stage = recipe.stages[0]  # of clips and the decoder; the next ones are about Sem-ViT
     decoder_config = stage.decoder_config.to_dict() | {
         "temporal_attention": attention,
         "temporal_unfold_layers": unfolds,
