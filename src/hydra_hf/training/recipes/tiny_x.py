@@ -59,7 +59,7 @@ def tokenizer(init: str = f"{EMBEDDED}/model") -> Recipe:
     semantics = replace(
         decoder,
         name="semantics",
-        num_steps=800,
+        num_steps=500,
         keeps_image_latents=False,  # the encoder is frozen
         learning_rates={"model.sem_vit": 5e-4, "model.bottleneck.semantic_up_proj": 5e-4, "decompressor": 1e-3},
         loss_weights=TokenizerLossWeights(regression=0.0, kl=0.0, cosine=0.0, distill=1.0, video_distill=1.0),
