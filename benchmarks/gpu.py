@@ -113,10 +113,10 @@ def ratios(benchmark, options, layers: int, label: str, value: str = "ratio") ->
 
 
 SECTIONS: dict[str, tuple[Callable, int]] = {
-    "agreement fp32": (lambda options: agreement(options, "fp32"), 40),
-    "agreement bf16": (lambda options: agreement(options, "bf16"), 40),
+    "agreement fp32": (lambda options: agreement(options, "fp32"), 30),
+    "agreement bf16": (lambda options: agreement(options, "bf16"), 30),
     "compile": (compiled, 90),
-    "flex attention": (flex, 60),
+    "flex attention": (flex, 80),
     "denoise_step": (lambda options: ratios(denoise_step, options, 28, "prompt tokens"), 60),
     "tokenizer": (lambda options: ratios(tokenizer, options, 12, "task"), 40),
     "text_answer": (lambda options: ratios(text_answer, options, 24, "tokens"), 60),

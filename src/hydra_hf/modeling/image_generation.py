@@ -202,11 +202,11 @@ class ImageGenerationMixin:
         self._guided_velocity = MethodType(step, self)  # a method, so that a deep copy compiles its own weights
 
     def _guided_velocity(self, tokens, grids, sigma, prefixes, masks, weights, rescale) -> Tensor:
-        embeds, velocities = {}, []
+        embeds, velocities = [], []
         for prefix, mask in zip(prefixes, masks):
-            if id(prefix.sources) not in embeds:  # packed ([B +] total_tokens, D_llm)
-                embeds[id(prefix.sources)] = self.model.get_image_embeds(tokens, sigma, grids, sources=prefix.sources)
-            states = self._image_states(embeds[id(prefix.sources)], grids, prefix, mask)  # (total_tokens, D_llm)
+            known = [each for each, earlier in zip(embeds, prefixes) if earlier.sources is prefix.sources]
+            embeds += known[:1] or [self.model.get_image_embeds(tokens, sigma, grids, sources=prefix.sources)]
+            states = self._image_states(embeds[-1], grids, prefix, mask)  # packed (total_tokens, D_llm)
             velocities.append(self._predict_velocity(states, tokens, sigma, grids))
         return run_by_grid(_guide_rows, grids, velocities, [*weights, rescale])
 
