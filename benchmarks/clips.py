@@ -63,13 +63,14 @@ def random_clip(arguments, num_frames: int, size: int) -> Tensor:
 
 
 def count_flops(function: Callable, *arguments) -> int:
-    """Of all matrix products, those of attention too, whose kernel for CPUs torch does not count."""
+    """Of all matrix products, those of attention too: torch does not count its kernel for CPUs, nor heads that share keys."""
 
     def attention_flops(query, key, *_, **__) -> int:
         batch, heads, num_queries, head_dim = query
         return 4 * batch * heads * num_queries * key[2] * head_dim
 
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+    kernels = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    mapping = {getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}"): attention_flops for kernel in kernels}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         function(*arguments)
     return counter.get_total_flops()

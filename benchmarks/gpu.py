@@ -1,12 +1,14 @@
 """One GPU in one script: does it compute what the CPU computes, and how fast, against each benchmark's baseline?
 
-Every section runs in a process of its own with a time limit; one that fails or takes too long becomes a row of the table and
+Every section is a process of its own with a time limit; one that fails or takes too long becomes a row of the table and
 does not end the script. The limits add up to less than eight minutes. Nothing is downloaded.
 """
 
 import argparse
 import copy
-import multiprocessing
+import json
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from hydra_hf.modeling.image_generation import classifier_free
 
 
 WIDTH = 128  # of the small models that are compared: flex attention on a GPU needs heads of at least 16
+ERROR = re.compile(r"[\w.]+(Error|Exception|Unsupported|Interrupt)\b.*")  # the line of a traceback that says what
 TOLERANCES = {"fp32": 1e-3, "bf16": 5e-2}
 
 
@@ -125,32 +128,31 @@ SECTIONS: dict[str, tuple[Callable, int]] = {
 }  # what returns the rows, and its time limit in seconds
 
 
-def run(name: str, function: Callable, options, limit: float) -> list[dict]:
-    """The rows of a section, or one that says why there are none; `function` runs in a process of its own."""
+def run(name: str, options: SimpleNamespace, limit: float) -> list[dict]:
+    """The rows of a section, or one that says why there are none. It is a new run of this script: a forked process could not use
+    the GPU."""
     start = time.perf_counter()
-    context = multiprocessing.get_context("fork")  # what is imported stays imported; only the child touches the GPU
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, options))
-    process.start()
-    sender.close()
+    command = [sys.executable, __file__, "--device", options.device, "--only", name, *["--quick"] * options.tiny]
     try:
-        rows = receiver.recv() if receiver.poll(limit) else f"stopped after {limit} s"
-    except EOFError:
-        process.join()
-        rows = f"the process ended with code {process.exitcode}"
-    process.kill()
-    process.join()
+        result = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        rows = rows_of(result)
+    except subprocess.TimeoutExpired:
+        rows = failed_row(f"stopped after {limit} s")
     seconds = time.perf_counter() - start
-    if isinstance(rows, str):
-        rows = [{"measure": rows, "value": "", "bar": "", "passes": False}]
     return [{"section": name, **row, "seconds": seconds} for row in rows]
 
 
-def _answer(sender, function: Callable, options) -> None:
-    try:
-        sender.send(function(options))
-    except Exception as error:  # whatever it is, it is this section's result
-        sender.send(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+def rows_of(result: subprocess.CompletedProcess) -> list[dict]:
+    """What a section has printed last: its rows, or its error."""
+    if result.returncode == 0:
+        return json.loads(result.stdout.splitlines()[-1])
+    errors = result.stderr.split("\nTraceback")[-1].strip().splitlines()
+    messages = [line for line in errors if ERROR.match(line)]
+    return failed_row(messages[-1][:200] if messages else f"the process ended with code {result.returncode}")
+
+
+def failed_row(message: str) -> list[dict]:
+    return [{"measure": message, "value": "", "bar": "", "passes": False}]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -158,6 +160,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cpu also works, to see that the script runs")
     parser.add_argument("--quick", action="store_true", help="random small sizes, one run, no inductor")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--only", choices=SECTIONS, help="one section, in this process; prints its rows as JSON")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     return parser.parse_args(arguments)
 
@@ -168,10 +171,12 @@ def main(arguments: list[str] | None = None) -> int:
         device=given.device, tiny=given.quick, backend="aot_eager" if given.quick else "inductor", prompt=77,
         runs=1 if given.quick else 3, dtype="fp32" if given.quick else "bf16",
     )  # fmt: skip
+    if given.only:
+        print(json.dumps(SECTIONS[given.only][0](options)))
+        return 0
     rows = []
     for name in given.sections:
-        function, limit = SECTIONS[name]
-        rows += run(name, function, options, limit)
+        rows += run(name, options, SECTIONS[name][1])
         print(f"{name}: {rows[-1]['seconds']:.0f} s", file=sys.stderr)
     print_table(rows)
     failed = [row["section"] for row in rows if row["passes"] is False]

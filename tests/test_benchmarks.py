@@ -3,10 +3,9 @@
 import importlib.util
 import json
 import math
-import os
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +24,7 @@ SCRIPTS = [
     "packing",
     "text_answer",
     "tokenizer",
+    "training_memory",
 ]
 
 
@@ -110,23 +110,20 @@ def test_an_error_of_the_second_device_is_seen(gpu, monkeypatch):
     assert [(row["value"], row["passes"]) for row in rows] == [(1.0, False)]
 
 
-def failing(options):
-    raise RuntimeError("no memory\nleft")
-
-
 @pytest.mark.parametrize(
-    "function, message",
-    [
-        (failing, "RuntimeError: no memory left"),
-        (lambda options: time.sleep(30), "stopped after 0.5 s"),
-        (lambda options: os._exit(3), "the process ended with code 3"),
-    ],
+    "options, limit, message",
+    [({"device": "nowhere"}, 60, "RuntimeError: Expected one of cpu, cuda"), ({}, 0.5, "stopped after 0.5 s")],
 )
-def test_a_section_that_fails_is_a_row(gpu, function, message):
-    start = time.perf_counter()
-    (row,) = gpu.run("name", function, OPTIONS, limit=0.5 if "stopped" in message else 20)
-    assert (row["section"], row["measure"], row["passes"]) == ("name", message, False)
-    assert time.perf_counter() - start < 15
+def test_a_section_that_fails_is_a_row(gpu, options, limit, message):
+    (row,) = gpu.run("agreement fp32", SimpleNamespace(**{**vars(OPTIONS), **options}), limit)
+    assert (row["section"], row["passes"]) == ("agreement fp32", False)
+    assert row["measure"].startswith(message)
+
+
+def test_a_section_whose_process_ends_is_a_row(gpu, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    (row,) = gpu.run("agreement fp32", OPTIONS, limit=20)
+    assert (row["measure"], row["passes"]) == ("the process ended with code 1", False)
 
 
 @pytest.mark.slow
