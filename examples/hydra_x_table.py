@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num_images", type=int, default=128)
     parser.add_argument("--init", default=hydra_hf.TINY, help="the model of images that edits are learnt from")
     parser.add_argument("--tokenizer", default="runs/tiny_x.tokenizer/final", help="its tokenizer, for clips too")
-    parser.add_argument("--num_edit_steps", type=int, default=500)
+    parser.add_argument("--num_edit_steps", type=int, default=1200)
     parser.add_argument("--num_edits", type=int, default=50, help="of each kind")
     parser.add_argument("--num_teacher_steps", type=int, default=400)
     parser.add_argument("--num_question_steps", type=int, default=300)

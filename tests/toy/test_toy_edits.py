@@ -295,16 +295,23 @@ def test_the_source_is_the_users_and_the_target_the_assistants(world, edits):
     assert batch["is_generated"].tolist() == [False, True] * 3
 
 
-def test_a_share_of_prompts_is_dropped_half_of_it_with_the_picture(edits):
-    samples = edits.samples(300, seeded(), drop_prompt=0.4)
-    forms = [
-        tuple(part["type"] for part in sample.messages[0]["content"] if part.get("text", part)) for sample in samples
-    ]
+def test_shares_of_prompts_are_dropped_with_the_picture_or_ask_for_a_copy(world, edits):
+    samples = edits.samples(300, seeded(), drop_prompt=0.2, copy_share=0.2)
+    plain = edits.samples(300, seeded())
+    forms = []
+    for sample, edited in zip(samples, plain):
+        user, assistant = sample.messages
+        parts = {
+            part["type"]: part[part["type"]] for part in user["content"]
+        }  # an empty text, as in the pipeline's null prompt
+        expected = edited.messages[1]["content"][0]["image"]
+        if not parts["text"] and "image" in parts:
+            expected = parts["image"]
+        assert torch.equal(assistant["content"][0]["image"], expected)
+        forms.append(("image" in parts, bool(parts["text"])))
     counts = {form: forms.count(form) for form in set(forms)}
-    assert set(counts) == {("image", "text"), ("image",), ()}
-    assert all(40 < counts[form] < 80 for form in (("image",), ()))
-    texts = [part["text"] for sample in samples for part in sample.messages[0]["content"] if part["type"] == "text"]
-    assert len(texts) == 300  # an empty one, not none, as the pipeline's null prompt has it
+    assert set(counts) == {(True, True), (True, False), (False, False)}
+    assert all(40 < counts[form] < 80 for form in ((True, False), (False, False)))
 
 
 def test_a_stage_of_edits_trains(tmp_path):

@@ -501,6 +501,30 @@ def test_a_weight_of_a_task_that_is_not_trained_or_below_zero_is_refused(weights
 
 
 @torch.no_grad()
+def test_a_task_may_have_noise_levels_of_its_own(make_trainer, recipe, tmp_path):
+    bundle = bundle_of(generate=edit_batch(recipe, 4))
+    plain, shifted = (
+        trainer.objective.prepare(trainer.model, bundle, "generate")["sigma"]
+        for trainer in (
+            make_trainer(tmp_path / "plain"),
+            make_trainer(tmp_path / "shifted", replace(STAGE1, sigma_shifts={"generate": 30.0})),
+        )
+    )
+    is_generated = plain > 0
+    assert torch.equal(shifted > 0, is_generated)
+    odds = [sigma[is_generated] / (1 - sigma[is_generated]) for sigma in (plain, shifted)]
+    ratio = odds[1] / odds[0]
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-4, atol=0)  # 30 / the model's own shift
+    assert ratio[0] > 5
+
+
+@pytest.mark.parametrize("shifts", [{"edit": 2.0}, {"generate": 0.0}, {"generate": float("nan")}])
+def test_a_shift_of_a_task_that_is_not_trained_or_not_positive_is_refused(shifts):
+    with pytest.raises(ValueError, match="stage1: sigma_shifts="):
+        replace(STAGE1, sigma_shifts=shifts)
+
+
+@torch.no_grad()
 def test_a_blank_batch_runs_its_forward_and_counts_nothing(make_trainer, recipe, tmp_path):
     trainer, understand = (
         make_trainer(tmp_path),

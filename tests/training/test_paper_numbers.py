@@ -37,6 +37,7 @@ STAGE_TABLE = {  # field -> (stage I, stage II, stage III, source)
     "lora_targets": (*[(LANGUAGE, SEM_VIT)] * 3, OURS),
     "condition_grad_scale": (1.0, 1.0, 1.0, GIVEN),  # nothing is scaled
     "drop_prompt": (0.1, 0.1, 0.1, OURS),
+    "sigma_shifts": ({}, {}, {}, OURS),  # those of the model
     "image_size": (None, None, None, GIVEN),  # that of the processor, 448
     "clip_size": (None, None, None, GIVEN),  # there are no clips
 }

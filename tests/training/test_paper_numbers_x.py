@@ -34,6 +34,7 @@ STAGE_TABLE = {  # field -> (stage I, stage II, stage III, source)
     "lora_targets": (*[(LANGUAGE, SEM_VIT)] * 3, OURS),
     "condition_grad_scale": (1.0, 1.0, 1.0, OURS),  # nothing is scaled
     "drop_prompt": (0.1, 0.1, 0.1, OURS),
+    "sigma_shifts": ({}, {}, {}, OURS),  # those of the model
 }
 RATES = {  # module -> (stage I, stage II, stage III, source)
     "vision_head": (1e-4, 5e-5, 5e-5, f"{GIVEN} for stage I, then {OURS}"),

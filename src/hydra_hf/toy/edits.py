@@ -220,20 +220,30 @@ class ToyEdits:
         return not is_told and not any(bool(self.world.is_test(scenes)) for scenes in pictures)
 
     def samples(
-        self, num_samples: int, generator: torch.Generator, *, drop_prompt: float = 0.0, **options
+        self,
+        num_samples: int,
+        generator: torch.Generator,
+        *,
+        drop_prompt: float = 0.0,
+        copy_share: float = 0.0,
+        **options,
     ) -> list[Sample]:
         """A picture and an instruction from the user, the edited picture from the assistant; `options` as in `sample`.
 
         Args:
-            drop_prompt: share of empty instructions, for guidance; half of them are without the picture, too.
+            drop_prompt: share of empty instructions without the picture, for guidance.
+            copy_share: share of empty instructions with the picture, which ask for the same picture: the other branch of guidance,
+                and what teaches to look at the source at all.
         """
         edits = self.sample(num_samples, generator, **options)
         sources, targets = self.world.render(source_scenes(edits)), self.world.render(target_scenes(edits))
         draws, samples = torch.rand(num_samples, generator=generator).tolist(), []
         for edit, source, target, draw in zip(edits, sources, targets, draws):
-            parts = {"text": "" if draw < drop_prompt else edit.instruction, "image": source}
-            kinds = ("text",) if draw < drop_prompt / 2 else TASKS["edit"].user
-            samples.append(chat("edit", [*(("user", parts[kind]) for kind in kinds), ("assistant", target)]))
+            is_dropped, is_copy = draw < drop_prompt, drop_prompt <= draw < drop_prompt + copy_share
+            parts = {"text": "" if is_dropped or is_copy else edit.instruction, "image": source}
+            kinds = ("text",) if is_dropped else TASKS["edit"].user
+            turns = [("user", parts[kind]) for kind in kinds]
+            samples.append(chat("edit", [*turns, ("assistant", source if is_copy else target)]))
         return samples
 
 

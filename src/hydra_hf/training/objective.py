@@ -136,7 +136,8 @@ class HydraObjective:
 
         def sample(grids: list[Grid], generator: torch.Generator) -> tuple[Tensor, Tensor]:
             sigma = sample_sigma(len(grids), logit_std=model.config.sigma_logit_std, generator=generator)
-            shifts = [model.get_sigma_shift(num_tokens(grid)) for grid in grids]
+            own = self.stage.sigma_shifts.get(task)
+            shifts = [own or model.get_sigma_shift(num_tokens(grid)) for grid in grids]
             sigma = torch.stack([shift_sigma(each, shift) for each, shift in zip(sigma, shifts)])
             return sigma, noise_tokens(grids, latents.shape[1], generator)
 

@@ -226,6 +226,8 @@ class HydraStage(Stage):
     condition_grad_scale: factor on the gradient that reaches Sem-ViT through given images; 0.1 in UniMRG's code for a model
         with a shared encoder, 1 in HYDRA.
     drop_prompt: share of prompts replaced by the empty one, for guidance.
+    sigma_shifts: task -> shift of its noise levels in training, instead of the model's own. A large one trains at high noise, where
+        what is copied from a source is decided.
     image_size, clip_size: images, and frames of clips, have at most as many pixels as a square of this side, in the saved
         pipeline too; None leaves the sizes of the processor.
     """
@@ -237,6 +239,7 @@ class HydraStage(Stage):
     lora_targets: tuple[str, ...] = ("model.language_model", "model.vision_tower.sem_vit")
     condition_grad_scale: float = 1.0
     drop_prompt: float = 0.1
+    sigma_shifts: dict[str, float] = field(default_factory=dict)
     image_size: int | None = None
     clip_size: int | None = None
 
@@ -252,6 +255,11 @@ class HydraStage(Stage):
             raise ValueError(
                 f"{self.name}: task_weights={wrong}, expected numbers of at least 0 for {list(self.tasks)}."
             )
+
+        if wrong := {
+            task: shift for task, shift in self.sigma_shifts.items() if task not in self.tasks or not shift > 0
+        }:
+            raise ValueError(f"{self.name}: sigma_shifts={wrong}, expected positive numbers for {list(self.tasks)}.")
 
     def loss_weight_of(self, task: str, loss: str) -> float:
         """The weight of a task's loss in the sum that is minimised."""

@@ -112,10 +112,35 @@ def hydra(init: str = EMBEDDED, tokenizer: str = "runs/tiny_x.tokenizer/decoder/
         tasks={**video.tasks, "generate": 20, "video_understand": 8, "video_generate": 12, "edit": 10},
         data=replace(video.data, clip_lengths=(17, 17, 17, 9, 5)),
     )  # fmt: skip
+    edits = replace(
+        everything, name="edits", num_steps=780, decay_share=0.5,  # on a GPU
+        tasks={"understand": 48, "generate": 64, "video_understand": 24, "video_generate": 32, "edit": 96,
+               **dict.fromkeys(PAINTED, 4)},
+        task_weights={**everything.task_weights, "edit": 1.0},
+        learning_rates=dict.fromkeys((*heads, *semantics), 5e-4),
+        muon_scale=0.0,
+        mixed_precision="no",
+    )  # fmt: skip
+    copies = replace(
+        edits, name="copies", num_steps=300, decay_share=0.3, warmup_steps=20, weight_decay=0.0, ema_decay=0.98,
+        tasks={"edit": 24},
+        task_weights={},
+        sigma_shifts={"edit": 50.0},
+        data=ToyData(copy_share=0.5, clip_lengths=(17,)),
+    )  # fmt: skip
+    together = replace(
+        edits, name="together", num_steps=800, decay_share=0.6,
+        tasks={"understand": 12, "generate": 14, "video_understand": 2, "video_generate": 3, "edit": 24,
+               **dict.fromkeys(PAINTED, 1)},
+        learning_rates=dict.fromkeys((*heads, *semantics), 4e-4),
+        sigma_shifts={"edit": 12.0},
+        data=replace(everything.data, copy_share=0.15, first_canvas_share=0.75),
+        mixed_precision="bf16",
+    )  # fmt: skip
     return HydraRecipe(
         name="tiny_x.hydra",
         config=config,
-        stages=(video, everything),
+        stages=(video, everything, edits, copies, together),
         attn_implementation=ATTENTION,
         init=init,
         save_every=200,
