@@ -254,9 +254,18 @@ def _render_others(model: str, cells: dict[str, tuple[float, str]]) -> str:
 
 def _render_protocols(results: list[SuiteResult]) -> str:
     """How each result was measured; the asterisk is explained here."""
-    lines = ["### How it was measured", "", "Bold rows are ours. A value with * may not be compared with the papers'.", ""]
+    lines = [
+        "### How it was measured",
+        "",
+        "Bold rows are ours. A value with * may not be compared with the papers'.",
+        "",
+    ]
     for result in results:
-        facts = {**result.protocol, **result.seeds, **{f"number of {name}": count for name, count in result.counts.items()}}
+        facts = {
+            **result.protocol,
+            **result.seeds,
+            **{f"number of {name}": count for name, count in result.counts.items()},
+        }
         told = "; ".join(f"{name} {value}" for name, value in facts.items())
         mark = "" if result.is_comparable else "*"
         lines.append(" ".join([f"- {result.suite}{mark} of {result.model}: {told}.", *result.notes]))

@@ -66,7 +66,9 @@ class SuiteResult:
             raise ValueError(f"{path} is not JSON: {error}") from error
         kind = content.pop("format", None) if isinstance(content, dict) else None
         if kind != FORMAT:
-            raise ValueError(f"{path} has the format {kind!r}, expected {FORMAT!r}, as hydra evaluate --suite writes it.")
+            raise ValueError(
+                f"{path} has the format {kind!r}, expected {FORMAT!r}, as hydra evaluate --suite writes it."
+            )
         content.pop("markdown", None)
         try:
             return cls(**content)

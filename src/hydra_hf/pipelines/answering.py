@@ -42,7 +42,20 @@ def answer(
         [{"type": kind, kind: image}, {"type": "text", "text": question}]
         for kind, image, question in zip(kinds, images, questions)
     ]
-    inputs = encode_turns(model, processor, turns)
+    return answer_conversations(
+        model, processor, [[{"role": "user", "content": parts}] for parts in turns], max_new_tokens
+    )
+
+
+@torch.no_grad()
+def answer_conversations(
+    model: HydraForConditionalGeneration,
+    processor: HydraProcessor,
+    conversations: list[list[dict]],
+    max_new_tokens: int = 32,
+) -> list[str]:
+    """Greedy answers to conversations, lists of messages of the chat template, which end with the user's turn."""
+    inputs = encode_conversations(model, processor, conversations)
     _check_lengths(inputs["attention_mask"], max_new_tokens, model.config.text_config.max_position_embeddings)
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=[FiniteLogits()])
     texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -63,9 +76,15 @@ def encode_turns(
     model: HydraForConditionalGeneration, processor: HydraProcessor, turns: list[list[dict]]
 ) -> BatchFeature:
     """The model's inputs for user turns, each a list of parts, up to where the assistant's turn begins; padded."""
+    return encode_conversations(model, processor, [[{"role": "user", "content": parts}] for parts in turns])
+
+
+def encode_conversations(
+    model: HydraForConditionalGeneration, processor: HydraProcessor, conversations: list[list[dict]]
+) -> BatchFeature:
+    """The model's inputs for conversations, up to where the assistant's turn begins; padded."""
     return processor.apply_chat_template(
-        [[{"role": "user", "content": parts}] for parts in turns], add_generation_prompt=True, tokenize=True,
-        return_dict=True, return_tensors="pt", processor_kwargs={"padding": True},
+        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True},
     ).to(model.device, model.dtype)  # fmt: skip
 
 

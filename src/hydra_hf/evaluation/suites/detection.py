@@ -31,20 +31,27 @@ class Detector:
 
         self.processor = AutoImageProcessor.from_pretrained(name)
         self.model = AutoModelForUniversalSegmentation.from_pretrained(name).to(device).eval()
-        self.names = {int(index): GENEVAL_NAMES.get(label, label) for index, label in self.model.config.id2label.items()}
+        self.names = {
+            int(index): GENEVAL_NAMES.get(label, label) for index, label in self.model.config.id2label.items()
+        }
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, threshold: float) -> dict[str, list[Found]]:
         """Objects surer than `threshold` by class, the surest first."""
         inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
         (result,) = self.processor.post_process_instance_segmentation(
-            self.model(**inputs), threshold=threshold, target_sizes=[(image.height, image.width)], return_binary_maps=True
+            self.model(**inputs),
+            threshold=threshold,
+            target_sizes=[(image.height, image.width)],
+            return_binary_maps=True,
         )
         objects = {}
         if result["segments_info"]:
             for info, mask in zip(result["segments_info"], np.asarray(result["segmentation"].cpu()).astype(bool)):
                 if mask.any():
-                    objects.setdefault(self.names[info["label_id"]], []).append(Found(_box_of(mask), info["score"], mask))
+                    objects.setdefault(self.names[info["label_id"]], []).append(
+                        Found(_box_of(mask), info["score"], mask)
+                    )
         return {name: sorted(found, key=lambda thing: -thing.confidence) for name, found in objects.items()}
 
 
@@ -64,7 +71,9 @@ class ColorClassifier:
         for found in objects:
             left, top, right, bottom = found.box
             shown = Image.composite(image, blank, Image.fromarray(found.mask))
-            crops.append(shown.crop((int(left), int(top), max(int(right), int(left) + 1), max(int(bottom), int(top) + 1))))
+            crops.append(
+                shown.crop((int(left), int(top), max(int(right), int(left) + 1), max(int(bottom), int(top) + 1)))
+            )
         inputs = self.processor(images=crops, return_tensors="pt").to(self.model.device)
         features = _unit(self.model.get_image_features(**inputs))
         return [COLORS[index] for index in (features @ self.colors_of(class_name).T).argmax(-1).tolist()]

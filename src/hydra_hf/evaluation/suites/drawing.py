@@ -38,7 +38,14 @@ class Drawing:
 
 
 def draw(
-    pipeline: HydraPipeline, model: str, drawings: list[Drawing], folder: Path, *, seed: int, batch_size: int, fps: float = 8.0,
+    pipeline: HydraPipeline,
+    model: str,
+    drawings: list[Drawing],
+    folder: Path,
+    *,
+    seed: int,
+    batch_size: int,
+    fps: float = 8.0,
     **kwargs,
 ) -> dict:
     """Draws what `folder` does not have yet. Returns the settings that the pictures depend on, which the folder keeps.
@@ -88,7 +95,13 @@ def describe(pipeline: HydraPipeline, model: str, **options) -> dict:
         "image_guidance_scale": config.default_image_guidance_scale,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    return {"model": model, "weights": weights_digest(pipeline.model), "dtype": str(pipeline.model.dtype), **defaults, **given}
+    return {
+        "model": model,
+        "weights": weights_digest(pipeline.model),
+        "dtype": str(pipeline.model.dtype),
+        **defaults,
+        **given,
+    }
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -108,8 +121,12 @@ def claim(folder: Path, settings: dict) -> None:
         return
     old = json.loads(path.read_text(encoding="utf-8"))
     names = sorted((set(old) | set(settings)) - {"model"})
-    if changed := [f"{name} {old.get(name)} -> {settings.get(name)}" for name in names if old.get(name) != settings.get(name)]:
-        raise ValueError(f"{folder} has results of other settings: {', '.join(changed)}. Name another --folder, or the same settings.")
+    if changed := [
+        f"{name} {old.get(name)} -> {settings.get(name)}" for name in names if old.get(name) != settings.get(name)
+    ]:
+        raise ValueError(
+            f"{folder} has results of other settings: {', '.join(changed)}. Name another --folder, or the same settings."
+        )
 
 
 def limited(rows: list, limit: int | None) -> list:

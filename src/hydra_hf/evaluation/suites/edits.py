@@ -64,7 +64,9 @@ def read_gedit(path: Path) -> list[tuple[str, Drawing]]:
     files = [str(file) for file in (sorted(path.rglob("*.parquet")) if path.is_dir() else [path])]
     if not files:
         raise ValueError(f"{path} has no parquet files, expected those of GEdit-Bench.")
-    rows = load_dataset("parquet", data_files=files, split="train").cast_column("input_image", ImageFeature(decode=False))
+    rows = load_dataset("parquet", data_files=files, split="train").cast_column(
+        "input_image", ImageFeature(decode=False)
+    )
     names = rows.select_columns(["key", "task_type", "instruction_language", "instruction"])
     return [
         (

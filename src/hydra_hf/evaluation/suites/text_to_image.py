@@ -104,7 +104,9 @@ def run(
         for sample in range(num_images)
     ]
     if len({drawing.file for drawing in drawings}) < len(drawings):
-        raise ValueError(f"{data} has two prompts with one name, or more images than the layout of {suite} has room for.")
+        raise ValueError(
+            f"{data} has two prompts with one name, or more images than the layout of {suite} has room for."
+        )
     settings = draw(
         pipeline, model, drawings, folder, seed=seed, batch_size=batch_size, height=height, width=width,
         num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,

@@ -40,7 +40,9 @@ def run(
     if len(prompts) != NUM_PROMPTS:
         notes.append(f"{len(prompts)} prompts, not the {NUM_PROMPTS} of VBench.")
     counts = {"prompts": len(prompts), "clips": len(drawings)}
-    return SuiteResult("vbench", model, {}, {**settings, "data": file_digest(data)}, {"seed": seed}, counts, notes=notes)
+    return SuiteResult(
+        "vbench", model, {}, {**settings, "data": file_digest(data)}, {"seed": seed}, counts, notes=notes
+    )
 
 
 def read_prompts(path: Path) -> list[tuple[str, list[str]]]:
@@ -48,6 +50,8 @@ def read_prompts(path: Path) -> list[tuple[str, list[str]]]:
     prompts = {}
     for row in json.loads(path.read_text(encoding="utf-8")):
         if "/" in row["prompt_en"]:
-            raise ValueError(f"{path} has a prompt with a slash, which cannot be the name of a file: {row['prompt_en']!r}")
+            raise ValueError(
+                f"{path} has a prompt with a slash, which cannot be the name of a file: {row['prompt_en']!r}"
+            )
         prompts.setdefault(row["prompt_en"], []).extend(row["dimension"])
     return list(prompts.items())
