@@ -1,9 +1,10 @@
-"""Measure a model on the toy world.
+"""Measure a model on the toy world or on a benchmark.
 
 example: hydra evaluate --out scores.json
 """
 
 import argparse
+import inspect
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,25 +28,60 @@ SUITES = {  # what is measured with which numbers
     "video": ("num_questions", "num_captions"),
     "edit": ("edits_per_kind",),
 }
+BENCHMARK_OPTIONS = {  # of suites of hydra_hf.evaluation.suites: name -> type, help
+    "data": (Path, "the benchmark's prompts or edits, as it distributes them"),
+    "folder": (Path, "for images, clips and answers; a killed run is resumed from it"),
+    "tasks": (str, "of lmms-eval or VLMEvalKit, with commas"),
+    "limit": (int, "only the first rows of a benchmark"),
+    "batch_size": (int, "images or questions at once"),
+    "num_images": (int, "for each prompt; the benchmark's own number by default"),
+    "num_inference_steps": (int, "denoising steps; the model's own number by default"),
+    "guidance_scale": (float, "the model's own by default"),
+    "image_guidance_scale": (float, "of edits; the model's own by default"),
+    "height": (int, "pixels"),
+    "width": (int, "pixels"),
+    "num_frames": (int, "of clips, 1 + 4n"),
+    "fps": (float, "frames a second of clips"),
+    "image_root": (Path, "of the images that --data names"),
+    "detector": (str, "of GenEval's own scorer: a Mask2Former, such as facebook/mask2former-swin-small-coco-instance"),
+    "clip": (str, "of GenEval's own scorer: CLIP, openai/clip-vit-large-patch14 by default"),
+    "official_results": (Path, "results.jsonl of GenEval's official scorer"),
+    "include_path": (Path, "a folder with tasks of lmms-eval of your own"),
+    "mode": (str, "of lmms-eval: understanding or generation"),
+    "judge": (str, "of VLMEvalKit: exact_matching by default, or a model behind an API"),
+    "max_new_tokens": (int, "of an answer under VLMEvalKit"),
+}
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     add_model(command, "model", nargs="?")
     command.add_argument("--out", type=Path, required=True, help="JSON file for the scores")
+    from hydra_hf.evaluation import suites
+
+    benchmarks = "; ".join(f"{name}: {text}" for name, (_, text) in suites.SUITES.items())
     command.add_argument(
-        "--suite", choices=tuple(SUITES), default="toy",
-        help="toy: images; unimrg: painted maps, too; video: questions about clips, and text to video; edit: instructions",
+        "--suite", choices=(*SUITES, *suites.SUITES), default="toy", metavar="NAME",
+        help="toy: images; unimrg: painted maps, too; video: questions about clips, and text to video; edit: instructions;"
+        f" or a benchmark. {benchmarks}",
     )  # fmt: skip
     for name, (default, _, text) in NUMBERS.items():
         command.add_argument(f"--{name}", type=int, default=default, help=text)
     command.add_argument("--difficulty", type=int, default=1, help="of the toy world: 1, 2 or 3")
     add_seed(command)
+    group = command.add_argument_group("benchmarks")
+    for name, (kind, text) in BENCHMARK_OPTIONS.items():
+        group.add_argument(f"--{name}", type=kind, help=text)
 
 
 def run(options: argparse.Namespace) -> None:
     for name, (_, least, _) in NUMBERS.items():
         if not least <= getattr(options, name) <= MOST:
             raise ValueError(f"--{name} {getattr(options, name)} must be at least {least} and at most {MOST}.")
+    if options.suite not in SUITES:
+        run_benchmark(options)
+        return
+    if given := [name for name in BENCHMARK_OPTIONS if getattr(options, name) is not None]:
+        raise ValueError(f"--{given[0]} does not go with --suite {options.suite}.")
     if options.suite == "toy" and find_spec("skimage") is None:
         raise ValueError("The photographs of scikit-image are needed: pip install hydra_hf[eval].")
     check_out(options.out)
@@ -62,6 +98,38 @@ def run(options: argparse.Namespace) -> None:
     scores |= {name: getattr(options, name) for name in ("seed", "difficulty", *SUITES[options.suite])}
     print(json.dumps(scores, indent=2))  # first, because writing the file may fail
     write_text(options.out, json.dumps(scores, indent=2) + "\n")
+
+
+def run_benchmark(options: argparse.Namespace) -> None:
+    from hydra_hf.evaluation.suites import load_suite
+
+    run_suite = load_suite(options.suite)
+    arguments = benchmark_arguments(options, run_suite)
+    check_out(options.out)
+    pipeline = load_pipeline(options)
+    pipeline.set_progress_bar_config(disable=True)
+    result = run_suite(pipeline, options.model, **arguments)
+    print(result.markdown())  # first, because writing the file may fail
+    for note in result.notes:
+        print(note)
+    result.save(options.out)
+
+
+def benchmark_arguments(options: argparse.Namespace, run_suite) -> dict:
+    """The options that are the suite's. Raises ValueError for one that it does not have, and one that it lacks."""
+    parameters = inspect.signature(run_suite).parameters
+    given = {name: getattr(options, name) for name in BENCHMARK_OPTIONS if getattr(options, name) is not None}
+    if unknown := [name for name in given if name not in parameters]:
+        raise ValueError(f"--{unknown[0]} does not go with --suite {options.suite}.")
+    needed = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    if missing := [name for name in BENCHMARK_OPTIONS if name in needed and name not in given]:
+        raise ValueError(f"--suite {options.suite} needs --{missing[0]}, {BENCHMARK_OPTIONS[missing[0]][1]}.")
+    if (least := min((given[name] for name in ("limit", "batch_size", "num_images") if name in given), default=1)) < 1:
+        raise ValueError(f"Got {least}, expected at least 1 of --limit, --batch_size and --num_images.")
+    for name in ("data", "image_root", "official_results", "include_path"):
+        if name in given and not given[name].exists():
+            raise ValueError(f"--{name} {given[name]} does not exist.")
+    return {**given, "seed": options.seed}
 
 
 def _toy_scores(pipeline, language, options: argparse.Namespace) -> dict:

@@ -1,14 +1,25 @@
-"""Benchmark suites of `hydra evaluate --suite NAME`: one module each, whose `run` takes the pipeline and its options."""
+"""Benchmark suites of `hydra evaluate --suite NAME`: a module's `run` takes the pipeline, the model's name and its options."""
 
+import inspect
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
-from types import ModuleType
 
 
-SUITES = {  # name -> module of this folder, what is measured
-    "geneval": ("geneval", "text to image: objects, counts, colours, positions"),
+SUITES = {  # name -> module of this folder, what it is
+    "lmms_eval": ("lmms_eval", "understanding, or drawing with a judge, by the tasks of lmms-eval"),
+    "vlmevalkit": ("vlmevalkit", "understanding by the data sets of VLMEvalKit"),
+    "geneval": ("geneval", "text to image, 553 prompts of six categories"),
+    "dpg_bench": ("text_to_image", "long prompts"),
+    "wise": ("text_to_image", "prompts that need knowledge"),
+    "t2i_compbench": ("text_to_image", "prompts of attributes and relations"),
+    "imgedit": ("edits", "edits of nine kinds"),
+    "gedit": ("edits", "edits that users asked for"),
+    "vbench": ("vbench", "text to video"),
 }
 
 
-def load_suite(name: str) -> ModuleType:
-    """The module of a suite. Its `run(pipeline, model, ...)` returns a SuiteResult; its other parameters are command-line options."""
-    return import_module(f"{__name__}.{SUITES[name][0]}")
+def load_suite(name: str) -> Callable:
+    """The function `run(pipeline, model, *, ...)` of a suite, which returns a SuiteResult; its keywords are options."""
+    run = import_module(f"{__name__}.{SUITES[name][0]}").run
+    return partial(run, suite=name) if "suite" in inspect.signature(run).parameters else run

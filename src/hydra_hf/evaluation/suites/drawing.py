@@ -73,8 +73,8 @@ def _batches(drawings: list[Drawing], batch_size: int) -> list[list[Drawing]]:
     """Edits go one by one, since the size of a result follows its source."""
     batches = []
     for has_source, group in groupby(drawings, key=lambda drawing: drawing.source is not None):
-        group, size = list(group), 1 if has_source else batch_size
-        batches += [group[start : start + size] for start in range(0, len(group), size)]
+        rows, size = list(group), 1 if has_source else batch_size
+        batches += [rows[start : start + size] for start in range(0, len(rows), size)]
     return batches
 
 
