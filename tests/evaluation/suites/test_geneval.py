@@ -138,10 +138,15 @@ def test_every_clause_counts():
     assert judge.agrees(None, {"cat": cats[:1]}, ROWS[0]) and judge.agrees(None, {"cat": cats}, ROWS[0])
     assert not judge.agrees(None, {"dog": cats}, ROWS[0])
     assert judge.agrees(None, {"cat": cats}, ROWS[1])
-    assert not judge.agrees(None, {"cat": cats[:1]}, ROWS[1]) and not judge.agrees(None, {"cat": [*cats, cats[0]]}, ROWS[1])
+    assert not judge.agrees(None, {"cat": cats[:1]}, ROWS[1]) and not judge.agrees(
+        None, {"cat": [*cats, cats[0]]}, ROWS[1]
+    )
     red = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]}
     assert judge.agrees(None, {"cat": cats}, red) and not judge_of("blue").agrees(None, {"cat": cats}, red)
-    left = {"tag": "position", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}]}
+    left = {
+        "tag": "position",
+        "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}],
+    }
     assert judge.agrees(None, {"dog": cats[1:], "cat": cats[:1]}, left)
     assert not judge.agrees(None, {"dog": cats[:1], "cat": cats[1:]}, left)
 
@@ -171,7 +176,9 @@ def test_the_color_is_of_the_pixels_under_the_mask(color_classifier):
     found = Found((8, 8, 24, 24), 1.0, mask & (np.arange(32) % 2 == 0))
     noisy = image.copy()
     noisy[~found.mask] = np.random.default_rng(0).integers(0, 255, (int((~found.mask).sum()), 3))
-    assert color_classifier(Image.fromarray(image), [found], "cat") == color_classifier(Image.fromarray(noisy), [found], "cat")
+    assert color_classifier(Image.fromarray(image), [found], "cat") == color_classifier(
+        Image.fromarray(noisy), [found], "cat"
+    )
     assert color_classifier.colors_of("cat").norm(dim=-1) == pytest.approx(torch.ones(len(COLORS)), abs=1e-5)
 
 
@@ -213,7 +220,9 @@ def clip_folder(tmp_path_factory) -> str:
     letters = {name: index for index, name in enumerate(["<pad>", "<end>", *"abcdefghijklmnopqrstuvwxyz-"])}
     backend = Tokenizer(models.WordLevel(letters, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", model_max_length=64)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<end>", model_max_length=64
+    )
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = CLIPConfig(
         text_config={**sizes, "vocab_size": len(letters), "eos_token_id": 1, "max_position_embeddings": 64},

@@ -37,6 +37,18 @@ DRAWN = ("WISE", "imgedit", "gedit_bench")  # tasks whose answer is an image
 MVBENCH, NUM_MVBENCH = "mvbench_", 20
 
 
+def manifest():
+    """What lmms-eval's entry point asks for: the classes of the model `hydra`."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    classes = f"{__package__}.lmms_eval_model"
+    return ModelManifest(
+        model_id="hydra",
+        simple_class_path=f"{classes}.HydraSimple",  # also for generate_visual_cot, with --force_simple
+        chat_class_path=f"{classes}.HydraChat",
+    )
+
+
 def run(
     pipeline: HydraPipeline, model: str, *, tasks: str, folder: Path, limit: int | None = None, batch_size: int = 1,
     seed: int = 0, num_inference_steps: int | None = None, guidance_scale: float | None = None,

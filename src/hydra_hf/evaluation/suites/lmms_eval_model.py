@@ -11,7 +11,6 @@ from pathlib import Path
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from tqdm import tqdm
@@ -200,10 +199,3 @@ class HydraChat(HydraSimple):
             }
             for message in self.messages_of(request).messages
         ]
-
-
-MANIFEST = ModelManifest(
-    model_id="hydra",
-    simple_class_path=f"{__name__}.HydraSimple",  # also for generate_visual_cot, with --force_simple
-    chat_class_path=f"{__name__}.HydraChat",
-)

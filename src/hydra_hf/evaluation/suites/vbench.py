@@ -27,7 +27,7 @@ def run(
     drawings = [
         Drawing(f"{prompt}-{sample}.mp4", prompt, (index, sample))
         for index, (prompt, dimensions) in enumerate(prompts)
-        for sample in range(num_images or (MANY if FLICKERING in dimensions else FEW))
+        for sample in range(num_images or num_clips(dimensions))
     ]
     settings = draw(
         pipeline, model, drawings, folder, seed=seed, batch_size=batch_size, height=height, width=width, fps=fps,
@@ -43,6 +43,11 @@ def run(
     return SuiteResult(
         "vbench", model, {}, {**settings, "data": file_digest(data)}, {"seed": seed}, counts, notes=notes
     )
+
+
+def num_clips(dimensions: list[str]) -> int:
+    """How many clips VBench wants of a prompt."""
+    return MANY if FLICKERING in dimensions else FEW
 
 
 def read_prompts(path: Path) -> list[tuple[str, list[str]]]:
