@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from toy_tasks import png_bytes
 
 from hydra_hf.evaluation.suites import SUITES, edits, load_suite, text_to_image, vbench
-from toy_tasks import png_bytes
 
 
 def files(folder: Path, ending: str = ".png") -> list[str]:
@@ -67,7 +67,9 @@ def test_dpg_bench_has_a_grid_of_four_for_each_prompt(tiny_pipeline, dpg_bench, 
     )
     assert (grid == np.concatenate([np.concatenate(parts[:2], 1), np.concatenate(parts[2:], 1)], 0)).all()
     assert len({part.tobytes() for part in parts}) == 4
-    assert result.scores == {} and result.counts == {"prompts": 2, "images": 8} and "not the 1065" in result.notes[-1]
+    assert result.scores == {}
+    assert result.counts == {"prompts": 2, "images": 8}
+    assert "not the 1065" in result.notes[-1]
 
 
 def test_wise_has_an_image_for_each_prompt_id(tiny_pipeline, wise, tmp_path):
@@ -111,7 +113,8 @@ def test_imgedit_names_the_results_by_key(clip_pipeline, picture, tmp_path):
     (tmp_path / "singleturn.json").write_text(json.dumps(rows))
     options = {"suite": "imgedit", "data": tmp_path / "singleturn.json", "image_root": tmp_path / "images"}
     result = edits.run(clip_pipeline, "tiny", folder=tmp_path / "out", num_inference_steps=1, **options)
-    assert files(tmp_path / "out") == ["12.png", "7.png"] and result.counts == {"edits": 2}
+    assert files(tmp_path / "out") == ["12.png", "7.png"]
+    assert result.counts == {"edits": 2}
     assert pixels(tmp_path / "out" / "7.png").tobytes() != pixels(tmp_path / "out" / "12.png").tobytes()  # other noise
     before = (tmp_path / "out" / "12.png").read_bytes()
     (tmp_path / "out" / "12.png").unlink()
@@ -157,7 +160,8 @@ def test_vbench_names_the_clips_after_the_prompts(clip_pipeline, tmp_path):
     size = {"num_frames": 5, "height": 32, "width": 32, "num_inference_steps": 1, "num_images": 2}
     result = vbench.run(clip_pipeline, "tiny", data=tmp_path / "info.json", folder=tmp_path / "out", **size)
     assert files(tmp_path / "out", ".mp4") == ["a cat.-0.mp4", "a cat.-1.mp4"]
-    assert result.counts == {"prompts": 1, "clips": 2} and result.protocol["num_frames"] == 5
+    assert result.counts == {"prompts": 1, "clips": 2}
+    assert result.protocol["num_frames"] == 5
 
 
 def test_every_suite_can_be_imported_without_its_extra():

@@ -53,8 +53,11 @@ def test_the_folder_has_the_official_layout(tiny_pipeline, data, tmp_path):
     expected = [f"{prompt:05}/samples/{sample:04}.png" for prompt in range(2) for sample in range(2)]
     assert list(pictures(tmp_path / "out")) == expected
     assert [json.loads((tmp_path / "out" / f"{i:05}" / "metadata.jsonl").read_text()) for i in range(2)] == ROWS
-    assert result.scores == {} and result.counts == {"prompts": 2, "images": 4} and not result.is_comparable
-    assert result.protocol["prompts"] == "raw" and "not the 553" in result.notes[-1]
+    assert result.scores == {}
+    assert result.counts == {"prompts": 2, "images": 4}
+    assert not result.is_comparable
+    assert result.protocol["prompts"] == "raw"
+    assert "not the 553" in result.notes[-1]
 
 
 def test_a_killed_run_is_resumed_with_the_same_images(tiny_pipeline, data, tmp_path):
@@ -64,7 +67,8 @@ def test_a_killed_run_is_resumed_with_the_same_images(tiny_pipeline, data, tmp_p
     lost.unlink()
     time = kept.stat().st_mtime_ns
     draw(tiny_pipeline, data, tmp_path / "out", batch_size=1)
-    assert pictures(tmp_path / "out") == before and kept.stat().st_mtime_ns == time
+    assert pictures(tmp_path / "out") == before
+    assert kept.stat().st_mtime_ns == time
     assert len(set(before.values())) == 4  # each has its own noise
 
 
@@ -72,7 +76,8 @@ def test_a_limit_is_the_start_of_the_whole(tiny_pipeline, data, tmp_path):
     draw(tiny_pipeline, data, tmp_path / "part", limit=1)
     draw(tiny_pipeline, data, tmp_path / "whole")
     part, whole = pictures(tmp_path / "part"), pictures(tmp_path / "whole")
-    assert len(part) == 2 and part.items() <= whole.items()
+    assert len(part) == 2
+    assert part.items() <= whole.items()
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"num_inference_steps": 2}, {"guidance_scale": 2.0}])
@@ -135,14 +140,15 @@ def judge_of(color="red") -> Judge:
 
 def test_every_clause_counts():
     judge, cats = judge_of(), [thing(0, 0, 9, 9), thing(20, 0, 29, 9)]
-    assert judge.agrees(None, {"cat": cats[:1]}, ROWS[0]) and judge.agrees(None, {"cat": cats}, ROWS[0])
+    assert judge.agrees(None, {"cat": cats[:1]}, ROWS[0])
+    assert judge.agrees(None, {"cat": cats}, ROWS[0])
     assert not judge.agrees(None, {"dog": cats}, ROWS[0])
     assert judge.agrees(None, {"cat": cats}, ROWS[1])
-    assert not judge.agrees(None, {"cat": cats[:1]}, ROWS[1]) and not judge.agrees(
-        None, {"cat": [*cats, cats[0]]}, ROWS[1]
-    )
+    assert not judge.agrees(None, {"cat": cats[:1]}, ROWS[1])
+    assert not judge.agrees(None, {"cat": [*cats, cats[0]]}, ROWS[1])
     red = {"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "red"}]}
-    assert judge.agrees(None, {"cat": cats}, red) and not judge_of("blue").agrees(None, {"cat": cats}, red)
+    assert judge.agrees(None, {"cat": cats}, red)
+    assert not judge_of("blue").agrees(None, {"cat": cats}, red)
     left = {
         "tag": "position",
         "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}],
@@ -166,7 +172,10 @@ def test_masks_become_boxes_and_names_become_those_of_geneval(detector):
     found = detector(Image.new("RGB", (64, 32)), threshold=0.9)
     assert list(found) == ["computer mouse"]
     ((box, confidence, mask),) = [(thing.box, thing.confidence, thing.mask) for thing in found["computer mouse"]]
-    assert box == (0, 0, 32, 16) and confidence > 0.99 and mask.shape == (32, 64) and mask[:16, :32].all()
+    assert box == (0, 0, 32, 16)
+    assert confidence > 0.99
+    assert mask.shape == (32, 64)
+    assert mask[:16, :32].all()
 
 
 def test_the_color_is_of_the_pixels_under_the_mask(color_classifier):
@@ -185,7 +194,8 @@ def test_the_color_is_of_the_pixels_under_the_mask(color_classifier):
 def test_own_scores_are_named_as_not_comparable(tiny_pipeline, data, tmp_path, detector_folder, clip_folder):
     result = draw(tiny_pipeline, data, tmp_path / "out", detector=detector_folder, clip=clip_folder)
     assert result.scores.keys() == {"geneval/single_object", "geneval/counting", "geneval/overall"}
-    assert not result.is_comparable and "not comparable" in result.notes[0]
+    assert not result.is_comparable
+    assert "not comparable" in result.notes[0]
     assert result.protocol["scorer"] == f"own: {detector_folder}, {clip_folder}"
     assert "0*" in result.markdown()
 

@@ -5,11 +5,11 @@ from importlib.metadata import entry_points
 
 import pytest
 from PIL import Image
+from toy_tasks import embedded_pipeline, png_bytes, toy_questions
 
 from hydra_hf import TINY
 from hydra_hf.evaluation.report import SuiteResult
 from hydra_hf.pipelines.answering import answer
-from toy_tasks import embedded_pipeline, png_bytes, toy_questions
 
 
 pytest.importorskip("lmms_eval")
@@ -97,8 +97,10 @@ def test_the_harness_counts_what_the_model_answers(tasks, tmp_path):
     )
     right = sum(text == row["answer"] for text, row in zip(given, rows)) / len(rows)
     result = measure(tasks, tmp_path, "toy_vqa", batch_size=8)
-    assert result.scores == {"toy_vqa/exact": right} and right > 0.7
-    assert result.counts == {"rows of toy_vqa": len(rows)} and result.versions["lmms_eval"]
+    assert result.scores == {"toy_vqa/exact": right}
+    assert right > 0.7
+    assert result.counts == {"rows of toy_vqa": len(rows)}
+    assert result.versions["lmms_eval"]
     (log,) = tmp_path.rglob("answers.jsonl")
     assert [json.loads(line)["answer"] for line in log.read_text().splitlines() if line] == given
 
@@ -115,8 +117,10 @@ def test_answers_that_are_there_are_not_asked_for_again(tasks, tmp_path, monkeyp
 
     monkeypatch.setattr(HydraChat, "answer", count)
     result = measure(tasks, tmp_path, "toy_vqa", limit=5)
-    assert len(asked) == 2 and result.counts == {"rows of toy_vqa": 5}
-    assert "first 5 rows" in result.notes[0] and not result.is_comparable
+    assert len(asked) == 2
+    assert result.counts == {"rows of toy_vqa": 5}
+    assert "first 5 rows" in result.notes[0]
+    assert not result.is_comparable
 
 
 def test_it_draws_before_it_answers(tasks, tmp_path, monkeypatch):
@@ -139,7 +143,8 @@ def test_it_draws_before_it_answers(tasks, tmp_path, monkeypatch):
 
 def test_tasks_whose_answer_is_an_image_get_files(tasks, tmp_path):
     result = measure(tasks, tmp_path, "toy_draw", limit=2, mode="generation", num_inference_steps=1)
-    assert result.scores == {"toy_draw/exact": 1.0} and len(list(tmp_path.rglob("*.png"))) == 2
+    assert result.scores == {"toy_draw/exact": 1.0}
+    assert len(list(tmp_path.rglob("*.png"))) == 2
 
 
 def test_unknown_tasks_are_an_error(tasks, tmp_path):
@@ -153,7 +158,8 @@ def test_lmms_eval_finds_hydra_by_its_name():
         pytest.skip("the package is not installed, only on the path")
     from lmms_eval.models import get_model
 
-    assert get_model("hydra") is HydraChat and get_model("hydra", force_simple=True) is HydraSimple
+    assert get_model("hydra") is HydraChat
+    assert get_model("hydra", force_simple=True) is HydraSimple
 
 
 def test_metrics_become_scores_of_one_unit():

@@ -5,6 +5,7 @@ has the prompts and images in the form of evalscope's `general_t2i` (`image_path
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class Benchmark:
         read: its prompts, from the file or folder that the benchmark distributes.
         num_prompts: of the whole benchmark.
         num_images: for each prompt.
-        file: the name of an image, from the prompt, the prompt's number and the number of the image among those of the prompt.
+        file: the name of an image, from the prompt, the image's number in its category, and its number among those of the prompt.
         scorer: what is left to do for the published score.
     """
 
@@ -73,17 +74,17 @@ def read_t2i_compbench(path: Path) -> list[Prompt]:
 
 BENCHMARKS = {
     "dpg_bench": Benchmark(
-        read_dpg_bench, 1065, 4, lambda prompt, index, sample: f"samples/{prompt.id}_{sample}.png",
+        read_dpg_bench, 1065, 4, lambda prompt, number, sample: f"samples/{prompt.id}_{sample}.png",
         "official code of ELLA on FOLDER/images: dpg_bench/compute_dpg_bench.py --image-root-path FOLDER/images, with --resolution"
         " the side of one image",
     ),
     "wise": Benchmark(
-        read_wise, 1000, 1, lambda prompt, index, sample: f"images/{prompt.id}.png",
+        read_wise, 1000, 1, lambda prompt, number, sample: f"images/{prompt.id}.png",
         "official code of WISE, gpt_eval.py on FOLDER/images, or --suite lmms_eval --tasks WISE with a judge",
     ),
     "t2i_compbench": Benchmark(
         read_t2i_compbench, 2400, 10,
-        lambda prompt, index, sample: f"{prompt.category}/samples/{_file_name(prompt.text)}_{index:06}.png",
+        lambda prompt, number, sample: f"{prompt.category}/samples/{_file_name(prompt.text)}_{number:06}.png",
         "official code of T2I-CompBench on each folder: BLIPvqa_eval, UniDet_eval, 3_in_1_eval --out_dir FOLDER/CATEGORY",
     ),
 }  # fmt: skip
@@ -98,11 +99,12 @@ def run(
     benchmark = BENCHMARKS[suite]
     prompts = limited(benchmark.read(data), limit)
     num_images = num_images or benchmark.num_images
-    drawings = [
-        Drawing(benchmark.file(prompt, index * num_images + sample, sample), prompt.text, (index, sample))
-        for index, prompt in enumerate(prompts)
-        for sample in range(num_images)
-    ]
+    drawings, numbers = [], Counter()
+    for index, prompt in enumerate(prompts):
+        for sample in range(num_images):
+            file = benchmark.file(prompt, numbers[prompt.category], sample)
+            drawings.append(Drawing(file, prompt.text, (index, sample)))
+            numbers[prompt.category] += 1
     if len({drawing.file for drawing in drawings}) < len(drawings):
         raise ValueError(
             f"{data} has two prompts with one name, or more images than the layout of {suite} has room for."
