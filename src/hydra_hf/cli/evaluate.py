@@ -108,7 +108,10 @@ def run_benchmark(options: argparse.Namespace) -> None:
     check_out(options.out)
     pipeline = load_pipeline(options)
     pipeline.set_progress_bar_config(disable=True)
-    result = run_suite(pipeline, options.model, **arguments)
+    try:
+        result = run_suite(pipeline, options.model, **arguments)
+    except ImportError as error:  # names the extra
+        raise ValueError(str(error)) from error
     print(result.markdown())  # first, because writing the file may fail
     for note in result.notes:
         print(note)

@@ -58,8 +58,13 @@ def read_imgedit(path: Path, image_root: Path) -> list[tuple[str, Drawing]]:
 
 def read_gedit(path: Path) -> list[tuple[str, Drawing]]:
     """The edits of GEdit-Bench's parquet files: fullset/TASK/LANGUAGE/KEY.png."""
-    from datasets import Image as ImageFeature
-    from datasets import load_dataset
+    try:
+        from datasets import Image as ImageFeature
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            "The parquet files of GEdit-Bench are read with datasets: pip install hydra_hf[train]."
+        ) from error
 
     files = [str(file) for file in (sorted(path.rglob("*.parquet")) if path.is_dir() else [path])]
     if not files:
