@@ -87,16 +87,53 @@ TABLES = (
         },
     ),
     PaperTable(
-        "HYDRA-X, section 4.1, table 1, and headline: reconstruction of clips",
+        "HYDRA-X, table 1: attention and folds, ImageNet 256 px and DAVIS 17 x 256 x 256, 150k steps",
         (
-            Column("ImageNet PSNR", "imagenet_256/psnr", 1, 2), Column("ImageNet SSIM", "imagenet_256/ssim", 1, 3),
-            Column("ImageNet rFID", "imagenet_256/rfid", 1, 3), Column("DAVIS PSNR", "davis/psnr", 1, 2),
-            Column("DAVIS SSIM", "davis/ssim", 1, 3), Column("DAVIS rFVD", "davis/rfvd", 1, 2),
-            Column("UCF PSNR", "ucf/psnr", 1, 2), Column("UCF SSIM", "ucf/ssim", 1, 3), Column("UCF rFVD", "ucf/rfvd", 1, 2),
+            Column("ImageNet PSNR", "imagenet_256/psnr", 1, 2), Column("SSIM", "imagenet_256/ssim", 1, 4),
+            Column("rFID", "imagenet_256/rfid", 1, 3), Column("DAVIS PSNR", "davis/psnr", 1, 2),
+            Column("SSIM", "davis/ssim", 1, 4), Column("rFVD", "davis/rfvd", 1, 2),
         ),
         {
-            "tubelet and two 2x folds, 150k steps": (31.73, .8936, .329, 27.97, .8307, 11.19, None, None, None),
-            "HYDRA-XTok": (32.04, .898, .465, 28.19, .835, 11.61, 36.88, .967, 3.11),
+            "full attention": (31.10, .8890, .367, 27.40, .8277, 16.20),
+            "causal attention": (31.38, .8901, .352, 27.62, .8283, 14.05),
+            "tubelet attention": (31.42, .8907, .347, 27.69, .8287, 13.69),
+            "tubelet attention and two 2x folds": (31.73, .8936, .329, 27.97, .8307, 11.19),
+        },
+    ),
+    PaperTable(
+        "HYDRA-X, appendix H.1: reconstruction of images and clips",
+        (
+            Column("ImageNet PSNR", "imagenet_256/psnr", 1, 2), Column("SSIM", "imagenet_256/ssim", 1, 3),
+            Column("rFID", "imagenet_256/rfid", 1, 3), Column("DAVIS PSNR", "davis/psnr", 1, 2),
+            Column("SSIM", "davis/ssim", 1, 3), Column("rFVD", "davis/rfvd", 1, 2), Column("UCF PSNR", "ucf/psnr", 1, 2),
+            Column("SSIM", "ucf/ssim", 1, 3), Column("rFVD", "ucf/rfvd", 1, 2),
+        ),
+        {"HYDRA-XTok": (32.04, .898, .465, 28.19, .835, 11.61, 36.88, .967, 3.11)},
+    ),
+    PaperTable(
+        "HYDRA-X, table 2: distillation, 1.5B",
+        (
+            Column("MVBench", "mvbench"), Column("VideoMME", "videomme"), Column("AI2D", "ai2d"), Column("MME", "mme", 1, 0),
+            Column("GenEval", "geneval/overall"), Column("ImgEdit", "imgedit/overall", 1, 2),
+        ),
+        {
+            "none": (29.8, 27.4, 45.1, 989, 67.5, 2.35),
+            "image teacher": (42.1, 42.5, 61.2, 1339, 70.6, 2.72),
+            "and decompressor with the image teacher": (44.7, 44.3, 62.7, 1522, 70.7, 3.07),
+            "and decompressor with the video teacher": (45.4, 45.0, 62.5, 1501, 72.0, 3.20),
+            "the last, Sem-ViT bidirectional": (43.1, 43.7, 62.0, 1434, 70.1, 2.70),
+        },
+    ),
+    PaperTable(
+        "HYDRA-X, table 3: source-target interaction, 1.5B",
+        (
+            Column("ImgEdit", "imgedit/overall", 1, 2), Column("Recon-PSNR", "imgedit/source_psnr", 1, 2),
+            Column("GenEval", "geneval/overall", decimals=2), Column("MVBench", "mvbench"), Column("VideoMME", "videomme"),
+            Column("AI2D", "ai2d"), Column("MME", "mme", 1),
+        ),
+        {
+            "independent": (2.80, 20.74, 70.51, 45.3, 45.0, 62.2, 1478.5),
+            "STI": (3.20, 27.65, 71.97, 45.4, 45.0, 62.5, 1501.0),
         },
     ),
     PaperTable(
@@ -192,7 +229,7 @@ TABLES = (
         },
     ),
     PaperTable(
-        "HYDRA, figure on alignment, section 3: CKNNA of generation and understanding features",
+        "HYDRA, figure 7 and appendix C.3: CKNNA of generation and understanding features",
         (Column("CKNNA, k = 10", "cknna", 1, 2),),
         {"Show-o2": (.03,), "HYDRA, start of training": (.10,), "HYDRA": (.13,)},
     ),

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from toy_tasks import embedded_pipeline, png_text, toy_questions
 
 from hydra_hf import TINY
-from toy_tasks import embedded_pipeline, png_text, toy_questions
 
 
 pd = pytest.importorskip("pandas")
