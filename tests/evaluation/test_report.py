@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from operator import mul
 
 import pytest
 
@@ -80,6 +81,15 @@ def test_the_numbers_of_the_papers_agree_with_each_other():
     averages = {"Show-o2 1.5B": 53.2, "HYDRA 1.5B": 63.2, "Show-o2 7B": 62.4, "HYDRA 7B": 68.9}
     for name, (mme, *others) in table("HYDRA, table 2").rows.items():
         assert (mme / 28 + sum(others)) / 8 == pytest.approx(averages[name], abs=0.06)
+    for values in table("HYDRA-X, table 10").rows.values():
+        assert sum(values[:6]) / 6 == pytest.approx(values[6], abs=0.011)
+    weights = (0.4, 0.167, 0.133, 0.1, 0.1, 0.1)  # of WISE
+    for values in table("HYDRA-X, table 11").rows.values():
+        assert sum(map(mul, weights, values)) == pytest.approx(values[6], abs=0.011)
+    for *_, quality, semantic, total in table("HYDRA-X, table 6").rows.values():
+        assert (4 * quality + semantic) / 5 == pytest.approx(total, abs=0.011)
+    detailed, short = table("HYDRA-X, table 10").rows, table("HYDRA-X, table 6").rows
+    assert detailed["HYDRA-X 7B"][6] == short["HYDRA-X 7B"][2]
     main, ablation = table("UniMRG, table 1").rows, table("UniMRG, table 3").rows
     assert ablation["+ segmentation generation"] == main["Harmon-1.5B + UniMRG"]
     for name, (*_, overall) in table("UniMRG, table 4").rows.items():

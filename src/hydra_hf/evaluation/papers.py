@@ -34,6 +34,7 @@ class PaperTable:
 
 GENEVAL = {"Single Obj.": "single_object", "Two Obj.": "two_object", "Counting": "counting", "Colors": "colors",
            "Position": "position", "Color Attri.": "color_attr", "Overall": "overall"}  # fmt: skip
+WISE = ("culture", "time", "space", "biology", "physics", "chemistry", "overall")
 UNIMRG_COLUMNS = tuple(
     Column(header, score, decimals=2)
     for header, score in {
@@ -101,14 +102,19 @@ TABLES = (
         },
     ),
     PaperTable(
-        "HYDRA-X, appendix H.1: reconstruction of images and clips",
+        "HYDRA-X, table 9: reconstruction of images and clips, 256 px",
         (
             Column("ImageNet PSNR", "imagenet_256/psnr", 1, 2), Column("SSIM", "imagenet_256/ssim", 1, 3),
             Column("rFID", "imagenet_256/rfid", 1, 3), Column("DAVIS PSNR", "davis/psnr", 1, 2),
             Column("SSIM", "davis/ssim", 1, 3), Column("rFVD", "davis/rfvd", 1, 2), Column("UCF PSNR", "ucf/psnr", 1, 2),
             Column("SSIM", "ucf/ssim", 1, 3), Column("rFVD", "ucf/rfvd", 1, 2),
         ),
-        {"HYDRA-XTok": (32.04, .898, .465, 28.19, .835, 11.61, 36.88, .967, 3.11)},
+        {
+            "Wan2.2": (31.25, .878, .749, 27.64, .820, 14.78, 36.11, .961, 4.15),
+            "AToken-So/C": (29.72, .848, .209, 26.60, .784, 29.19, 34.66, .953, 7.77),
+            "HYDRA-XTok, images, trained on ImageNet": (32.96, .905, .154, None, None, None, None, None, None),
+            "HYDRA-XTok": (32.04, .898, .465, 28.19, .835, 11.61, 36.88, .967, 3.11),
+        },
     ),
     PaperTable(
         "HYDRA-X, table 2: distillation, 1.5B",
@@ -185,6 +191,24 @@ TABLES = (
         {
             "OmniGen2": (1.77, 3.20, 3.44, 7.16, 6.77, 6.41),
             "HYDRA-X 7B": (4.04, 4.38, 4.34, 7.80, 7.24, 7.17),
+        },
+    ),
+    PaperTable(
+        "HYDRA-X, table 10: GenEval by category; HYDRA and Show-o2 with rewritten prompts",
+        tuple(Column(header, f"geneval/{score}", 1, 2) for header, score in GENEVAL.items()),
+        {
+            "Show-o2 7B": (1.00, .87, .58, .92, .52, .62, .76),
+            "HYDRA 7B": (1.00, .97, .68, .91, .81, .80, .86),
+            "HYDRA-X 7B": (.99, .95, .83, .90, .84, .75, .88),
+        },
+    ),
+    PaperTable(
+        "HYDRA-X, table 11: WISE by category",
+        tuple(Column(name.capitalize(), f"wise/{name}", 1, 2) for name in WISE),
+        {
+            "Show-o2 7B": (.40, .45, .58, .39, .53, .34, .44),
+            "HYDRA 7B": (.52, .53, .68, .47, .58, .38, .53),
+            "HYDRA-X 7B": (.53, .57, .72, .53, .64, .40, .56),
         },
     ),
     PaperTable(

@@ -25,8 +25,10 @@ SCORES = {  # our name -> task of lmms-eval, its metrics, which are added, and h
     "videomme": ("videomme", ("videomme_perception_score",), 100),
     "longvideobench_val": ("longvideobench_val_v", ("lvb_acc",), 1),
     "lvbench": ("lvbench", ("lvbench_score",), 1),
-    "wise/culture": ("WISE", ("WISE_culture_score",), 1),
-    "wise/space": ("WISE", ("WISE_space_score",), 1),
+    **{
+        f"wise/{name}": ("WISE", (f"WISE_{name}_score",), 1)
+        for name in ("culture", "time", "space", "biology", "physics", "chemistry")
+    },
     "wise/overall": ("WISE", ("WISE_overall_wiscore",), 1),
     "imgedit/overall": ("imgedit", ("imgedit_avg_score",), 1),
     "gedit/semantics": ("gedit_bench", ("gedit_bench_en_fullset_semantics",), 1),
