@@ -73,13 +73,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=kind, help=text)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict:
     for name, (_, least, _) in NUMBERS.items():
         if not least <= getattr(options, name) <= MOST:
             raise ValueError(f"--{name} {getattr(options, name)} must be at least {least} and at most {MOST}.")
     if options.suite not in SUITES:
-        run_benchmark(options)
-        return
+        return run_benchmark(options)
     if given := [name for name in BENCHMARK_OPTIONS if getattr(options, name) is not None]:
         raise ValueError(f"--{given[0]} does not go with --suite {options.suite}.")
     if options.suite == "toy" and find_spec("skimage") is None:
@@ -98,9 +97,10 @@ def run(options: argparse.Namespace) -> None:
     scores |= {name: getattr(options, name) for name in ("seed", "difficulty", *SUITES[options.suite])}
     print(json.dumps(scores, indent=2))  # first, because writing the file may fail
     write_text(options.out, json.dumps(scores, indent=2) + "\n")
+    return scores
 
 
-def run_benchmark(options: argparse.Namespace) -> None:
+def run_benchmark(options: argparse.Namespace) -> dict:
     from hydra_hf.evaluation.suites import load_suite
 
     run_suite = load_suite(options.suite)
@@ -116,6 +116,7 @@ def run_benchmark(options: argparse.Namespace) -> None:
     for note in result.notes:
         print(note)
     result.save(options.out)
+    return result.content()
 
 
 def benchmark_arguments(options: argparse.Namespace, run_suite) -> dict:

@@ -14,7 +14,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, help="a file for the report in Markdown; it is printed by default")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict:
     from hydra_hf.evaluation.papers import report
     from hydra_hf.evaluation.report import SuiteResult
     from hydra_hf.files import write_text
@@ -27,3 +27,4 @@ def run(options: argparse.Namespace) -> None:
     else:
         write_text(options.out, text)
         print(options.out)
+    return {"report": text}

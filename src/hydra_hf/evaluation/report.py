@@ -53,9 +53,12 @@ class SuiteResult:
         cells = {"model": self.model} | {name: f"{value:{NUMBER_FORMAT}}{mark}" for name, value in self.scores.items()}
         return markdown_table(list(cells), [list(cells.values())])
 
+    def content(self) -> dict:
+        """What `save` writes."""
+        return {"format": FORMAT, **dataclasses.asdict(self), "markdown": self.markdown()}
+
     def save(self, path: Path) -> None:
-        content = {"format": FORMAT, **dataclasses.asdict(self), "markdown": self.markdown()}
-        write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(self.content(), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "SuiteResult":
