@@ -9,6 +9,8 @@ import re
 from itertools import groupby, islice
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
@@ -35,7 +37,7 @@ class HydraSimple(lmms):
 
     Args:
         pretrained: folder or Hub id.
-        device, dtype: as in torch; None is the CPU, and the checkpoint's own type.
+        device, dtype: as in torch; None is the accelerator of this process, if there is one, and the checkpoint's own type.
         mode: "understanding" answers in text; "generation" draws the text, or edits the image by it, and returns the JSON of
             lmms-eval, {"text": ..., "images": [path]}.
         output_dir: where drawn images and answers go; what it has is not computed again. Needed to draw.
@@ -55,10 +57,10 @@ class HydraSimple(lmms):
             raise ValueError(f"Got {mode=}, expected one of {', '.join(MODES)}.")
         if (pretrained is None) == (pipeline is None):
             raise ValueError("Expected one of pretrained, a folder or Hub id, and pipeline.")
+        state = PartialState()
+        self._rank, self._world_size = state.process_index, state.num_processes
         if pipeline is None:
-            import torch
-
-            pipeline = HydraPipeline.from_pretrained(pretrained).to(device or "cpu")
+            pipeline = HydraPipeline.from_pretrained(pretrained).to(device or state.device)
             pipeline = pipeline if dtype in (None, "auto") else pipeline.to(getattr(torch, dtype))
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline, self.mode, self.batch_size = pipeline, mode, int(batch_size)
