@@ -5,7 +5,7 @@ import json
 import math
 import platform
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 from hydra_hf.files import write_text
@@ -81,17 +81,7 @@ class SuiteResult:
 
 def package_versions(*more: str) -> dict[str, str]:
     """The versions of Python, of the packages that every suite uses, and of `more`, which must be installed."""
-    found = {"python": platform.python_version()}
-    for name in (*PACKAGES, *more):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a source tree on the path
-            if name != "hydra_hf":
-                raise
-            from hydra_hf.version import __version__
-
-            found[name] = __version__
-    return found
+    return {"python": platform.python_version()} | {name: version(name) for name in (*PACKAGES, *more)}
 
 
 def markdown_table(headers: list[str], rows: list[list[str]]) -> str:
