@@ -42,7 +42,7 @@ def run(
     size = {"height": height, "width": width}
     steps = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     settings = draw(pipeline, model, drawings, folder, seed=seed, batch_size=batch_size, **size, **steps)
-    scores, scorer, notes = {}, "none", [f"Images in {folder}; {SCORER}."]
+    scores, scorer, notes = {}, "none", [f"Images in {folder}; {SCORER.replace('FOLDER', str(folder))}."]
     if official_results is not None:
         scores, scorer, notes = mean_scores(read_official(official_results, len(drawings))), "official", []
     elif detector is not None:
