@@ -1,9 +1,12 @@
 """Frozen pretrained networks that judge images, read from safetensors."""
 
+import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from .metrics import to_8_bits
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -69,14 +72,48 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 class PooledFeatures(nn.Module):
-    """Global features (B, d) of a timm model, for a Frechet distance; report `name` next to the number."""
+    """Global features (B, d) of a timm model, for a Frechet distance; `score` is the name of that number."""
 
     def __init__(self, backbone: str, weights: str | None):
         super().__init__()
-        self.name = backbone.removeprefix("timm:")
+        self.score = f"frechet/{backbone.removeprefix('timm:')}"
         self.model = load_timm(backbone, weights, num_classes=0)
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], clamped -> features (B, d)."""
         return self.model(to_imagenet(pixel_values.float().clamp(-1, 1)))
+
+
+class InceptionFeatures(nn.Module):
+    """Features (B, 2048) of FID's Inception, as torch-fidelity has it: their Frechet distance is FID."""
+
+    score = "rfid"
+
+    def __init__(self):
+        """Raises ImportError without torch-fidelity, ValueError if its weights are not there or damaged."""
+        super().__init__()
+        try:
+            from torch_fidelity import feature_extractor_inceptionv3 as inception
+        except ImportError as error:
+            raise ImportError("rFID needs torch-fidelity: pip install hydra_hf[eval].") from error
+        url = inception.URL_INCEPTION_V3
+        path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+        check_hashed_file(path, url)
+        self.model = freeze(inception.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path)))
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1], rounded to 8 bits -> features (B, 2048)."""
+        return self.model((to_8_bits(pixel_values) * 255).round().to(torch.uint8))[0]
+
+
+def check_hashed_file(path: Path, url: str) -> None:
+    """Raises ValueError if there is no file at `path`, or not the one whose SHA-256 begins as its name ends, as in torch.hub."""
+    command = f"curl -L --create-dirs -o {path} {url}"
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}. Fetch it once with: {command}")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(expected := path.stem.rpartition("-")[2]):
+        raise ValueError(f"{path} has the SHA-256 {digest}, expected {expected}... Fetch it again with: {command}")

@@ -155,6 +155,7 @@ class Lpips(nn.Module):
                 f' from safetensors.torch import save_file; save_file({name}(weights="IMAGENET1K_V1").state_dict(),'
                 f' "{name}.safetensors")\' and give it as --perceptual_weights {name}.safetensors'
             )
+        self.score = f"lpips_{trunk}"
         self.model = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
         # lpips calls layer i of torchvision's `features` "slice<n>.i"
         names = {name: f"features.{name.split('.', 1)[1]}" for name, _ in self.model.net.named_parameters()}
@@ -173,6 +174,8 @@ LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}
 
 class FeatureDistance(nn.Module):
     """Squared distance between a timm model's feature maps, each normalised over its channels; it is not LPIPS."""
+
+    score = "feature_distance"
 
     def __init__(self, model: nn.Module):
         super().__init__()
