@@ -7,7 +7,7 @@ After HYDRA, appendix D.1, which puts HYDRA-TOK in place of Nitro-E's VAE, train
 GenEval. `dit` draws one object by its class (`DiTTransformer2DModel`, `DiTPipeline`); `sana` draws from captions
 (`SanaTransformer2DModel`, `SanaPipeline`), with HYDRA's own language model as the frozen text encoder. Images are encoded once
 by the frozen tokenizer; the transformer learns the velocity of its latents; diffusers draws with DPM-Solver++.
-OUT gets the pipeline, `scores.json` (held-out prompts, judged by a checker without learned weights), and `samples.png`.
+OUT gets the pipeline, `scores.json` (pairs and counts are held out; the judge is a checker without learned weights), `samples.png`.
 """
 
 import argparse
@@ -70,6 +70,7 @@ class Task:
             "sample_size": CANVAS[0] // self.tokenizer.config.patch_size,
         }  # fmt: skip
         self.pipeline = self.create_pipeline(hydra, sizes, scheduler)
+        self.pipeline.transformer.eval()  # DiT would drop the class in each block on its own; nothing else differs
         self.pipeline.set_progress_bar_config(disable=True)
 
     def sample(self, number: int, split: str, generator: torch.Generator) -> tuple[Tensor, list[Prompt]]:
@@ -136,6 +137,11 @@ class CaptionTask(Task):
         return images * 2 - 1
 
 
+def create_scheduler(shift: float) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ for velocities, as SANA has it."""
+    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
 TASKS = {"dit": ClassTask, "sana": CaptionTask}
 
 
@@ -182,7 +188,7 @@ def train(task: Task, shift: float, options: argparse.Namespace) -> None:
 
 
 def score(task: Task, world: ToyWorld, options: argparse.Namespace) -> tuple[dict, Tensor]:
-    """Share of held-out prompts with a right image, in all and by category; the same for true images that the tokenizer rebuilds."""
+    """Share of prompts of the test split with a right image, in all and by category; the same for true images that the tokenizer rebuilds."""
     checker, generator = ToyChecker(world), torch.Generator().manual_seed(options.seed + 1)
     images, prompts = task.sample(options.num_prompts, "test", generator)
     settings = {
@@ -223,8 +229,7 @@ def main() -> None:
     hydra.model.requires_grad_(False)
     config = hydra.model.config.vision_config
     shift = resolution_shift(config.latent_channels * (CANVAS[0] // config.patch_size) ** 2)
-    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-    task = TASKS[options.transformer](hydra, ToyLanguage(world), scheduler)
+    task = TASKS[options.transformer](hydra, ToyLanguage(world), create_scheduler(shift))
     train(task, shift, options)
     task.pipeline.save_pretrained(options.out / "pipeline")
     scores, drawn = score(task, world, options)

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "data": {"data", "modeling"},
     "pipelines": {"pipelines", "modeling"},
     "evaluation": {"evaluation", "pipelines", "data", "modeling"},
-    "evaluation/suites": {"evaluation", "pipelines", "data", "modeling"},
+    "evaluation/suites": {"training", "evaluation", "pipelines", "data", "modeling"},
     "training": {"training", "evaluation", "pipelines", "data", "modeling"},
     "training/adapters": {"training", "data", "modeling"},
     "training/recipes": {"toy", "training", "data", "modeling"},

@@ -89,6 +89,23 @@ def load_pipeline(options: argparse.Namespace):
     return pipeline.to(device) if options.dtype == "auto" else pipeline.to(device, getattr(torch, options.dtype))
 
 
+def load_vision_tower(options: argparse.Namespace):
+    """The tokenizer of the model `options.model`, which may be one alone, on its device. Raises ValueError as `load_pipeline`."""
+    import torch
+    from transformers import PreTrainedConfig
+
+    from hydra_hf import HydraTokModel
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(options.model)
+    except OSError:  # a pipeline has its configs in its parts
+        config = {}
+    if config.get("model_type") != HydraTokModel.config_class.model_type:
+        return load_pipeline(options).model.model.vision_tower
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    return HydraTokModel.from_pretrained(options.model, dtype=dtype).to(choose_device(options.device))
+
+
 def print_unknown_words(processor, text: str) -> None:
     """Prints one line on stderr if the model of a small world has never read some words of `text`."""
     import sys

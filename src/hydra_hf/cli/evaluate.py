@@ -9,7 +9,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from .common import add_model, add_seed, check_out, load_pipeline
+from .common import add_model, add_seed, check_out, load_pipeline, load_vision_tower
 
 
 MOST = 1_000_000
@@ -29,7 +29,7 @@ SUITES = {  # what is measured with which numbers
     "edit": ("edits_per_kind",),
 }
 BENCHMARK_OPTIONS = {  # of suites of hydra_hf.evaluation.suites: name -> type, help
-    "data": (Path, "the benchmark's prompts or edits, as it distributes them"),
+    "data": (Path, "the benchmark's prompts or edits, as it distributes them, or a folder of images or clips"),
     "folder": (Path, "for images, clips and answers; a killed run is resumed from it"),
     "tasks": (str, "of lmms-eval or VLMEvalKit, with commas"),
     "limit": (int, "only the first rows of a benchmark"),
@@ -50,6 +50,15 @@ BENCHMARK_OPTIONS = {  # of suites of hydra_hf.evaluation.suites: name -> type, 
     "mode": (str, "of lmms-eval: understanding or generation"),
     "judge": (str, "of VLMEvalKit: exact_matching by default, or a model behind an API"),
     "max_new_tokens": (int, "of an answer under VLMEvalKit"),
+    "size": (int, "pixels of the square crops that are rebuilt or seen; 256, or the model's own for features"),
+    "model_size": (int, "pixels that the model sees, if its patches do not divide --size"),
+    "backbone": (str, "of the Frechet distance: inception (rFID) or timm:NAME; a video model of transformers for clips"),
+    "backbone_weights": (str, "safetensors of timm:NAME"),
+    "perceptual_backbone": (str, "lpips:alex, lpips:vgg, lpips:squeeze or timm:NAME"),
+    "perceptual_weights": (str, "safetensors of its trunk"),
+    "teacher": (str, "whose layers features are compared with: a folder or Hub id"),
+    "num_neighbors": (int, "k of CKNNA, 10 by default"),
+    "num_classes": (int, "in the t-SNE map, 10 by default"),
 }
 
 
@@ -106,10 +115,13 @@ def run_benchmark(options: argparse.Namespace) -> dict:
     run_suite = load_suite(options.suite)
     arguments = benchmark_arguments(options, run_suite)
     check_out(options.out)
-    pipeline = load_pipeline(options)
-    pipeline.set_progress_bar_config(disable=True)
+    if "vision_tower" in inspect.signature(run_suite).parameters:
+        measured = load_vision_tower(options)
+    else:
+        measured = load_pipeline(options)
+        measured.set_progress_bar_config(disable=True)
     try:
-        result = run_suite(pipeline, options.model, **arguments)
+        result = run_suite(measured, options.model, **arguments)
     except ImportError as error:  # names the extra
         raise ValueError(str(error)) from error
     print(result.markdown())  # first, because writing the file may fail

@@ -16,6 +16,13 @@ SUITES = {  # name -> module of this folder, what it is
     "imgedit": ("edits", "edits of nine kinds"),
     "gedit": ("edits", "edits that users asked for"),
     "vbench": ("vbench", "text to video"),
+    "imagenet_256": ("reconstruction", "ImageNet's validation images, rebuilt"),
+    "coco_2017": ("reconstruction", "COCO's validation images, rebuilt"),
+    "davis": ("reconstruction", "DAVIS, 17 frames of each clip rebuilt"),
+    "ucf": ("reconstruction", "UCF101, 17 frames of each clip rebuilt"),
+    "images": ("reconstruction", "any images, rebuilt"),
+    "clips": ("reconstruction", "any clips, rebuilt"),
+    "representation": ("representation", "CKNNA of features, by layer with a teacher, and t-SNE maps"),
 }
 
 
