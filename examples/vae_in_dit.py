@@ -160,9 +160,7 @@ def train(task: Task, shift: float, options: argparse.Namespace) -> None:
     images, prompts = task.sample(options.num_images, "train", generator)
     latents = torch.cat(in_batches(lambda part: pipeline.vae.encode(part).latent, images))  # (B, C, h, w), normalised
     conditions, nothing = joined(in_batches(task.conditions, prompts)), task.null_conditions()
-    transformer = (
-        pipeline.transformer.eval()
-    )  # DiT would drop the class in each block on its own; nothing else differs
+    transformer = pipeline.transformer
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=options.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, options.num_steps // 20, options.num_steps)
     ema, start = EMAModel(transformer.parameters(), decay=0.998, use_ema_warmup=True, power=0.75), time.time()

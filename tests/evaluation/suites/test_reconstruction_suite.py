@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import VideoMAEConfig, VideoMAEModel
 
+from hydra_hf.cli import main
 from hydra_hf.evaluation.crops import read_crop
 from hydra_hf.evaluation.metrics import psnr, ssim
 from hydra_hf.evaluation.reconstruction import reconstruct
@@ -120,3 +121,22 @@ def test_an_image_model_is_no_judge_of_clips(clip_tower, clips, tmp_path):
 def test_clips_need_a_tokenizer_of_clips(tower, clips):
     with pytest.raises(ValueError, match="expected a HYDRA-XTok for clips"):
         run(tower, "tiny", suite="davis", data=clips, size=32)
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_the_command_measures_a_tokenizer_alone_and_that_of_a_pipeline(
+    is_alone, tiny_pipeline, images, tmp_path, capsys
+):
+    tower, model, out = tiny_pipeline.model.model.vision_tower, tmp_path / "model", tmp_path / "scores.json"
+    (tower if is_alone else tiny_pipeline).save_pretrained(model)
+    options = ["--data", str(images), "--size", "32", "--device", "cpu", "--out", str(out)]
+    assert main(["evaluate", str(model), "--suite", "images", *options]) == 0
+    expected = run(tower, str(model), suite="images", data=images, size=32)
+    assert SuiteResult.load(out) == expected
+    assert expected.markdown() in capsys.readouterr().out
+
+
+def test_a_word_of_the_command_that_is_not_the_suites_is_refused(images, tmp_path, capsys):
+    options = ["--data", str(images), "--num_neighbors", "5", "--out", str(tmp_path / "scores.json")]
+    assert main(["evaluate", "--suite", "images", *options]) == 2
+    assert "--num_neighbors does not go with --suite images" in capsys.readouterr().err
