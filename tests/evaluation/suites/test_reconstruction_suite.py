@@ -88,14 +88,28 @@ def test_a_size_that_patches_do_not_divide_is_refused_with_one_that_works(tower,
         run(tower, "tiny", suite="images", data=images, size=20)
 
 
-def test_a_frechet_distance_has_its_backbones_name(tower, images, tmp_path):
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory) -> str:
     torch.manual_seed(0)
-    save_file(timm.create_model(ARCHITECTURE).state_dict(), tmp_path / "trunk.safetensors")
-    result = run(tower, "tiny", suite="images", data=images, size=32, backbone=f"timm:{ARCHITECTURE}",
-                 backbone_weights=str(tmp_path / "trunk.safetensors"))  # fmt: skip
+    path = tmp_path_factory.mktemp("trunk") / "trunk.safetensors"
+    save_file(timm.create_model(ARCHITECTURE).state_dict(), path)
+    return str(path)
+
+
+def test_a_frechet_distance_has_its_backbones_name(tower, images, trunk):
+    options = {"backbone": f"timm:{ARCHITECTURE}", "backbone_weights": trunk}
+    result = run(tower, "tiny", suite="images", data=images, size=32, **options)
     assert result.scores[f"images/frechet/{ARCHITECTURE}"] > 0
     assert result.protocol["frechet_backbone"] == f"timm:{ARCHITECTURE}"
     assert "compare it only with others over the same" in result.notes[-1]
+
+
+def test_a_perceptual_distance_is_a_mean_over_images_and_not_over_batches(tower, images, trunk):
+    options = {"perceptual_backbone": f"timm:{ARCHITECTURE}", "perceptual_weights": trunk}
+    results = [run(tower, "tiny", suite="images", data=images, size=32, batch_size=n, **options) for n in (2, 5)]
+    first, second = (result.scores["images/feature_distance"] for result in results)
+    assert first > 0
+    assert first == pytest.approx(second, rel=1e-4)
 
 
 def test_clips_are_scored_by_frame_and_by_a_named_video_model(clip_tower, clips, tmp_path):
