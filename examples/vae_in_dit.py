@@ -101,7 +101,9 @@ class ClassTask(Task):
     def draw(self, prompts: list[Prompt], **kwargs) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1]."""
         classes = [prompt.objects[0] for prompt in prompts]
-        images = self.pipeline(classes, output_type="np", **kwargs).images  # older versions of DiTPipeline have no "pt"
+        images = self.pipeline(
+            classes, output_type="np", **kwargs
+        ).images  # older versions of DiTPipeline have no "pt"
         return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
 
 
