@@ -21,8 +21,9 @@ FPS = 8
 COLUMN = 320  # pixels: two columns side by side on a desktop, one below the other on a phone
 CACHE_SECONDS = 3600  # pictures of visitors are deleted after this
 STYLE = """
-.pixels img, .pixels video {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
+.fill img, .fill video {width: 100%; height: 100%; object-fit: contain}
 footer {display: none !important}
+@media (max-width: 640px) {[role=tablist] button {padding: 0 8px !important}}
 """
 
 
@@ -86,7 +87,7 @@ class Page:
 
     def add_picture(self) -> None:
         self.picture = gr.Image(
-            type="pil", format="png", label="Picture", elem_id="picture", elem_classes="pixels", height=COLUMN
+            type="pil", format="png", label="Picture", elem_id="picture", elem_classes="fill", height=COLUMN
         )
         self.status = gr.Markdown("Draw a picture, upload one, or take an example.", elem_id="status")
         gr.Examples(PICTURES, self.picture, label="Pictures to start from")
@@ -99,7 +100,7 @@ class Page:
             "Ask": ("understand" in self.tasks, self.add_question),
             "Edit": ("edit" in self.tasks, self.add_edit),
             "Rebuild": (True, self.add_rebuilding),
-            "Depth and boundaries": (bool(painted), lambda: self.add_painting(painted)),
+            "Maps": (bool(painted), lambda: self.add_painting(painted)),
             "Clips": (bool(clips), lambda: self.add_clips(clips)),
         }
         for title, (is_shown, add) in tabs.items():
@@ -143,7 +144,7 @@ class Page:
         instruction = gr.Textbox(label="How to change the picture", placeholder="remove the star")
         buttons = self._buttons("Edit")
         edited = gr.Image(
-            label="Edited", format="png", type="pil", interactive=False, elem_id="edited", elem_classes="pixels"
+            label="Edited", format="png", type="pil", interactive=False, elem_id="edited", elem_classes="fill"
         )
         status = gr.Markdown()
         keep = gr.Button("Keep as the picture", size="sm")
@@ -162,7 +163,7 @@ class Page:
     def add_rebuilding(self) -> None:
         gr.Markdown("What the tokenizer keeps of the picture: encoded and decoded again.")
         (button,) = self._buttons("Rebuild", can_stop=False)
-        copy = gr.Image(label="Rebuilt", format="png", interactive=False, elem_id="rebuilt", elem_classes="pixels")
+        copy = gr.Image(label="Rebuilt", format="png", interactive=False, elem_id="rebuilt", elem_classes="fill")
 
         def rebuild(picture):
             return self.actions.rebuild(given(picture, "picture"))
@@ -174,7 +175,7 @@ class Page:
         labels = {"depth": "Depth, near is bright", "segment": "Boundaries"}
         with gr.Row():
             maps = [
-                gr.Image(label=labels[task], format="png", interactive=False, elem_id=task, elem_classes="pixels")
+                gr.Image(label=labels[task], format="png", interactive=False, elem_id=task, elem_classes="fill")
                 for task in tasks
             ]
 
@@ -184,7 +185,7 @@ class Page:
         self._run(paint, [self.picture], maps, None, button)
 
     def add_clips(self, tasks: list[str]) -> None:
-        clip = gr.Video(label="Clip", elem_id="clip", elem_classes="pixels", autoplay=True, loop=True, height=COLUMN)
+        clip = gr.Video(label="Clip", elem_id="clip", elem_classes="fill", autoplay=True, loop=True, height=COLUMN)
         status = gr.Markdown()
         if "video_generate" in tasks:
             prompt = gr.Textbox(label="What happens", placeholder="a cat moves to the right")
@@ -218,8 +219,8 @@ class Page:
 
     def _buttons(self, title: str, can_stop: bool = True) -> list[gr.Button]:
         with gr.Row():
-            start = gr.Button(title, variant="primary")
-            return [start, gr.Button("Stop")] if can_stop else [start]
+            start = gr.Button(title, variant="primary", min_width=120)
+            return [start, gr.Button("Stop", min_width=80)] if can_stop else [start]
 
     def _settings(self) -> list:
         steps, guidance = (

@@ -1,7 +1,6 @@
 """A folder that serves the page anywhere, as a Space of the Hub does: app.py, requirements.txt, README.md and the package itself."""
 
 import os
-import re
 import shutil
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -12,7 +11,6 @@ from hydra_hf.hub import check_model_name
 
 
 PACKAGE = Path(hydra_hf.__file__).parent
-EXTRAS = ("demo", "video")
 APP = '''"""The page of {title}, made by `hydra demo --space`."""
 
 from pathlib import Path
@@ -79,6 +77,5 @@ def write_space(folder: Path, model: str) -> None:
 
 def requirements() -> list[str]:
     """What the package needs to serve the page, as lines for pip."""
-    pattern = re.compile(rf"extra == \"(?:{'|'.join(EXTRAS)})\"")
     lines = [line.partition(";") for line in requires("hydra_hf")]
-    return [requirement.strip() for requirement, _, marker in lines if not marker or pattern.search(marker)]
+    return [requirement.strip() for requirement, _, marker in lines if not marker or 'extra == "demo"' in marker]
