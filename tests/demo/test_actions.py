@@ -1,15 +1,13 @@
 """What the page's buttons do, what a model is offered, and the Space folder: all without Gradio and without a browser."""
 
 import itertools
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 from PIL import Image
 
@@ -161,7 +159,7 @@ def test_examples_are_there():
 def test_a_space_of_the_embedded_checkpoint_is_complete(tmp_path, capsys):
     assert main(["demo", "--space", str(tmp_path / "space")]) == 0
     assert "app.py" in capsys.readouterr().out
-    card = ModelCard.load(tmp_path / "space" / "README.md").data
+    card = SpaceCard.load(tmp_path / "space" / "README.md").data
     assert (card.sdk, card.app_file, card.title) == ("gradio", "app.py", "hydra-tiny")
     assert {path.name for path in (tmp_path / "space").iterdir()} == {
         "README.md",
@@ -169,11 +167,7 @@ def test_a_space_of_the_embedded_checkpoint_is_complete(tmp_path, capsys):
         "requirements.txt",
         "hydra_hf",
     }
-    found = subprocess.run(
-        [sys.executable, "-c", "import hydra_hf; print(hydra_hf.TINY)"], cwd=tmp_path / "space", check=True,
-        capture_output=True, text=True, env={"PYTHONPATH": ""},
-    ).stdout.strip()  # fmt: skip
-    assert Path(found) == tmp_path / "space" / "hydra_hf" / "assets" / "hydra-tiny"
+    assert (tmp_path / "space" / "hydra_hf" / "assets" / "hydra-tiny" / "model_index.json").is_file()
 
 
 def test_a_space_holds_the_model_of_a_folder_and_names_that_of_the_hub(tiny_pipeline, tmp_path):
@@ -184,13 +178,13 @@ def test_a_space_holds_the_model_of_a_folder_and_names_that_of_the_hub(tiny_pipe
     assert str(tmp_path) not in (tmp_path / "space" / "app.py").read_text()
     write_space(tmp_path / "space", "owner/name")
     assert not (tmp_path / "space" / "model").exists()
-    assert ModelCard.load(tmp_path / "space" / "README.md").data.models == ["owner/name"]
+    assert SpaceCard.load(tmp_path / "space" / "README.md").data.models == ["owner/name"]
     assert "MODEL = 'owner/name'" in (tmp_path / "space" / "app.py").read_text()
 
 
 def test_a_space_replaces_no_other_folder(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="not empty and has no app.py"):
+    with pytest.raises(ValueError, match="has .'thesis.tex'., expected a new folder"):
         write_space(tmp_path, hydra_hf.TINY)
     assert (tmp_path / "thesis.tex").is_file()
 
