@@ -218,7 +218,7 @@ def test_stop_ends_a_drawing_and_the_next_one_is_drawn(visit, url):
 def test_what_is_missing_or_unknown_is_said(visit, url):
     page = visit(url)
     open_tab(page, "Ask")
-    page.get_by_label("Question about the picture").fill("is there a zebra?")
+    page.get_by_label("Question", exact=True).fill("is there a zebra?")
     page.get_by_role("button", name="Ask", exact=True).click()
     page.get_by_text("There is no picture yet").wait_for()
     page.get_by_text("Words that this model does not know: zebra").wait_for()

@@ -23,7 +23,10 @@ CACHE_SECONDS = 3600  # pictures of visitors are deleted after this
 STYLE = """
 .fill img, .fill video {width: 100%; height: 100%; object-fit: contain}
 footer {display: none !important}
-@media (max-width: 640px) {[role=tablist] button {padding: 0 8px !important}}
+@media (max-width: 640px) {
+  main {padding-left: 12px !important; padding-right: 12px !important}
+  .tab-container button {padding: 0 8px !important}
+}
 """
 
 
@@ -87,8 +90,9 @@ class Page:
 
     def add_picture(self) -> None:
         self.picture = gr.Image(
-            type="pil", format="png", label="Picture", elem_id="picture", elem_classes="fill", height=COLUMN
-        )
+            label="Picture", type="pil", format="png", height=COLUMN, elem_id="picture", elem_classes="fill",
+            buttons=["download", "fullscreen"],
+        )  # fmt: skip
         self.status = gr.Markdown("Draw a picture, upload one, or take an example.", elem_id="status")
         gr.Examples(PICTURES, self.picture, label="Pictures to start from")
 
@@ -129,7 +133,7 @@ class Page:
         self._run(draw, [prompt, *settings, *sides], [self.picture, self.status], prompt, *buttons)
 
     def add_question(self) -> None:
-        question = gr.Textbox(label="Question about the picture", placeholder="what is in the picture?")
+        question = gr.Textbox(label="Question", placeholder="what is in the picture?")
         (button,) = self._buttons("Ask", can_stop=False)
         reply = gr.Textbox(label="Answer", interactive=False, elem_id="answer")
         gr.Examples(examples_of("understand", self.processor), [self.picture, question])
@@ -143,9 +147,7 @@ class Page:
     def add_edit(self) -> None:
         instruction = gr.Textbox(label="How to change the picture", placeholder="remove the star")
         buttons = self._buttons("Edit")
-        edited = gr.Image(
-            label="Edited", format="png", type="pil", interactive=False, elem_id="edited", elem_classes="fill"
-        )
+        edited = self._output("Edited", "edited")
         status = gr.Markdown()
         keep = gr.Button("Keep as the picture", size="sm")
         gr.Examples(examples_of("edit", self.processor), [self.picture, instruction])
@@ -163,7 +165,7 @@ class Page:
     def add_rebuilding(self) -> None:
         gr.Markdown("What the tokenizer keeps of the picture: encoded and decoded again.")
         (button,) = self._buttons("Rebuild", can_stop=False)
-        copy = gr.Image(label="Rebuilt", format="png", interactive=False, elem_id="rebuilt", elem_classes="fill")
+        copy = self._output("Rebuilt", "rebuilt")
 
         def rebuild(picture):
             return self.actions.rebuild(given(picture, "picture"))
@@ -174,10 +176,7 @@ class Page:
         (button,) = self._buttons("Paint", can_stop=False)
         labels = {"depth": "Depth, near is bright", "segment": "Boundaries"}
         with gr.Row():
-            maps = [
-                gr.Image(label=labels[task], format="png", interactive=False, elem_id=task, elem_classes="fill")
-                for task in tasks
-            ]
+            maps = [self._output(labels[task], task) for task in tasks]
 
         def paint(picture):
             return self.actions.paint(given(picture, "picture"), tasks)
@@ -185,7 +184,9 @@ class Page:
         self._run(paint, [self.picture], maps, None, button)
 
     def add_clips(self, tasks: list[str]) -> None:
-        clip = gr.Video(label="Clip", elem_id="clip", elem_classes="fill", autoplay=True, loop=True, height=COLUMN)
+        clip = gr.Video(
+            label="Clip", elem_id="clip", elem_classes="fill", autoplay=True, loop=True, height=COLUMN, buttons=["download"]
+        )  # fmt: skip
         status = gr.Markdown()
         if "video_generate" in tasks:
             prompt = gr.Textbox(label="What happens", placeholder="a cat moves to the right")
@@ -221,6 +222,12 @@ class Page:
         with gr.Row():
             start = gr.Button(title, variant="primary", min_width=120)
             return [start, gr.Button("Stop", min_width=80)] if can_stop else [start]
+
+    def _output(self, label: str, name: str) -> gr.Image:
+        return gr.Image(
+            label=label, type="pil", format="png", height=COLUMN - 40, interactive=False, elem_id=name, elem_classes="fill",
+            buttons=["download", "fullscreen"],
+        )  # fmt: skip
 
     def _settings(self) -> list:
         steps, guidance = (
