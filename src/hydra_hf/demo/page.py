@@ -22,6 +22,7 @@ COLUMN = 320  # pixels: two columns side by side on a desktop, one below the oth
 CACHE_SECONDS = 3600  # pictures of visitors are deleted after this
 STYLE = """
 .fill img, .fill video {width: 100%; height: 100%; object-fit: contain}
+.fill video {height: 240px}
 footer {display: none !important}
 @media (max-width: 640px) {
   main {padding-left: 12px !important; padding-right: 12px !important}
