@@ -131,7 +131,7 @@ def test_a_folder_or_a_repo_without_a_card_has_no_tags(tmp_path):
 
 
 def test_a_small_world_is_not_offered_what_it_has_no_words_for(tiny_processor):
-    tiny_processor.known_words = ["a", "cat", "is", "there", "car"]
+    tiny_processor.known_words = ["a", "cat", "how", "many", "apples", "are", "there"]
     assert examples_of("generate", tiny_processor) == [["a cat"]]
     assert find_tasks(tiny_processor, tags=set()) == ["generate", "understand", "depth", "segment"]
 
@@ -187,6 +187,12 @@ def test_a_space_replaces_no_other_folder(tmp_path):
     with pytest.raises(ValueError, match="has .'thesis.tex'., expected a new folder"):
         write_space(tmp_path, hydra_hf.TINY)
     assert (tmp_path / "thesis.tex").is_file()
+
+
+def test_a_space_is_no_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--space", str(tmp_path / "file")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
 
 
 def test_requirements_are_what_the_page_needs():

@@ -6,7 +6,7 @@ example: hydra demo --port 7860
 import argparse
 from pathlib import Path
 
-from .common import add_model, check_out_folder, load_pipeline
+from .common import add_model, load_pipeline
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -22,7 +22,6 @@ def run(options: argparse.Namespace) -> None:
     if options.space is not None:
         from hydra_hf.demo.space import write_space
 
-        check_out_folder(options.space)
         write_space(options.space, options.model)
         print(
             f"{options.space}: python {options.space / 'app.py'} serves it; hf upload NAME {options.space} --repo-type space"

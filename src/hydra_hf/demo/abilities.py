@@ -26,9 +26,9 @@ TAGS = {  # task of data/tasks.py -> what a model card's tags call it on the Hub
 EXAMPLES = {  # rows of what goes in, a text last; words of the toy world, so that a model of it may know them
     "generate": [["a cat"], ["three apples"], ["a dog left of a car"], ["a red circle and a blue square"]],
     "understand": [
-        [CAT_AND_STAR, "what is in the picture?"],
+        [CAT_AND_STAR, "is the cat left or right of the star?"],
         [TWO_APPLES, "how many apples are there?"],
-        [DOG_ABOVE_CAR, "is there a car?"],
+        [DOG_ABOVE_CAR, "what is at the top?"],
     ],
     "edit": [
         [CAT_AND_STAR, "remove the star"],
