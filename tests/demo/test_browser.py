@@ -225,13 +225,14 @@ def test_what_is_missing_or_unknown_is_said(visit, url):
     page.get_by_text("Words that this model does not know: zebra").wait_for()
 
 
-def test_a_space_runs_from_its_own_folder(visit, tmp_path):
+@pytest.mark.parametrize("command", [["app.py"], ["-m", "hydra_hf.cli", "demo"]], ids=["app", "hydra"])
+def test_a_space_and_the_command_line_serve_the_page(visit, tmp_path, command):
     write_space(tmp_path / "space", hydra_hf.TINY)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {**os.environ, "PYTHONPATH": "", "GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(tmp_path)}
-    command = [sys.executable, "-u", "app.py"]
+    command = [sys.executable, "-u", *command]
     with subprocess.Popen(command, cwd=tmp_path / "space", env=settings, stdout=subprocess.PIPE, text=True) as app:
         try:
             lines = iter(app.stdout.readline, "")
