@@ -1,4 +1,5 @@
 """hydra generate | edit | ask | chat | reconstruct | prepare | train | evaluate | report | convert: a file for each verb."""
+"""hydra generate | edit | ask | chat | reconstruct | demo | prepare | train | evaluate | convert: a file for each verb."""
 
 import argparse
 import io
@@ -15,6 +16,10 @@ from . import ask, chat, convert, edit, evaluate, generate, prepare, reconstruct
 
 
 VERBS = (generate, edit, ask, chat, reconstruct, prepare, train, evaluate, report, convert)
+from . import ask, chat, convert, demo, edit, evaluate, generate, prepare, reconstruct, train
+
+
+VERBS = (generate, edit, ask, chat, reconstruct, demo, prepare, train, evaluate, convert)
 LESS_MEMORY = {
     "micro_batch_size": "a lower --micro_batch_size",
     "gradient_checkpointing": "--gradient_checkpointing",
