@@ -1,5 +1,4 @@
-"""Prepare data before training: `index` makes an index of the files of data sets, `latents` encodes their images, `unimrg`
-makes depth maps and boundaries of them.
+"""Prepare data before training: index it, encode images, make targets.
 
 example: hydra prepare latents --init hydra-1.5b --data "generate=shards/{000..123}.tar,latents=latents/shards"
 """

@@ -1,0 +1,68 @@
+"""The parser of the command line: help on one screen, errors of one line, completion for shells."""
+
+import argparse
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NoReturn
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Commands are listed right under their title."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        return text.partition("\n")[2] if action.nargs == argparse.PARSER else text
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the list of all options. Each parser, of a command too, takes `--json`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"formatter_class": Formatter, "add_help": False, **kwargs})
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+        self.add_argument(
+            "--json", action="store_true", default=argparse.SUPPRESS,  # a command must not undo `hydra --json COMMAND`
+            help="print the result as JSON on stdout, all else on stderr",
+        )  # fmt: skip
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuses unknown options where their command is known, with the nearest option that there is."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            names = [name for action in self._actions for name in action.option_strings]
+            nearest = get_close_matches(unknown[0].partition("=")[0], names, n=1)
+            self.error(f"unexpected {unknown[0]!r}" + (f", did you mean {nearest[0]}?" if nearest else ""))
+        return options, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+class PrintCompletion(argparse.Action):
+    """Prints the completion script of a shell."""
+
+    def __init__(self, **kwargs):
+        super().__init__(metavar="SHELL", default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser, namespace, shell, option_string=None):
+        try:
+            import shtab
+        except ImportError:
+            parser.error(f"{option_string} needs shtab: pip install hydra_hf[cli]")
+        if shell not in shtab.SUPPORTED_SHELLS:
+            parser.error(f"{option_string} {shell} is not one of {', '.join(shtab.SUPPORTED_SHELLS)}")
+        _complete_files(parser)
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
+def _complete_files(parser: argparse.ArgumentParser) -> None:
+    """Marks every argument that is a path, of the parser and its commands, as one that shells complete."""
+    import shtab
+
+    for action in parser._actions:
+        if action.type is Path:
+            action.complete = shtab.FILE
+        if action.nargs == argparse.PARSER:
+            for command in action.choices.values():
+                _complete_files(command)
