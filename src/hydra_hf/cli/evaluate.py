@@ -42,7 +42,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_seed(command)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict:
     for name, (_, least, _) in NUMBERS.items():
         if not least <= getattr(options, name) <= MOST:
             raise ValueError(f"--{name} {getattr(options, name)} must be at least {least} and at most {MOST}.")
@@ -54,7 +54,6 @@ def run(options: argparse.Namespace) -> None:
     from hydra_hf.toy.world import ToyWorld
 
     pipeline = load_pipeline(options)
-    pipeline.set_progress_bar_config(disable=True)
     measure = {"toy": _toy_scores, "unimrg": _unimrg_scores, "video": _video_scores, "edit": _edit_scores}[
         options.suite
     ]
@@ -62,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
     scores |= {name: getattr(options, name) for name in ("seed", "difficulty", *SUITES[options.suite])}
     print(json.dumps(scores, indent=2))  # first, because writing the file may fail
     write_text(options.out, json.dumps(scores, indent=2) + "\n")
+    return scores
 
 
 def _toy_scores(pipeline, language, options: argparse.Namespace) -> dict:

@@ -1,6 +1,7 @@
 """The parser of the command line: help on one screen, errors of one line, completion for shells."""
 
 import argparse
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
@@ -17,6 +18,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the list of all options. Each parser, of a command too, takes `--json`."""
 
+    add_late_options: Callable[[list[str]], None] | None = None  # those that depend on the arguments
+
     def __init__(self, **kwargs):
         super().__init__(**{"formatter_class": Formatter, "add_help": False, **kwargs})
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
@@ -27,6 +30,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """Refuses unknown options where their command is known, with the nearest option that there is."""
+        if self.add_late_options is not None:
+            self.add_late_options(args)
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             names = [name for action in self._actions for name in action.option_strings]
@@ -51,18 +56,20 @@ class PrintCompletion(argparse.Action):
             parser.error(f"{option_string} needs shtab: pip install hydra_hf[cli]")
         if shell not in shtab.SUPPORTED_SHELLS:
             parser.error(f"{option_string} {shell} is not one of {', '.join(shtab.SUPPORTED_SHELLS)}")
-        _complete_files(parser)
+        _prepare_completion(parser)
         print(shtab.complete(parser, shell))
         parser.exit()
 
 
-def _complete_files(parser: argparse.ArgumentParser) -> None:
-    """Marks every argument that is a path, of the parser and its commands, as one that shells complete."""
+def _prepare_completion(parser: Parser) -> None:
+    """Adds what depends on arguments, and marks every argument that is a path as one that shells complete; of commands, too."""
     import shtab
 
     for action in parser._actions:
+        if parser.add_late_options is not None and not action.option_strings:
+            parser.add_late_options(list(action.choices))
         if action.type is Path:
             action.complete = shtab.FILE
         if action.nargs == argparse.PARSER:
             for command in action.choices.values():
-                _complete_files(command)
+                _prepare_completion(command)
