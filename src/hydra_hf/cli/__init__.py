@@ -6,6 +6,7 @@ as a dict of JSON values, or yields several: `--json` prints these. Modules of v
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -44,6 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
             return run_command(create_parser().parse_args(arguments))
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("hydra: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
         return READER_GONE
@@ -55,9 +59,6 @@ def run_command(options: argparse.Namespace) -> int:
         with sigterm_as_exit():
             print_results(options)
         return 0
-    except KeyboardInterrupt:
-        print(f"hydra {options.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         raise
     except (ValueError, OSError, StrictDataclassError) as error:
@@ -114,10 +115,8 @@ def describe_missing_package(error: ImportError) -> str | None:
     if not isinstance(error, ModuleNotFoundError) or (error.name or "hydra_hf").startswith("hydra_hf"):
         return None
     package = error.name.partition(".")[0]
-    extras = [
-        line.rpartition('"')[0].rpartition('"')[2] for line in requires("hydra_hf") or () if line.startswith(package)
-    ]
-    return f"the package {package} is not installed: pip install " + (f"hydra_hf[{extras[0]}]" if extras else package)
+    extras = [line.split('"')[-2] for line in requires("hydra_hf") or () if re.match(rf"{package}\b.*extra == ", line)]
+    return f"the package {package} is not installed" + (f": pip install hydra_hf[{extras[0]}]" if extras else "")
 
 
 def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:

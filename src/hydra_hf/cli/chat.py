@@ -6,6 +6,7 @@ example: hydra chat --out drawn
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from .common import (
@@ -46,6 +47,8 @@ def run(options: argparse.Namespace) -> Iterator[dict | None]:
     chat = Chat(load_pipeline(options), options)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
+        with suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  # lines can be edited and called back
         print(HELP)
     while True:
         try:

@@ -47,10 +47,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict:
     check_image_out(options.out)
     images = [open_image(path) for path in (*options.reference, options.image)]
-    import torch
-
     pipeline = load_pipeline(options)
     print_unknown_words(pipeline.processor, options.instruction)
+    import torch
+
     edited = pipeline(
         options.instruction,
         image=images,

@@ -40,10 +40,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict:
     is_clip = options.num_frames is not None
     (check_clip_out if is_clip else check_image_out)(options.out)
-    import torch
-
     pipeline = load_pipeline(options)
     print_unknown_words(pipeline.processor, options.prompt)
+    import torch
+
     (drawn,) = pipeline(
         options.prompt,
         negative_prompt=options.negative_prompt,

@@ -1,6 +1,7 @@
 """The parser of the command line: help on one screen, errors of one line, completion for shells."""
 
 import argparse
+import math
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,6 +23,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(**{"formatter_class": Formatter, "add_help": False, **kwargs})
+        self.register("type", int, read_integer)
+        self.register("type", float, read_number)
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         self.add_argument(
             "--json", action="store_true", default=argparse.SUPPRESS,  # a command must not undo `hydra --json COMMAND`
@@ -41,6 +44,23 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def read_integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer") from None
+
+
+def read_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number")
+    return number
 
 
 class PrintCompletion(argparse.Action):

@@ -6,7 +6,6 @@ Names, types and help are those of the function and the dataclasses, so a new fi
 import argparse
 import ast
 import inspect
-import math
 import re
 from argparse import ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable, Iterator
@@ -14,7 +13,10 @@ from dataclasses import Field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from .parser import read_integer, read_number
 
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
@@ -81,12 +83,15 @@ def _add_option(command: argparse.ArgumentParser, group, name: str, annotation, 
 
 def argument_texts(docstring: str) -> dict[str, str]:
     """name -> text, of the part `Args:` of a docstring."""
-    arguments = dedent(inspect.cleandoc(docstring).partition("Args:\n")[2])
+    arguments = dedent(inspect.cleandoc(docstring).partition("Args:\n")[2].partition("\n\n")[0])
     found = re.findall(r"^([a-z]\w*(?:, \w+)*): (.+(?:\n .+)*)", arguments, flags=re.MULTILINE)
     return {name: " ".join(text.split()).rstrip(".") for names, text in found for name in names.split(", ")}
 
 
 # What a type looks like on the command line
+
+
+SCALARS = {int: read_integer, float: read_number, str: str}
 
 
 class Collect(argparse.Action):
@@ -102,7 +107,7 @@ def option_settings(annotation) -> dict[str, Any] | None:
 
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation in SCALARS:
-        return {"type": SCALARS[annotation], "metavar": annotation.__name__.upper()}
+        return {"type": annotation, "metavar": annotation.__name__.upper()}
     if annotation is bool:
         return {"action": BooleanOptionalAction}
     if annotation is Data:
@@ -114,8 +119,9 @@ def option_settings(annotation) -> dict[str, Any] | None:
         return _pairs(SCALARS[arguments[1]])
     if is_dataclass(annotation) and {field.type for field in fields(annotation)} == {float}:
         return _pairs(read_number)
-    members = [settings for member in arguments if origin is not tuple and (settings := option_settings(member))]
-    return members[0] if members and origin not in (dict, Callable) else None
+    if origin not in (Union, UnionType):
+        return None
+    return next(filter(None, map(option_settings, arguments)), None)  # the first that can be written
 
 
 def _pairs(read: Callable[[str], Any]) -> dict[str, Any]:
@@ -128,23 +134,6 @@ def _pairs(read: Callable[[str], Any]) -> dict[str, Any]:
     return {"type": read_pair, "action": Collect, "const": dict, "nargs": "*", "metavar": "NAME=VALUE"}
 
 
-def read_integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ArgumentTypeError(f"got {text!r}, expected an integer") from None
-
-
-def read_number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ArgumentTypeError(f"got {text!r}, expected a number")
-    return number
-
-
 def read_source(text: str):
     from hydra_hf.data.sources import parse_source
 
@@ -152,6 +141,3 @@ def read_source(text: str):
         return parse_source(text)
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from error
-
-
-SCALARS = {int: read_integer, float: read_number, str: str}

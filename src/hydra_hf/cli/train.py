@@ -29,6 +29,7 @@ PARAMETERS = {
 
 def add_options(command: argparse.ArgumentParser) -> None:
     names = recipe_names()
+    command.usage = "hydra train RECIPE [options]"
     command.add_argument("recipe", choices=names, metavar="RECIPE", help=f"one of {', '.join(names)}")
     command.add_argument(
         "--out", type=Path, help="folder of the run; runs/RECIPE by default. An unfinished one is resumed"
