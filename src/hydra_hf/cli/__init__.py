@@ -133,7 +133,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="hydra",
         description="HYDRA: one model that sees, answers and draws. hydra COMMAND --help says more.",
-        formatter_class=partial(Formatter, max_help_position=18),
+        formatter_class=partial(Formatter, max_help_position=22),
     )
     parser.set_defaults(json=False)
     parser.add_argument("--version", action="version", version=__version__, help="print it")

@@ -1,4 +1,4 @@
-"""Talk to the model: it answers, and draws where it decides to.
+"""Talk to the model, which answers and draws.
 
 example: hydra chat --out drawn
 """

@@ -1,4 +1,4 @@
-"""Prepare data before training: index it, encode images, make targets.
+"""Prepare data before training: index, latents, targets.
 
 example: hydra prepare latents --init hydra-1.5b --data "generate=shards/{000..123}.tar,latents=latents/shards"
 """
