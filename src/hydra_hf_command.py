@@ -6,6 +6,8 @@ While this module is loaded, `import hydra_hf` loads its names on demand and reg
 
 def main() -> int:
     """`hydra_hf.cli.main`."""
-    from hydra_hf.cli import main
-
+    try:
+        from hydra_hf.cli import main
+    except KeyboardInterrupt:
+        return 130  # as `main` does
     return main()
