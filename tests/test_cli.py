@@ -79,8 +79,11 @@ def test_a_call_without_a_command_is_an_error(capsys):
 
 def test_generate_writes_the_picture_that_it_names(model, tmp_path, capsys):
     out = tmp_path / "new" / "cat.png"
-    assert main(["generate", "a cat", "--out", str(out), "--model", model, "--num_inference_steps", "1"]) == 0
+    command = ["generate", "a cat", "--out", str(out), "--model", model, "--num_inference_steps", "1"]
+    assert main(command) == 0
     assert capsys.readouterr().out == f"{out}: 64x64\n"
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(out), "width": 64, "height": 64, "seed": 0}
     with Image.open(out) as image:
         assert image.size == (64, 64)
     assert [path.name for path in out.parent.iterdir()] == ["cat.png"]
@@ -119,6 +122,8 @@ def test_the_answer_is_the_last_line_of_stdout(model, picture, capsys):
     pipeline = toy_pipeline()
     expected = answer(pipeline.model, pipeline.processor, [Image.open(picture)], ["what is in the picture?"])[0]
     assert capsys.readouterr().out.rstrip("\n").endswith(expected)
+    assert main(["ask", picture, "what is in the picture?", "--model", model, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"answer": expected}
 
 
 SIXTEEN_BIT = Image.fromarray(np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64))
@@ -150,6 +155,10 @@ def test_reconstruct_prints_how_near_the_copy_is(model, picture, tmp_path, capsy
     assert line.endswith(" dB at 64x64\n")
     assert float(line.split()[1]) > 0
     assert out.exists()
+    assert main(["reconstruct", picture, "--out", str(out), "--model", model, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert f"{result.pop('psnr'):.2f}" == line.split()[1]
+    assert result == {"path": str(out), "width": 64, "height": 64}
 
 
 def test_a_photograph_is_read_upright(model, tmp_path):

@@ -112,6 +112,11 @@ def test_json_is_alone_on_stdout(arguments):
     assert result.stderr == "for people\n"
 
 
+def test_a_number_that_json_does_not_have_is_null():
+    result = run(answering("{'psnr': float('inf'), 'scores': [float('nan'), 1.5]}"), "--json", "ask", "x.png", "what?")
+    assert result.stdout == '{"psnr": null, "scores": [null, 1.5]}\n'
+
+
 def test_without_json_the_result_is_for_people():
     assert run(answering("{'answer': 'cat'}"), "ask", "x.png", "what?").stdout == "for people\n"
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from io import TextIOWrapper
-from json import dumps
+from json import dumps, loads
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -83,7 +83,8 @@ def print_results(options: argparse.Namespace) -> None:
         results = options.run(options)
         for result in results if isinstance(results, Iterator) else (results,):
             if options.json and result is not None:
-                print(dumps(result), file=stdout, flush=True)
+                finite = loads(dumps(result), parse_constant=lambda name: None)  # NaN and Infinity are not JSON
+                print(dumps(finite), file=stdout, flush=True)
 
 
 @contextmanager
