@@ -53,7 +53,7 @@ def add_late_options(command: argparse.ArgumentParser, arguments: list[str]) -> 
             add_recipe_options(command, name, PARAMETERS)
 
 
-def run(options: argparse.Namespace) -> dict | list | None:
+def run(options: argparse.Namespace) -> dict | None:
     if options.num_processes is not None and not options.dry_run:
         raise ValueError(
             "--num_processes goes with --dry_run; a training on several processes is started by torchrun or accelerate."
@@ -150,13 +150,9 @@ def override(recipe, options: argparse.Namespace, make: Callable):
     given = {name: Sources(tuple(value)) if isinstance(value, list) else value
              for name, value in (of_recipe | of_stages).items() if value is not None and name not in known}  # fmt: skip
     weights = given.pop("loss_weights", {})
-    stages = tuple(
-        replace(stage, **{name: given[name] for name in of_stages.keys() & given}, **_weights(stage, weights))
-        for stage in recipe.stages
-    )
-    return replace(
-        recipe, stages=stages, **{name: given[name] for name in of_recipe.keys() - of_stages.keys() & given.keys()}
-    )
+    of_stage = {name: value for name, value in given.items() if name in of_stages}
+    stages = tuple(replace(stage, **of_stage, **_weights(stage, weights)) for stage in recipe.stages)
+    return replace(recipe, stages=stages, **{name: value for name, value in given.items() if name not in of_stages})
 
 
 def _weights(stage, given: dict[str, float]) -> dict:
