@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -87,6 +88,16 @@ def test_generate_writes_the_picture_that_it_names(model, tmp_path, capsys):
     with Image.open(out) as image:
         assert image.size == (64, 64)
     assert [path.name for path in out.parent.iterdir()] == ["cat.png"]
+
+
+def test_progress_is_shown_on_a_terminal_alone(model, tmp_path, monkeypatch):
+    for is_terminal in (True, False):
+        stderr = io.StringIO()
+        stderr.isatty = lambda is_terminal=is_terminal: is_terminal
+        monkeypatch.setattr(sys, "stderr", stderr)
+        words = ["generate", "a cat", "--out", str(tmp_path / "x.png"), "--model", model, "--num_inference_steps", "3"]
+        assert main(words) == 0
+        assert ("0/3" in stderr.getvalue()) is is_terminal
 
 
 def test_one_seed_draws_one_picture(model, tmp_path):
