@@ -141,7 +141,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--completion", action=PrintCompletion, help="print what makes bash, zsh, tcsh, ... complete commands"
     )
-    parser._positionals.title, parser._optionals.title = "commands", None  # all of it on one screen
+    parser._positionals.title = parser._optionals.title = None  # all of it on one screen
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for verb in VERBS:
         summary, _, example = verb.__doc__.strip().partition("\n\nexample: ")
