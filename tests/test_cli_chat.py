@@ -1,6 +1,7 @@
 """`hydra chat` with the embedded checkpoint, which decides by itself when to draw."""
 
 import io
+import json
 import sys
 
 import pytest
@@ -38,6 +39,18 @@ def test_a_piped_dialogue_draws_saves_answers_and_survives_mistakes(tmp_path, mo
     (mistake,) = [line for line in captured.err.splitlines() if line.startswith("hydra chat: ")]
     assert "nowhere.png" in mistake
     assert Image.open(copy).tobytes() == Image.open(drawn / "001.png").tobytes()
+
+
+def test_a_dialogue_as_json_is_a_line_for_each_answer(tmp_path, monkeypatch, capsys):
+    drawn = tmp_path / "drawn"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(["a cat", "what is in the picture?", "/save", "/reset"])))
+    assert main(["chat", "--out", str(drawn), "--num_inference_steps", "8", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line) for line in captured.out.splitlines()] == [
+        {"answer": [{"type": "image", "path": str(drawn / "001.png")}]},
+        {"answer": [{"type": "text", "text": "cat"}]},
+    ]
+    assert captured.err.splitlines() == [str(drawn / "001.png"), "cat", "hydra chat: /save needs a path."]
 
 
 def test_the_dialogue_is_kept_with_its_images(chat, tmp_path):

@@ -56,6 +56,8 @@ def test_edit_writes_an_image_of_the_aspect_of_its_source(model, picture, tmp_pa
     width, height = Image.open(out).size
     assert width > height
     assert f"{width}x{height}" in capsys.readouterr().out
+    assert run("edit", picture, "make it red", "--out", out, "--json", "--seed", 3, model=model) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(out), "width": width, "height": height, "seed": 3}
 
 
 def test_a_reference_changes_an_edit(model, picture, tmp_path):
@@ -80,6 +82,9 @@ def test_reconstruct_writes_a_clip_and_how_near_it_is(model, clip, tmp_path, cap
     assert run("reconstruct", clip, "--num_frames", 9, "--out", out, model=model) == 0
     assert "PSNR" in (line := capsys.readouterr().out)
     assert "9 frames" in line
+    assert run("reconstruct", clip, "--num_frames", 9, "--out", out, "--json", model=model) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["path"], result["num_frames"], f"{result['psnr']:.2f}") == (str(out), 9, line.split()[1])
 
 
 def test_a_long_clip_is_reconstructed_in_chunks_as_at_once(model, tmp_path, capsys, monkeypatch):

@@ -1,23 +1,27 @@
 """HYDRA-TOK and HYDRA for the Hugging Face libraries. Importing registers every Auto class; the rest is loaded on demand."""
 
+import sys
 from importlib import import_module
 from pathlib import Path
 
-from .modeling import (
-    HydraConfig,
-    HydraForConditionalGeneration,
-    HydraImageProcessor,
-    HydraModel,
-    HydraProcessor,
-    HydraTokConfig,
-    HydraTokForPreTraining,
-    HydraTokModel,
-    HydraVideoProcessor,
-    PixelFlowDecoderConfig,
-    PixelViTDecoderConfig,
-    VisionHeadConfig,
-)
 from .version import __version__
+
+
+if "hydra_hf_command" not in sys.modules:  # the command `hydra` prints its help without torch
+    from .modeling import (
+        HydraConfig,
+        HydraForConditionalGeneration,
+        HydraImageProcessor,
+        HydraModel,
+        HydraProcessor,
+        HydraTokConfig,
+        HydraTokForPreTraining,
+        HydraTokModel,
+        HydraVideoProcessor,
+        PixelFlowDecoderConfig,
+        PixelViTDecoderConfig,
+        VisionHeadConfig,
+    )
 
 
 TINY = str(Path(__file__).parent / "assets" / "hydra-tiny")
@@ -30,13 +34,13 @@ _LAZY = {
 
 
 def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    if name in __all__:
+        return getattr(import_module(_LAZY.get(name, "hydra_hf.modeling")), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(_LAZY))
+    return sorted(set(globals()) | set(__all__))
 
 
 __all__ = [

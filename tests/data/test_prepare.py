@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from hydra_hf.cli import main
@@ -16,13 +18,18 @@ def test_what_is_indexed_beforehand_is_not_indexed_by_a_run(files, capsys, monke
     assert main(["prepare", "index", "--data", source, "--num_processes", "1"]) == 0
     assert capsys.readouterr().out == f"{files.folder}/*.tar: 6 records\n"
     monkeypatch.setattr(shards, "create_shard", lambda *_: pytest.fail("indexed again"))
-    assert list(index_sources([parse_source(source)], 1)) == [f"{files.folder}/*.tar: 6 records"]
+    assert main(["prepare", "index", "--data", source, "--num_processes", "1", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"path": f"{files.folder}/*.tar", "num_records": 6, "lost": {}}
+    assert captured.err == f"{files.folder}/*.tar: 6 records\n"
 
 
 def test_what_is_lost_is_said(files):
     path = files.captioned_tar(range(3))
     path.write_bytes(path.read_bytes()[: 8 * 512 + 100])
-    assert list(index_sources([parse_source(f"generate={path}")])) == [
+    (index,) = index_sources([parse_source(f"generate={path}")])
+    assert index.lost == {f"{path}: 100 damaged bytes from byte 4096": 1}
+    assert str(index).splitlines() == [
         f"{path}: 2 records", f"lost: {path}: 100 damaged bytes from byte 4096 (1)",
     ]  # fmt: skip
 
@@ -33,7 +40,7 @@ def test_files_are_indexed_by_several_processes(files, monkeypatch):
     for number in range(4):
         files.captioned_tar(range(3), f"{number}.tar")
     lines = list(index_sources([parse_source(f"generate={files.folder}/*.tar")], 2))
-    assert lines == [
+    assert list(map(str, lines)) == [
         *(f"{files.folder}/*.tar: {n} of 4 files" for n in range(1, 5)),
         f"{files.folder}/*.tar: 12 records",
     ]

@@ -161,7 +161,7 @@ def test_an_interrupted_run_leaves_whole_files_and_is_completed(images, tmp_path
         prepare_targets(images, out, [Gradient(last=4)], partial_state())
     assert len(contents(out)) == 4
     assert manifest_of(out) == {"depth": {"settings": {"model": "none"}}}  # not finished
-    assert "2 made, 4 kept" in prepare_targets(images, out, [Gradient()], partial_state())
+    assert "2 made, 4 kept" in str(prepare_targets(images, out, [Gradient()], partial_state()))
 
 
 def test_training_waits_for_the_end_of_an_interrupted_run(images, tmp_path, tiny_processor):

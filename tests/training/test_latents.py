@@ -76,7 +76,8 @@ def tower_of(made) -> HydraTokModel:
 def prepare(made, tower=None, mixed_precision="no", **options) -> list[str]:
     """Encodes the data of the recipe's stage."""
     sources, tower = list(made.stages[0].data.sources), tower or tower_of(made)
-    return list(prepare_latents(sources, made.processor, tower, mixed_precision=mixed_precision, **options))
+    lines = prepare_latents(sources, made.processor, tower, mixed_precision=mixed_precision, **options)
+    return "\n".join(map(str, lines)).splitlines()
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

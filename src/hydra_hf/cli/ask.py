@@ -6,7 +6,7 @@ example: hydra ask cat.png "what is in the picture?"
 import argparse
 from pathlib import Path
 
-from .common import add_model, load_pipeline, open_visual, print_unknown_words
+from .common import add_model, check_readable, load_pipeline, open_visual, print_unknown_words
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -15,10 +15,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_model(command, "--model")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict:
+    check_readable(options.image)
     from hydra_hf.pipelines.answering import answer
 
     pipeline = load_pipeline(options)
     image = open_visual(options.image, pipeline.processor)
     print_unknown_words(pipeline.processor, options.question)
-    print(answer(pipeline.model, pipeline.processor, [image], [options.question])[0])
+    (text,) = answer(pipeline.model, pipeline.processor, [image], [options.question])
+    print(text)
+    return {"answer": text}

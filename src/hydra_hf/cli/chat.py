@@ -1,13 +1,24 @@
-"""Talk to the model: it answers, and draws where it decides to.
+"""Talk to the model, which answers and draws.
 
 example: hydra chat --out drawn
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from .common import add_model, add_seed, check_out_folder, load_pipeline, open_image, print_unknown_words, save_image
+from .common import (
+    add_model,
+    add_seed,
+    check_out_folder,
+    load_pipeline,
+    open_image,
+    print_unknown_words,
+    save_image,
+    show_image,
+)
 
 
 HELP = """/image PATH  attach an image to what you say next
@@ -31,11 +42,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_model(command, "--model")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> Iterator[dict | None]:
     check_out_folder(options.out)
     chat = Chat(load_pipeline(options), options)
     is_terminal = sys.stdin.isatty()
     if is_terminal:
+        with suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  # lines can be edited and called back
         print(HELP)
     while True:
         try:
@@ -45,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
         if line == "/quit":
             return
         try:
-            chat.take(line)
+            yield chat.take(line)
         except (ValueError, OSError) as error:  # of one line: the chat continues
             print(f"hydra chat: {' '.join(str(error).split())}", file=sys.stderr)
 
@@ -75,8 +88,11 @@ class Chat:
         self.settings["source_interaction"] = self.processor.video_token is not None  # HYDRA-X edits what it saw last
         self.messages, self.attached, self.last_image = [], [], None
 
-    def take(self, line: str) -> None:
-        """Does what a line says. Raises ValueError or OSError if that cannot be done, and the dialogue stays as it was."""
+    def take(self, line: str) -> dict | None:
+        """Does what a line says, and returns what there is to know of it: an answer, or the path of a saved image.
+
+        Raises ValueError or OSError if that cannot be done, and the dialogue stays as it was.
+        """
         command, _, argument = line.partition(" ")
         commands = {"/image": self.attach_image, "/video": self.attach_video, "/save": self.save}
         if command == "/reset":
@@ -84,13 +100,12 @@ class Chat:
         elif command in commands:
             if not argument.strip():
                 raise ValueError(f"{command} needs a path.")
-            commands[command](Path(argument.strip()).expanduser())
+            return commands[command](Path(argument.strip()).expanduser())
         elif line.startswith("/"):
             raise ValueError(
                 f"{command} is not a command, expected one of {', '.join([*commands, '/reset', '/quit'])}."
             )
-        elif line:
-            self.say(line)
+        return self.say(line) if line and not line.startswith("/") else None
 
     def attach_image(self, path: Path) -> None:
         self.attached.append({"type": "image", "image": open_image(path)})
@@ -102,23 +117,31 @@ class Chat:
             raise ValueError(f"there is no clip {path}.")
         self.attached.append({"type": "video", "path": str(path)})
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> dict:
         if self.last_image is None:
             raise ValueError("nothing has been drawn yet.")
         save_image(self.last_image, path)
         print(path)
+        return {"path": str(path)}
 
-    def say(self, text: str) -> None:
-        """Prints the answer: its text, and the files of its images."""
+    def say(self, text: str) -> dict:
+        """Prints the answer: its text, and the files of its images. Returns it as parts."""
         from hydra_hf.pipelines.dialogue import reply
 
         print_unknown_words(self.processor, text)
         parts, self.attached = [*self.attached, {"type": "text", "text": text}], []
         messages = [*self.messages, {"role": "user", "content": parts}]
-        answer = reply(self.model, self.processor, messages, **self.settings)
+        answer, printed = reply(self.model, self.processor, messages, **self.settings), []
         for part in answer:
-            print(part["text"].strip() if part["type"] == "text" else self.keep(part["image"]), flush=True)
+            if part["type"] == "text":
+                printed.append({"type": "text", "text": part["text"].strip()})
+                print(printed[-1]["text"], flush=True)
+            else:
+                printed.append({"type": "image", "path": str(self.keep(part["image"]))})
+                print(printed[-1]["path"], flush=True)
+                show_image(part["image"])
         self.messages = [*messages, {"role": "assistant", "content": answer}]
+        return {"answer": printed}
 
     def keep(self, image) -> Path:
         """Writes a drawn image to the folder under the next free number."""

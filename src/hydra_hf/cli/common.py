@@ -1,12 +1,15 @@
 """What the verbs of the command line share: the model and its device, seeds, images in and out."""
 
 import argparse
+import sys
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SHOWN_LINES = 16  # of the terminal, that a picture fills
 
 
 def add_model(command: argparse.ArgumentParser, name: str, **kwargs) -> None:
@@ -68,24 +71,29 @@ def use_device(name: str) -> None:
 
 
 def load_pipeline(options: argparse.Namespace):
-    """The pipeline `options.model` on its device, without progress bars. Raises ValueError if it cannot be loaded."""
+    """The pipeline `options.model` on its device, with progress bars on a terminal. Raises ValueError if it cannot be loaded."""
+    from hydra_hf import TINY
+    from hydra_hf.hub import check_model_name
+
+    check_model_name(options.model)  # before the import of torch
+
     import diffusers
     import torch
     import transformers
 
     from hydra_hf import HydraPipeline
-    from hydra_hf.hub import check_model_name
 
     device = choose_device(options.device)
-    check_model_name(options.model)
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    if options.model == TINY or not sys.stderr.isatty():
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
     try:
         pipeline = HydraPipeline.from_pretrained(options.model)
     except Exception as error:  # three libraries read the files, which may contain anything
         missing = "" if Path(options.model).is_dir() else "; there is no folder of this name either"
         reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"The model {options.model} cannot be loaded: {reason}{missing}") from error
+    pipeline.set_progress_bar_config(disable=None, leave=False)  # None is tqdm's "on a terminal"
     return pipeline.to(device) if options.dtype == "auto" else pipeline.to(device, getattr(torch, options.dtype))
 
 
@@ -108,10 +116,14 @@ def load_vision_tower(options: argparse.Namespace):
 
 def print_unknown_words(processor, text: str) -> None:
     """Prints one line on stderr if the model of a small world has never read some words of `text`."""
-    import sys
-
     if words := processor.unknown_words(text):
         print(f"words that this model does not know: {', '.join(words)}", file=sys.stderr)
+
+
+def check_readable(path: Path) -> None:
+    """Checks a file before the long part. Raises OSError if it cannot be read."""
+    with path.open("rb"):
+        pass
 
 
 def open_image(path: Path):
@@ -215,3 +227,15 @@ def save_image(image, path: Path) -> None:
     from hydra_hf.files import write_file
 
     write_file(path, image.save)
+
+
+def show_image(image) -> None:
+    """Shows a picture on a terminal that can, by sixels or kitty's protocol, if hydra_hf[cli] is installed; else nothing."""
+    is_terminal = sys.stdin.isatty() and sys.stdout is sys.__stdout__ and sys.stdout.isatty()
+    if not is_terminal or find_spec("textual_image") is None:
+        return
+    from rich.console import Console
+    from textual_image.renderable import Image, SixelImage, TGPImage  # asks the terminal what it can
+
+    if Image in (SixelImage, TGPImage):
+        Console().print(Image(image, width="auto", height=min(SHOWN_LINES, Console().height - 2)))

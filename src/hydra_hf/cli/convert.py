@@ -34,22 +34,22 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--language_revision", help="of the language model on the Hub")
 
 
-def run(options: argparse.Namespace) -> None:
-    from hydra_hf.conversion.convert import convert as run
-
+def run(options: argparse.Namespace) -> dict:
     check_out_folder(options.out)
-    print(
-        run(
-            options.vision,
-            options.out,
-            options.language,
-            decoder=options.decoder,
-            num_gen_layers=options.num_gen_layers,
-            video=options.video,
-            dtype=options.dtype,
-            shard_size=options.shard_size,
-            seed=options.seed,
-            revision=options.revision,
-            language_revision=options.language_revision,
-        )
+    from hydra_hf.conversion.convert import convert
+
+    folder = convert(
+        options.vision,
+        options.out,
+        options.language,
+        decoder=options.decoder,
+        num_gen_layers=options.num_gen_layers,
+        video=options.video,
+        dtype=options.dtype,
+        shard_size=options.shard_size,
+        seed=options.seed,
+        revision=options.revision,
+        language_revision=options.language_revision,
     )
+    print(folder)
+    return {"path": str(folder)}

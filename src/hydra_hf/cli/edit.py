@@ -6,7 +6,16 @@ example: hydra edit cat.png "remove the cat" --out empty.png
 import argparse
 from pathlib import Path
 
-from .common import add_model, add_seed, check_image_out, load_pipeline, open_image, print_unknown_words, save_image
+from .common import (
+    add_model,
+    add_seed,
+    check_image_out,
+    load_pipeline,
+    open_image,
+    print_unknown_words,
+    save_image,
+    show_image,
+)
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -35,13 +44,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_model(command, "--model")
 
 
-def run(options: argparse.Namespace) -> None:
-    import torch
-
+def run(options: argparse.Namespace) -> dict:
     check_image_out(options.out)
     images = [open_image(path) for path in (*options.reference, options.image)]
     pipeline = load_pipeline(options)
     print_unknown_words(pipeline.processor, options.instruction)
+    import torch
+
     edited = pipeline(
         options.instruction,
         image=images,
@@ -54,3 +63,5 @@ def run(options: argparse.Namespace) -> None:
     ).images[0]
     save_image(edited, options.out)
     print(f"{options.out}: {edited.width}x{edited.height}")
+    show_image(edited)
+    return {"path": str(options.out), "width": edited.width, "height": edited.height, "seed": options.seed}

@@ -96,12 +96,11 @@ def run(options: argparse.Namespace) -> dict:
     if options.suite == "toy" and find_spec("skimage") is None:
         raise ValueError("The photographs of scikit-image are needed: pip install hydra_hf[eval].")
     check_out(options.out)
+    pipeline = load_pipeline(options)
     from hydra_hf.files import write_text
     from hydra_hf.toy.language import ToyLanguage
     from hydra_hf.toy.world import ToyWorld
 
-    pipeline = load_pipeline(options)
-    pipeline.set_progress_bar_config(disable=True)
     measure = {"toy": _toy_scores, "unimrg": _unimrg_scores, "video": _video_scores, "edit": _edit_scores}[
         options.suite
     ]

@@ -15,6 +15,7 @@ from .common import (
     load_pipeline,
     print_unknown_words,
     save_image,
+    show_image,
 )
 
 
@@ -36,13 +37,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_model(command, "--model")
 
 
-def run(options: argparse.Namespace) -> None:
-    import torch
-
+def run(options: argparse.Namespace) -> dict:
     is_clip = options.num_frames is not None
     (check_clip_out if is_clip else check_image_out)(options.out)
     pipeline = load_pipeline(options)
     print_unknown_words(pipeline.processor, options.prompt)
+    import torch
+
     (drawn,) = pipeline(
         options.prompt,
         negative_prompt=options.negative_prompt,
@@ -58,7 +59,12 @@ def run(options: argparse.Namespace) -> None:
         from hydra_hf.files import write_video
 
         write_video(options.out, drawn, options.fps)
-        print(f"{options.out}: {len(drawn)} frames, {drawn[0].width}x{drawn[0].height}")
+        width, height = drawn[0].size
+        print(f"{options.out}: {len(drawn)} frames, {width}x{height}")
     else:
         save_image(drawn, options.out)
-        print(f"{options.out}: {drawn.width}x{drawn.height}")
+        width, height = drawn.size
+        print(f"{options.out}: {width}x{height}")
+        show_image(drawn)
+    result = {"path": str(options.out), "width": width, "height": height, "seed": options.seed}
+    return {**result, "num_frames": len(drawn)} if is_clip else result

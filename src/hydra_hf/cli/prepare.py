@@ -1,10 +1,11 @@
-"""Prepare data before training: `index` makes an index of the files of data sets, `latents` encodes their images, `unimrg`
-makes depth maps and boundaries of them.
+"""Prepare data before training: index, latents, targets.
 
 example: hydra prepare latents --init hydra-1.5b --data "generate=shards/{000..123}.tar,latents=latents/shards"
 """
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from .common import add_device, check_out_folder, choose_device, use_device
@@ -40,9 +41,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     _add_unimrg(steps.add_parser("unimrg", help="make depth maps and boundaries of images, as targets to paint"))
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> Iterator[dict]:
     for line in options.prepare(options):
         print(line, flush=True)
+        if not isinstance(line, str):  # a report; the others tell how far it is
+            yield asdict(line)
 
 
 def _sources(options: argparse.Namespace) -> list:
@@ -110,7 +113,7 @@ def _add_unimrg(command: argparse.ArgumentParser) -> None:
     command.set_defaults(prepare=_unimrg)
 
 
-def _unimrg(options: argparse.Namespace) -> list[str]:
+def _unimrg(options: argparse.Namespace) -> list:
     from datetime import timedelta
 
     from hydra_hf.data.prepare_targets import prepare_targets

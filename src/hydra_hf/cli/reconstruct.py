@@ -12,9 +12,11 @@ from .common import (
     add_seed,
     check_clip_out,
     check_image_out,
+    check_readable,
     load_pipeline,
     open_visual,
     save_image,
+    show_image,
 )
 
 
@@ -33,15 +35,16 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_model(command, "--model")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict:
     (check_clip_out if options.out.suffix.lower() in (".mp4", ".gif") else check_image_out)(options.out)
+    check_readable(options.image)
     pipeline = load_pipeline(options)
     visual = open_visual(options.image, pipeline.processor)
     reconstruct = reconstruct_clip if isinstance(visual, str) else reconstruct_image
-    reconstruct(pipeline, visual, options)
+    return {"path": str(options.out), **reconstruct(pipeline, visual, options)}
 
 
-def reconstruct_image(pipeline, original, options: argparse.Namespace) -> None:
+def reconstruct_image(pipeline, original, options: argparse.Namespace) -> dict:
     import torch
 
     from hydra_hf import HydraReconstructionPipeline
@@ -62,10 +65,13 @@ def reconstruct_image(pipeline, original, options: argparse.Namespace) -> None:
         unpack_images(**image_processor(picture, return_tensors="pt"), patch_size=image_processor.patch_size)[0][None]
         for picture in (original, image)
     ]
-    print(f"PSNR {psnr(*pair).item():.2f} dB at {image.width}x{image.height}")
+    score = psnr(*pair).item()
+    print(f"PSNR {score:.2f} dB at {image.width}x{image.height}")
+    show_image(image)
+    return {"psnr": score, "width": image.width, "height": image.height}
 
 
-def reconstruct_clip(pipeline, path: str, options: argparse.Namespace) -> None:
+def reconstruct_clip(pipeline, path: str, options: argparse.Namespace) -> dict:
     import torch
 
     from hydra_hf.evaluation.metrics import psnr
@@ -85,4 +91,6 @@ def reconstruct_clip(pipeline, path: str, options: argparse.Namespace) -> None:
     (pictures,) = pipeline.image_processor.postprocess_video(frames.float(), output_type="pil")
     write_video(options.out, pictures, options.fps)
     score = psnr(frames[0].float().transpose(0, 1), clip.float().transpose(0, 1)).mean().item()
-    print(f"PSNR {score:.2f} dB, {len(pictures)} frames at {pictures[0].width}x{pictures[0].height}")
+    width, height = pictures[0].size
+    print(f"PSNR {score:.2f} dB, {len(pictures)} frames at {width}x{height}")
+    return {"psnr": score, "width": width, "height": height, "num_frames": len(pictures)}

@@ -17,6 +17,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -230,13 +231,15 @@ def write_weights(
     `targets` give the names, their order and their types. Raises ValueError for a size that is not like "5GB".
     """
     split = split_torch_state_dict_into_shards(targets, max_shard_size=shard_size)
-    for file, names in split.filename_to_tensors.items():
-        shard = {}
-        for name in names:
-            dtype = targets[name].dtype
-            shard[name] = new[name].to(dtype) if name in new else origins[name].read(name, dtype)
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        del shard  # before the next one grows
+    with tqdm(total=len(targets), unit=" tensors", disable=None, leave=False) as progress:
+        for file, names in split.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                dtype = targets[name].dtype
+                shard[name] = new[name].to(dtype) if name in new else origins[name].read(name, dtype)
+                progress.update()
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            del shard  # before the next one grows
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from multiprocessing import get_context
 
 from .rows import rows_class
@@ -10,8 +11,21 @@ from .sources import HUB, Source, count_cores
 from .tables import find_files, open_source
 
 
-def index_sources(sources: list[Source], num_processes: int | None = None) -> Iterator[str]:
-    """Indexes the files of sources, several at a time; yields lines that report progress and what is lost in the files.
+@dataclass(frozen=True)
+class Index:
+    """What was indexed of a source; `lost` is reason -> number of records."""
+
+    path: str
+    num_records: int
+    lost: dict[str, int]
+
+    def __str__(self) -> str:
+        lost = [f"lost: {reason} ({number})" for reason, number in self.lost.items()]
+        return "\n".join([f"{self.path}: {self.num_records} records", *lost])
+
+
+def index_sources(sources: list[Source], num_processes: int | None = None) -> Iterator[str | Index]:
+    """Indexes the files of sources, several at a time; yields lines that report progress, and each source's index.
 
     Raises ValueError for a source that cannot be read, or a number of processes below 1.
     """
@@ -23,8 +37,7 @@ def index_sources(sources: list[Source], num_processes: int | None = None) -> It
             yield from _index_files(source, num_processes)
         if not source.is_stream:
             rows = open_source(source)
-            yield f"{source.path}: {len(rows)} records"
-            yield from (f"lost: {reason} ({number})" for reason, number in rows.lost.items())
+            yield Index(source.path, len(rows), dict(rows.lost))
 
 
 def _index_files(source: Source, num_processes: int) -> Iterator[str]:

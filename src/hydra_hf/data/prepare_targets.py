@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,22 @@ def _reason(error: Exception) -> str:
     return first if isinstance(error, ValueError) and first else f"{type(error).__name__}: {first}"
 
 
+@dataclass(frozen=True)
+class PreparedTargets:
+    """What all processes have made; `targets` is name of a painter -> `made`, `kept` and `failures`, path -> reason."""
+
+    out: str
+    targets: dict[str, dict]
+
+    def __str__(self) -> str:
+        lines = []
+        for name, counts in self.targets.items():
+            failed = len(counts["failures"])
+            line = f"{self.out}/{name}: {counts['made']} made, {counts['kept']} kept, {failed} failed"
+            lines.append(f"{line}, see {self.out}/{MANIFEST}" if failed else line)
+        return "\n".join(lines)
+
+
 def prepare_targets(
     images: Path,
     out: Path,
@@ -159,7 +176,7 @@ def prepare_targets(
     state: PartialState,
     *,
     image_root: Path | None = None,
-) -> str:
+) -> PreparedTargets:
     """Makes this process's share of the missing targets of all images; returns a report.
 
     `out` has a folder of PNGs for each painter, `manifest.json` and `sheet.png`. Started again, it resumes.
@@ -193,7 +210,7 @@ def prepare_targets(
         if not counts["made"] + counts["kept"]:
             path, reason = next(iter(counts["failures"].items()))
             raise ValueError(f"No {name} of {len(paths)} images could be made; {path}: {reason}.")
-    return "\n".join(_describe(name, counts, out) for name, counts in total.items())
+    return PreparedTargets(str(out), total)
 
 
 def _sum(reports: list[dict]) -> dict[str, Any]:
@@ -201,12 +218,6 @@ def _sum(reports: list[dict]) -> dict[str, Any]:
     failures = {path: reason for report in reports for path, reason in report["failures"].items()}
     counts = {name: sum(report[name] for report in reports) for name in ("made", "kept")}
     return {**counts, "failures": dict(sorted(failures.items()))}
-
-
-def _describe(name: str, counts: dict, out: Path) -> str:
-    failed = len(counts["failures"])
-    line = f"{out / name}: {counts['made']} made, {counts['kept']} kept, {failed} failed"
-    return f"{line}, see {out / MANIFEST}" if failed else line
 
 
 def check_manifest(out: Path, painters: list[Painter]) -> dict[str, dict]:

@@ -5,10 +5,12 @@ Text to image has six categories after GenEval, judged by a checker without lear
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hydra_hf.data.prompts import PROMPTS
 from hydra_hf.evaluation import maps
@@ -25,6 +27,9 @@ from .phrasing import KINDS
 from .world import CANVASES, Scenes, ToyWorld
 
 
+progress = partial(tqdm, disable=None, leave=False)  # the bar of a loop, on a terminal
+
+
 def evaluate_generation(
     pipeline: HydraPipeline, language: ToyLanguage, prompts_per_category: int, seed: int = 0, **kwargs
 ) -> dict[str, float]:
@@ -33,7 +38,7 @@ def evaluate_generation(
     `kwargs` go to the pipeline.
     """
     scores = {}
-    for index, category in enumerate(CATEGORIES):
+    for index, category in enumerate(progress(CATEGORIES, "text to image")):
         options = {"categories": (category,)}
         right = _drawn_right(pipeline, language, prompts_per_category, seed + index, options, **kwargs)
         scores[f"t2i/{category}"] = right
@@ -48,7 +53,7 @@ def evaluate_phrasing(
     `t2i_phrasing/unknown_word` is how often a prompt with an unknown word gives an image of known things.
     """
     scores = {}
-    for index, kind in enumerate(KINDS):
+    for index, kind in enumerate(progress(KINDS, "phrasing")):
         options = {"phrasings": (kind,)}
         right = _drawn_right(pipeline, language, prompts_per_kind, seed + index, options, **kwargs)
         scores[f"t2i_phrasing/{kind}"] = right
@@ -64,7 +69,7 @@ def evaluate_sizes(
 ) -> dict[str, float]:
     """`t2i_size/<height>x<width>`, the same on every canvas of the toy world."""
     scores = {}
-    for canvas in sorted(CANVASES):
+    for canvas in progress(sorted(CANVASES), "sizes"):
         size = dict(zip(("height", "width"), canvas))
         right = _drawn_right(pipeline, language, prompts_per_size, seed, {"canvas": canvas}, **size, **kwargs)
         scores["t2i_size/{}x{}".format(*canvas)] = right
@@ -120,7 +125,7 @@ def score_answers(
     """Share of exact answers to one question about each image or clip, see `answer`: `<name>/<type>`, `<name>/mean` over all
     questions, and what the commonest answers would get: `<name>_majority/<type>`, `<name>/majority`."""
     counts, right, visuals = Counter(question.type for question in questions), Counter(), iter(visuals)
-    for start in range(0, len(questions), batch_size):
+    for start in progress(range(0, len(questions), batch_size), "questions"):
         batch = questions[start : start + batch_size]
         given = answer(model, processor, list(islice(visuals, batch_size)), [question.question for question in batch])
         for question, text in zip(batch, given):
@@ -222,7 +227,7 @@ def paint_scenes(
             torch.stack(
                 paint(model, processor, images[i : i + batch_size], prompts[i : i + batch_size], generator=generator)
             )
-            for i in range(0, len(scenes), batch_size)
+            for i in progress(range(0, len(scenes), batch_size), task)
         ]
         painted[task] = torch.cat(parts).cpu().clamp(-1, 1)
     return painted

@@ -15,7 +15,7 @@ from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 from .checker import ToyChecker
 from .clips import NUM_FRAMES, Clip, ToyClips, check_clip, render_clips
 from .edits import EDIT_KINDS, Edit, ToyEdits, check_edit, source_scenes, target_scenes
-from .evaluation import score_answers
+from .evaluation import progress, score_answers
 
 
 def evaluate_video_understanding(
@@ -69,7 +69,7 @@ def draw_clips(
     **kwargs,
 ) -> Iterator[Tensor]:
     """A clip (3, T, H, W) in [-1, 1] of each caption."""
-    for start in range(0, len(captions), batch_size):
+    for start in progress(range(0, len(captions), batch_size), "clips"):
         texts = list(captions[start : start + batch_size])
         frames = pipeline(texts, num_frames=num_frames, generator=generator, output_type="pt", **kwargs).frames
         yield from frames.cpu().transpose(1, 2) * 2 - 1
@@ -95,7 +95,7 @@ def evaluate_edits(
     `kwargs` go to the pipeline.
     """
     checker, scores, rows = ToyChecker(edits.world), {}, dict.fromkeys(EDIT_KINDS, "train") | {"new_wording": "test"}
-    for index, (row, wording) in enumerate(rows.items()):
+    for index, (row, wording) in enumerate(progress(rows.items(), "edits")):
         generator = torch.Generator().manual_seed(seed + index)
         kinds = (row,) if row in EDIT_KINDS else EDIT_KINDS
         sampled = edits.sample(edits_per_kind, generator, kinds=kinds, split="test", wording=wording)

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -101,6 +101,20 @@ class RecordImages(Dataset):
         return [part["image"] for part in images_of(sample.messages)], [stamp(file) for file in files]
 
 
+@dataclass(frozen=True)
+class PreparedLatents:
+    """What this process has encoded of a source; `skipped` is reason -> number of records, which training will skip, too."""
+
+    path: str
+    num_records: int
+    latents: str
+    skipped: dict[str, int]
+
+    def __str__(self) -> str:
+        skipped = [f"skipped: {self.path}: {reason} ({count})" for reason, count in self.skipped.items()]
+        return "\n".join([*skipped, f"{self.path}: the latents of {self.num_records} records are in {self.latents}"])
+
+
 def prepare_latents(
     sources: list[Source],
     processor: HydraProcessor,
@@ -109,9 +123,9 @@ def prepare_latents(
     mixed_precision: str,
     batch_size: int = 32,
     num_workers: int | None = None,
-) -> Iterator[str]:
+) -> Iterator[str | PreparedLatents]:
     """Encodes what is not encoded yet, each source into its folder `latents`, with the shards divided among the processes of
-    `torchrun`. Yields lines that report progress and what was skipped, which training will skip, too.
+    `torchrun`. Yields lines that report progress, and each source's report.
 
     Args:
         mixed_precision: "no" or "bf16", that of the stage that reads them.
@@ -139,9 +153,8 @@ def prepare_latents(
             write_shard(shard_path(folder, number), shard, stamps, tower.config.latent_channels)
             skipped.update(record for record in shard if isinstance(record, str))
             yield f"{source.path}: {done} of {len(missing)} files"
-        yield from (f"skipped: {source.path}: {reason} ({count})" for reason, count in skipped.items())
         state.wait_for_everyone()
-        yield f"{source.path}: the latents of {len(records)} records are in {folder}"
+        yield PreparedLatents(source.path, len(records), str(folder), dict(skipped))
 
 
 def begin(folder: Path, given: dict, num_records: int) -> None:

@@ -88,13 +88,16 @@ class Stage:
     """One stage of training.
 
     Args:
+        num_steps: optimizer steps.
         data: data to train on; None is that of the recipe.
         held_out: data to measure while training, never trained on; None measures nothing.
         num_held_out: how many samples of each task are measured.
         learning_rates: module -> AdamW's rate. A key is a prefix of parameter names; the longest that matches counts.
         muon_scale: Muon trains the matrices of hidden layers at this multiple of the rate; 0 leaves all to AdamW.
+        warmup_steps: steps over which the rate rises from 0.
         decay_share: share of the steps, at the end, over which the rate falls linearly to a twentieth.
         ema_decay: decay of the average of the weights; 0 keeps none, which saves a copy of the weights.
+        mixed_precision: bf16, fp16 or no.
     """
 
     name: str
@@ -135,6 +138,7 @@ class TokenizerStage(Stage):
     batch_size: images of one optimizer step, over all processes and accumulation.
     image_sizes: sides of square images; a step has one of them, large ones less often, in proportion to 1 / size^2. () is the
         `image_size` of the config; the toy world has its own canvases.
+    loss_weights: the weight of each loss, see `TokenizerLossWeights`; 0 leaves it out.
     clip_share: share of the steps that train on clips instead of images.
     num_frames: of a clip, 1 + 4n.
     images_per_clip: how many images of a step one clip takes the place of, so that both cost about the same (our choice).
@@ -218,6 +222,7 @@ class TokenizerStage(Stage):
 class HydraStage(Stage):
     """Args:
     tasks: task -> samples of one optimizer step, over all processes and accumulation.
+    loss_weights: the weight of each loss, see `HydraLossWeights`.
     task_weights: task -> factor on its losses, 1 by default. Two tasks of one head count twice: weights that add up to 1 keep
         the papers' L_NTP + L_FM.
     lora_rank: rank of adapters on the linear layers of `lora_targets` that `learning_rates` names; the weights of these layers
@@ -276,6 +281,7 @@ class Recipe:
         micro_batch_size: samples that one process has in memory at once; None is its whole share of a batch.
         gradient_checkpointing: recompute activations rather than keep them.
         attn_implementation: that of the training run; it is not saved in the checkpoint.
+        log_every, save_every, sample_every: steps from one log row, checkpoint or sample to the next.
     """
 
     name: str
