@@ -28,6 +28,7 @@ TINY = str(Path(__file__).parent / "assets" / "hydra-tiny")
 """The embedded checkpoint: a folder that `HydraPipeline.from_pretrained` opens."""
 
 _LAZY = {
+    "FlowMatchSDEScheduler": "hydra_hf.pipelines.scheduling_flow_match_sde",
     "HydraPipeline": "hydra_hf.pipelines.pipeline_hydra",
     "HydraReconstructionPipeline": "hydra_hf.pipelines.pipeline_hydra_reconstruction",
 }
@@ -45,6 +46,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "TINY",
+    "FlowMatchSDEScheduler",
     "HydraConfig",
     "HydraForConditionalGeneration",
     "HydraImageProcessor",

@@ -48,9 +48,27 @@ def euler_step(noisy: Tensor, velocity: Tensor, sigma: Tensor, next_sigma: Tenso
     return noisy + (next_sigma - sigma) * velocity
 
 
-def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+def sde_step(
+    noisy: Tensor, velocity: Tensor, sigma: float | Tensor, next_sigma: float | Tensor, noise_rate: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of one step along an SDE that has the flow's distribution at every noise level.
+
+    dx = [v + g^2 / (2 t) (x + (1 - t) v)] dt + g dw, backwards in time (Flow-GRPO, Liu et al. 2025, arXiv 2505.05470,
+    after Song et al. 2021, arXiv 2011.13456); `noise_rate` is g, and x + (1 - t) v is the noise that the velocity points to. The
+    levels are scalars or broadcast over `noisy`; with `noise_rate` 0 the mean is `euler_step`.
+    """
+    drift = velocity + noise_rate**2 / (2 * sigma) * (noisy + (1 - sigma) * velocity)
+    return noisy + (next_sigma - sigma) * drift, noise_rate * (sigma - next_sigma) ** 0.5
+
+
+def shift_sigma(sigma: Tensor, shift: float | Tensor) -> Tensor:
     """Noise levels moved towards noise (shift > 1), s t / (1 + (s - 1) t), the same in training and in sampling."""
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def unshift_sigma(sigma: Tensor, shift: float | Tensor) -> Tensor:
+    """The inverse of `shift_sigma`: noise levels before they were moved."""
+    return sigma / (shift - (shift - 1) * sigma)
 
 
 def resolution_shift(num_values: int) -> float:

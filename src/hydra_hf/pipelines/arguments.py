@@ -29,6 +29,13 @@ def check_number(name: str, value, low: float = 0, high: float = 1) -> float:
     return float(value)
 
 
+def check_interval(name: str, value) -> None:
+    """Raises ValueError for anything but (low, high) with 0 <= low <= high <= 1."""
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    if not is_pair or not all(isinstance(end, Real) for end in value) or not 0 <= value[0] <= value[1] <= 1:
+        raise ValueError(f"Got {name}={value!r:.100}, expected (low, high) with 0 <= low <= high <= 1.")
+
+
 def check_path(name: str, value) -> str:
     """A path or a name as a string. Raises ValueError for anything else."""
     if not isinstance(value, str | os.PathLike):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import is_compiled_module
 from huggingface_hub import snapshot_download
@@ -25,14 +26,30 @@ SCHEDULER_OPTIONS = {
 
 
 @dataclass
+class HydraPipelineOutput(ImagePipelineOutput):
+    """Generated images.
+
+    Args:
+        images: PIL images; as numpy (B, H, W, 3) or torch (B, 3, H, W) in [0, 1]; or latents.
+        latents, log_probs: with a `FlowMatchSDEScheduler`, every step, (B, steps + 1, C, h, w) from the noise on, and (B, steps).
+    """
+
+    latents: Tensor | None = None
+    log_probs: Tensor | None = None
+
+
+@dataclass
 class ClipPipelineOutput(BaseOutput):
     """Generated clips.
 
     Args:
         frames: a list of PIL images for each clip; as numpy (B, T, H, W, 3) or torch (B, T, 3, H, W) in [0, 1]; or latents.
+        latents, log_probs: as in `HydraPipelineOutput`.
     """
 
     frames: list[list[Image.Image]] | np.ndarray | Tensor
+    latents: Tensor | None = None
+    log_probs: Tensor | None = None
 
 
 class HydraDiffusionPipeline(DiffusionPipeline):

@@ -8,14 +8,13 @@ prompt          -> prefill, once -> branch -+
 
 import math
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
@@ -32,13 +31,15 @@ from .arguments import (
     check_finite,
     check_generator,
     check_integer,
+    check_interval,
     check_number,
     check_processor,
     check_tensor,
     check_texts,
 )
-from .diffusion_pipeline import ClipPipelineOutput, HydraDiffusionPipeline, check_scheduler
+from .diffusion_pipeline import ClipPipelineOutput, HydraDiffusionPipeline, HydraPipelineOutput, check_scheduler
 from .editing import Sources, encode_sources
+from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 
 
 MAX_STEPS, MAX_IMAGES, MAX_GUIDANCE = 10_000, 10_000, 1000.0  # more must be a mistake
@@ -49,7 +50,8 @@ class HydraPipeline(HydraDiffusionPipeline):
     Generates images and clips from prompts, and edits images.
 
     Args:
-        scheduler: Euler steps without a shift of its own: it gets noise levels that are shifted as in training.
+        scheduler: Euler steps without a shift of its own: it gets noise levels that are shifted as in training. With a
+            `FlowMatchSDEScheduler` steps are random, and their latents and log-probabilities are in the output.
         default_num_inference_steps, default_guidance_scale, default_image_guidance_scale: used in calls without them; saved
             with the pipeline.
     """
@@ -126,7 +128,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         image: ImageInput | list[list[ImageInput]] | None = None,
         image_guidance_scale: float | None = None,
         num_frames: int | None = None,
-    ) -> ImagePipelineOutput | ClipPipelineOutput | tuple:
+    ) -> HydraPipelineOutput | ClipPipelineOutput | tuple:
         """
         Images, or clips, for the prompts: `num_images_per_prompt` for the first, then for the second, and so on.
 
@@ -137,7 +139,7 @@ class HydraPipeline(HydraDiffusionPipeline):
             num_inference_steps, guidance_scale: None is the pipeline's default; a scale of 1 or less turns guidance off.
             guidance_interval: (low, high): guidance only while low < sigma <= high; sigma is 1 for noise, 0 for data.
             guidance_rescale: from 0, plain guidance, to 1, as much contrast as without guidance (Lin et al. 2023, 3.4).
-            generator: one for all, or one for each image; it draws the latents, then the decoder's noise.
+            generator: one for all, or one for each image; it draws the latents, the noise of an SDE's steps, the decoder's noise.
             latents: noise to start from, (B, C, [T',] h, w), torch or numpy, instead of the generator's.
             output_type: "pil", "np", "pt" or "latent".
             callback_on_step_end: called with pipeline, step, timestep and the requested tensors; returns a dict of those that
@@ -187,16 +189,16 @@ class HydraPipeline(HydraDiffusionPipeline):
                 if self.interrupt:
                     break
                 branches = self.get_branches(prefixes, guidance_interval[0] < sigma <= guidance_interval[1])
-                latents = self.denoise_step(latents, sigma, timestep, branches, guidance_rescale)
+                latents = self.denoise_step(latents, sigma, timestep, branches, guidance_rescale, generator)
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs or (), latents)
                     latents = _changed_latents(latents, callback_on_step_end(self, step, timestep, tensors))
                 progress_bar.update()
         images = self.decode(latents, output_type, generator)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,)
-        return ImagePipelineOutput(images=images) if num_frames is None else ClipPipelineOutput(frames=images)
+        trajectory = self.scheduler.trajectory if isinstance(self.scheduler, FlowMatchSDEScheduler) else ()
+        output = (HydraPipelineOutput if num_frames is None else ClipPipelineOutput)(images, *trajectory)
+        return output if return_dict else output.to_tuple()
 
     # The stages of a call, which an engine may also call one by one
 
@@ -224,7 +226,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         check_number("guidance_scale", guidance_scale, high=MAX_GUIDANCE)
         check_number("image_guidance_scale", image_guidance_scale, high=MAX_GUIDANCE)
         check_number("guidance_rescale", guidance_rescale, high=1)
-        _check_interval(guidance_interval)
+        check_interval("guidance_interval", guidance_interval)
         check_generator(generator, batch_size)
         size = (height, width)
         if image is not None:
@@ -291,6 +293,18 @@ class HydraPipeline(HydraDiffusionPipeline):
 
         Raises ValueError for a text that is too long.
         """
+        inputs = self.encode_prompts(texts, grid, max_sequence_length, pad_to_multiple_of, sources)
+        return self.model.prefill(**inputs).repeat_interleave(num_images_per_prompt)
+
+    def encode_prompts(
+        self,
+        texts: list[str],
+        grid: Grid,
+        max_sequence_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        sources: Sources | None = None,
+    ) -> dict[str, Any]:
+        """The arguments of the model's `prefill` for prompts, see `prepare_prefix`."""
         config = self.model.config
         num_image_tokens = config.num_time_tokens + num_tokens(grid)
         longest = config.text_config.max_position_embeddings - num_image_tokens
@@ -313,8 +327,7 @@ class HydraPipeline(HydraDiffusionPipeline):
         if sources is not None:
             pixel_values = sources.pixel_values.to(device, self.model.dtype)
             images = {"pixel_values": pixel_values, "image_grid_thw": sources.grid_thw, "source_interaction": True}
-        prefix = self.model.prefill(inputs["input_ids"].to(device), inputs["attention_mask"].to(device), **images)
-        return prefix.repeat_interleave(num_images_per_prompt)
+        return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")} | images
 
     def _build_chat(self, text: str, index: int, num_prompts: int, sources: Sources | None) -> str:
         """The chat up to where the image begins, with all placeholders of given images."""
@@ -365,11 +378,13 @@ class HydraPipeline(HydraDiffusionPipeline):
         timestep: Tensor,
         branches: list[GuidanceBranch],
         guidance_rescale: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
-        """Latents (B, C, h, w) at the scheduler's next noise level, from those at `sigma`, whose number is `timestep`."""
+        """Latents (B, C, h, w) at the scheduler's next noise level, from those at `sigma`, whose number is `timestep`; `generator` is
+        for schedulers with random steps."""
         sigmas = latents.new_full((len(latents),), sigma)
         velocity = self.model.denoise_step(latents, sigmas, branches, guidance_rescale)
-        return self.scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
+        return self.scheduler.step(velocity.float(), timestep, latents, generator=generator, return_dict=False)[0]
 
     @torch.no_grad()
     def decode(
@@ -412,12 +427,6 @@ class HydraPipeline(HydraDiffusionPipeline):
 
     def _latents_shape(self, batch_size: int, grid: Grid) -> tuple[int, ...]:
         return (batch_size, *latents_shape(self.model.config.vision_config.latent_channels, grid))
-
-
-def _check_interval(interval) -> None:
-    is_pair = isinstance(interval, list | tuple) and len(interval) == 2
-    if not is_pair or not all(isinstance(end, Real) for end in interval) or not 0 <= interval[0] <= interval[1] <= 1:
-        raise ValueError(f"Got guidance_interval={interval!r:.100}, expected (low, high) with 0 <= low <= high <= 1.")
 
 
 def _changed_latents(latents: Tensor, changes) -> Tensor:

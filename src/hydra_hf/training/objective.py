@@ -135,16 +135,22 @@ class HydraObjective:
         """Noise levels (num_images,) and packed noise of a batch's images, each row's from its own generator."""
 
         def sample(grids: list[Grid], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            sigma = sample_sigma(len(grids), logit_std=model.config.sigma_logit_std, generator=generator)
-            own = self.stage.sigma_shifts.get(task)
-            shifts = [own or model.get_sigma_shift(num_tokens(grid)) for grid in grids]
-            sigma = torch.stack([shift_sigma(each, shift) for each, shift in zip(sigma, shifts)])
-            return sigma, noise_tokens(grids, latents.shape[1], generator)
+            levels = self.sample_levels(model, grids, task, generator)
+            return levels, noise_tokens(grids, latents.shape[1], generator)
 
         own_grids = grids_per_sample(bundle[task], grids)
         step, rows = int(bundle["step"]), bundle["rows"][task]
         sigma, noise = row_noise(step, task, rows, own_grids, sample, seed=self.seed)
         return sigma.to(latents.device), noise.to(latents.device)
+
+    def sample_levels(
+        self, model: HydraForConditionalGeneration, grids: list[Grid], task: str, generator: torch.Generator
+    ) -> Tensor:
+        """Noise levels (num_images,) of images with these grids."""
+        sigma = sample_sigma(len(grids), logit_std=model.config.sigma_logit_std, generator=generator)
+        own = self.stage.sigma_shifts.get(task)
+        shifts = [own or model.get_sigma_shift(num_tokens(grid)) for grid in grids]
+        return torch.stack([shift_sigma(each, shift) for each, shift in zip(sigma, shifts)])
 
     def losses_of(self, outputs) -> dict[str, Tensor]:
         losses = {"language": outputs.language_loss, "flow": outputs.flow_loss}
