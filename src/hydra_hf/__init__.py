@@ -17,8 +17,11 @@ from .modeling import (
     PixelViTDecoderConfig,
     VisionHeadConfig,
 )
+from .registration import register
 from .version import __version__
 
+
+register()
 
 TINY = str(Path(__file__).parent / "assets" / "hydra-tiny")
 """The embedded checkpoint: a folder that `HydraPipeline.from_pretrained` opens."""

@@ -100,6 +100,15 @@ class HydraProcessor(ProcessorMixin):
         """Does nothing: marking the installed class would make every later save copy this file into the folder."""
 
     @classmethod
+    def _get_arguments_from_pretrained(cls, name, *args, **kwargs):
+        """As in transformers; in a repo's own code, which somebody has trusted, the image processor is the one next to it."""
+        if not cls.__module__.startswith("transformers_modules."):
+            return super()._get_arguments_from_pretrained(name, *args, **kwargs)
+        kwargs.pop("trust_remote_code", None)
+        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", name, **kwargs, trust_remote_code=False)
+        return [HydraImageProcessor.from_pretrained(name, **kwargs), tokenizer]
+
+    @classmethod
     def get_attributes(cls) -> list[str]:
         return [name for name in super().get_attributes() if name != "video_processor"]
 

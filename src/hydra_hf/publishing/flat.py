@@ -1,0 +1,23 @@
+"""One flat folder that holds model, processor and pipeline, so that transformers and diffusers both open it."""
+
+import shutil
+from pathlib import Path
+
+
+COMPONENTS = ("model", "processor", "scheduler")
+NOT_PUBLISHED = ("adapter", "checkpoint-*", "*.tmp", "*.old", "*.lock", "*.py")
+
+
+def copy_flat(source: Path, folder: Path) -> None:
+    """Copies a saved pipeline, or a folder of one model, with the files of its components next to each other.
+
+    Raises ValueError for two files of one name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (source, *(source / name for name in COMPONENTS)):
+        for file in sorted(path.glob("*")):
+            if not file.is_file() or any(file.match(pattern) for pattern in NOT_PUBLISHED):
+                continue
+            if (folder / file.name).exists():
+                raise ValueError(f"{source} has two files {file.name!r}, expected one: they would be in one folder.")
+            shutil.copyfile(file, folder / file.name)
