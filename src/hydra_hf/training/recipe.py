@@ -276,6 +276,7 @@ class Recipe:
         micro_batch_size: samples that one process has in memory at once; None is its whole share of a batch.
         gradient_checkpointing: recompute activations rather than keep them.
         attn_implementation: that of the training run; it is not saved in the checkpoint.
+        push_to: repo on the Hub that the run is uploaded to while it trains, and resumed from on another machine.
     """
 
     name: str
@@ -290,6 +291,7 @@ class Recipe:
     log_every: int = 50
     save_every: int = 1000
     sample_every: int = 1000
+    push_to: str | None = None
 
     def __post_init__(self):
         if min(self.log_every, self.save_every, self.sample_every) < 1:
