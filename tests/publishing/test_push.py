@@ -27,9 +27,9 @@ def picture_of(drawn) -> torch.Tensor:
 
 
 def assert_same_weights(model, other) -> None:
-    expected = model.state_dict()
-    assert {name: value for name, value in other.state_dict().items()}.keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
+    expected, weights = model.state_dict(), other.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
 
 
 @pytest.fixture
@@ -44,7 +44,6 @@ def test_model_and_processor_share_a_repo(hub, tiny_model, tiny_processor):
     tiny_processor.push_to_hub("me/both")
     assert_same_weights(tiny_model, AutoModelForMultimodalLM.from_pretrained("me/both"))
     assert AutoProcessor.from_pretrained("me/both").patch_size == tiny_processor.patch_size
-    assert AutoModelForMultimodalLM._model_mapping  # the mapping itself is not what is tested
 
 
 def test_the_tokenizer_goes_and_comes_back_alone(hub, tiny_model, tiny_processor):
@@ -165,7 +164,7 @@ def test_data_is_read_from_where_it_was_pushed(hub, tmp_path, monkeypatch):
     import datasets
 
     from hydra_hf.data.sources import Source
-    from hydra_hf.data.tables import open_table
+    from hydra_hf.data.tables import open_source
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
@@ -173,8 +172,10 @@ def test_data_is_read_from_where_it_was_pushed(hub, tmp_path, monkeypatch):
     rows = [{"text": f"sentence {number}"} for number in range(5)]
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     push(tmp_path / "data", "me/sentences", repo_type="dataset")
-    table = open_table(Source(task="text", path="hub:me/sentences"), 0)
-    assert len(table) == 5
+    datasets.Dataset.from_list(rows[:3]).push_to_hub("me/shards")
+    for name, number in (("sentences", 5), ("shards", 3)):
+        source = Source(task="text", path=f"hub:me/{name}")
+        assert len(open_source(source)) == number
 
 
 def test_what_is_no_model_is_refused_before_the_hub_is_asked(hub, tmp_path):

@@ -34,6 +34,8 @@ class HydraPreTrainedMixin:
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             **kwargs,
         )
+        if not cls.__module__.startswith("transformers_modules."):
+            vars(model.config).pop("auto_map", None)  # of the repo's code, which a save would name without copying it
         if output_loading_info:
             return model, info
         if pretrained_model_name_or_path is not None and not ignore_mismatched_sizes:

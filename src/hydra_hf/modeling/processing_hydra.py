@@ -74,6 +74,7 @@ class HydraProcessor(ProcessorMixin):
     ):
         if isinstance(video_processor, dict):
             video_processor = HydraVideoProcessor(**video_processor)
+        vars(image_processor).pop("auto_map", None)  # of a repo's code, which a save would name without copying it
         added_tokens = tokenizer.get_added_vocab()
         expected_tokens = [self.image_token, self.vision_start_token, self.vision_end_token]
         if image_processor.patch_size != patch_size:

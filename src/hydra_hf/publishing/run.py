@@ -68,7 +68,8 @@ def mirrored(repo_id: str, output_dir: Path) -> Iterator[None]:
         yield
     finally:
         try:
-            uploader.trigger().result()
+            with uploading(repo_id):
+                uploader.trigger().result()
             if (output_dir / "final").is_dir():
                 push(output_dir / "final", repo_id)
         except OSError as error:  # the run itself is whole
