@@ -1,16 +1,20 @@
 """Models, adapters and data on the Hub and back, by the real clients against a server on loopback."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, snapshot_download
 from PIL import Image
 from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
 
 import hub_server
-from hydra_hf import HydraPipeline, HydraReconstructionPipeline
+from hydra_hf import TINY, HydraPipeline, HydraReconstructionPipeline
 from hydra_hf.cli import main
+from hydra_hf.hub import subfolder_of
+from hydra_hf.publishing.card import write_card
 from hydra_hf.publishing.push import push
 
 
@@ -153,8 +157,12 @@ def test_adapters_come_back_as_they_were(hub, tiny_model, tmp_path):
     adapted = peft.get_peft_model(tiny_model, config)
     weights = {name: value.clone() for name, value in peft.get_peft_model_state_dict(adapted).items()}
     adapted.save_pretrained(tmp_path / "adapter")
-    push(tmp_path / "adapter", "me/adapter")
-    assert "configuration_hydra.py" not in hub.files("models/me/adapter")
+    push(tmp_path / "adapter", "me/adapter", base_model="me/base")
+    files = hub.files("models/me/adapter")
+    assert "configuration_hydra.py" not in files
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/base"
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.library_name, card.data.base_model) == ("peft", "me/base")
     loaded = peft.PeftModel.from_pretrained(adapted.unload(), "me/adapter")
     assert peft.get_peft_model_state_dict(loaded).keys() == weights.keys()
     assert all(torch.equal(weights[n], v) for n, v in peft.get_peft_model_state_dict(loaded).items())
@@ -203,3 +211,37 @@ def test_the_command_draws_the_widgets_images(hub, saved, capsys):
     found = {result.metric_type: (result.task_type, result.metric_value) for result in card.data.eval_results}
     assert found == {"t2i/mean": ("text-to-image", 0.5), "vqa/color": ("visual-question-answering", 0.75)}
     assert "hydra generate" in card.text
+
+
+def test_a_card_that_is_there_keeps_its_text_and_gets_what_it_lacks(tmp_path):
+    for name in ("README.md", "scores.json", "model/config.json"):
+        shutil.copyfile(Path(TINY) / name, tmp_path / Path(name).name)
+    write_card(tmp_path, "me/tiny", prompts=("a cat",))
+    before, after = ModelCard.load(Path(TINY) / "README.md"), ModelCard.load(tmp_path / "README.md")
+    assert after.text.strip() == before.text.strip()
+    assert after.data.license == before.data.license == "apache-2.0"
+    assert after.data.tags == [*before.data.tags]
+    scores = {result.metric_type: result.metric_value for result in after.data.eval_results}
+    assert scores["t2i/mean"] == pytest.approx(0.9717, abs=1e-4)
+    assert not [name for name in scores if "phrasing" in name or "majority" in name]
+    write_card(tmp_path, "me/tiny", license="mit")
+    again = ModelCard.load(tmp_path / "README.md")
+    assert again.data.license == "mit"
+    assert again.data.widget == after.data.widget
+
+
+def test_a_repo_is_pushed_again_without_its_code(hub, saved, tmp_path):
+    push(saved, "me/one", prompts=("a cat",))
+    downloaded = snapshot_download("me/one", local_dir=tmp_path / "one")
+    push(downloaded, "me/two", code=False)
+    files = hub.files("models/me/two")
+    assert files["samples/0.png"] == hub.files("models/me/one")["samples/0.png"]
+    assert not [name for name in files if name.endswith(".py")]
+    assert not [name for name, contents in files.items() if b"hydra_remote" in contents]
+
+
+def test_the_embedded_checkpoint_still_opens_as_it_is():
+    """Folders for the components, which every earlier version wrote."""
+    model = AutoModelForMultimodalLM.from_pretrained(TINY, subfolder="model")
+    assert_same_weights(model, HydraPipeline.from_pretrained(TINY).model)
+    assert subfolder_of(TINY, "model") == "model"

@@ -23,6 +23,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--license", help="of the weights, such as apache-2.0; that of the card by default, else other"
     )
+    command.add_argument("--base_model", help="Hub id of what it was trained from, or of what adapters are loaded on")
     command.add_argument("--prompt", action="append", default=[], help="draw an image for the card; may be repeated")
     add_seed(command, "of these images")
 
@@ -40,6 +41,7 @@ def run(options: argparse.Namespace) -> dict:
         message=options.message,
         code=not options.no_code,
         license=options.license,
+        base_model=options.base_model,
         prompts=tuple(options.prompt),
         seed=options.seed,
     )

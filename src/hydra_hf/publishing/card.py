@@ -8,6 +8,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
+from .flat import SAMPLES
+
 
 LIBRARY = "hydra_hf"
 PIPELINE_TAGS = {"hydra": "any-to-any", "hydra_tok": "image-feature-extraction"}
@@ -16,7 +18,6 @@ TASKS = {
     "reconstruction": "image-to-image", "depth": "depth-estimation", "segment": "image-segmentation",
 }  # fmt: skip  # by the first part of the name of a score
 TOY = ("toy", "Toy world, held-out split")
-SAMPLES = "samples"
 USE_HYDRA = """```python
 import torch, hydra_hf
 from diffusers import AutoPipelineForText2Image
@@ -51,37 +52,64 @@ processor = AutoImageProcessor.from_pretrained("{repo_id}")
 Without `hydra_hf`, add `trust_remote_code=True` to both lines.
 """
 
+USE_ADAPTERS = """```python
+import hydra_hf
+from peft import PeftModel
+from transformers import AutoModelForMultimodalLM
+
+model = AutoModelForMultimodalLM.from_pretrained("{base_model}")
+model = PeftModel.from_pretrained(model, "{repo_id}").merge_and_unload()
+```
+"""
+
 
 def write_card(
     folder: Path,
     repo_id: str,
     *,
     license: str | None = None,  # noqa: A002, the Hub's own name
+    base_model: str | None = None,
     prompts: tuple[str, ...] = (),
     run: Path | None = None,
 ) -> None:
-    """Writes `README.md` of a flat folder. A card that is there keeps its text and its metadata, and gets what it lacks.
+    """Writes `README.md` of a flat folder. A card that is there keeps its text and the metadata that is not given anew.
 
     Args:
         prompts: those of the images `samples/0.png`, `samples/1.png`, ...
         run: the folder of the training run, for its recipe and its data.
     """
-    path = folder / "README.md"
     kind = json.loads((folder / "config.json").read_text("utf-8"))["model_type"]
     record = json.loads((run / "run.json").read_text("utf-8")) if run else None
     scores = read_scores(folder)
+    given = {"license": license, "base_model": base_model}
+    if prompts:
+        given["widget"] = [{"text": text, "output": {"url": f"{SAMPLES}/{i}.png"}} for i, text in enumerate(prompts)]
+    if scores:
+        given |= {"model_name": repo_id.split("/")[-1], "eval_results": results(scores)}
+    defaults = {"library_name": LIBRARY, "pipeline_tag": PIPELINE_TAGS[kind], "datasets": hub_data(record) or None}
+    tags = [kind.replace("_", "-"), *(["text-to-image"] if kind == "hydra" else [])]
+    _save(folder, defaults, given, tags, new_text(folder, repo_id, kind, record, scores, prompts))
+
+
+def write_adapter_card(folder: Path, repo_id: str, *, license: str | None, base_model: str | None) -> None:  # noqa: A002
+    """Writes `README.md` of a folder of adapters, as `write_card` does."""
+    text = f"\n# {repo_id.split('/')[-1]}\n\nAdapters (LoRA) for a HYDRA.\n\n" + USE_ADAPTERS.format(
+        repo_id=repo_id, base_model=base_model or "BASE_MODEL"
+    )
+    _save(folder, {"library_name": "peft"}, {"license": license, "base_model": base_model}, ["hydra", "lora"], text)
+
+
+def _save(folder: Path, defaults: dict, given: dict, tags: list[str], text: str) -> None:
+    """What is given wins over a card that is there, which wins over the defaults; its text stays."""
+    path = folder / "README.md"
     card = ModelCard.load(path) if path.exists() else None
     known = card.data.to_dict() if card else {}
-    tags = [*known.get("tags", []), kind.replace("_", "-"), *(["text-to-image"] if kind == "hydra" else [])]
-    data = ModelCardData(**{
-        "license": license or "other", "library_name": LIBRARY, "pipeline_tag": PIPELINE_TAGS[kind],
-        "widget": [{"text": text, "output": {"url": f"{SAMPLES}/{i}.png"}} for i, text in enumerate(prompts)] or None,
-        "datasets": hub_data(record) or None,
-        **({"model_name": repo_id.split("/")[-1], "eval_results": results(scores)} if results(scores) else {}),
-        **known, "tags": list(dict.fromkeys(tags)), **({"license": license} if license else {}),
-    })  # fmt: skip
-    text = card.text if card else new_text(folder, repo_id, kind, record, scores, prompts)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(path)
+    given = {name: value for name, value in given.items() if value is not None}
+    if "eval_results" in given:
+        known.pop("model-index", None)
+    tags = list(dict.fromkeys([*known.pop("tags", []), *tags]))
+    data = ModelCardData(**{"license": "other", **defaults, **known, **given, "tags": tags})
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{card.text if card else text}").save(path)
 
 
 def new_text(

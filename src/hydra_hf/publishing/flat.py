@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 
-COMPONENTS = ("model", "processor", "scheduler")
+COMPONENTS = ("model", "processor", "scheduler", "vision_tower", "image_processor")
+SAMPLES = "samples"  # images for the card
 NOT_PUBLISHED = ("adapter", "checkpoint-*", "*.tmp", "*.old", "*.lock", "*.py")
 
 
@@ -21,3 +22,5 @@ def copy_flat(source: Path, folder: Path) -> None:
             if (folder / file.name).exists():
                 raise ValueError(f"{source} has two files {file.name!r}, expected one: they would be in one folder.")
             shutil.copyfile(file, folder / file.name)
+    if (source / SAMPLES).is_dir():
+        shutil.copytree(source / SAMPLES, folder / SAMPLES)

@@ -1,5 +1,6 @@
 """Uploads: a model with its card, its code and sample images; adapters; a folder of data."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,11 +9,12 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 
+from hydra_hf.files import write_text
 from hydra_hf.hub import check_repo_id
 
-from .card import SAMPLES, write_card
-from .flat import copy_flat
-from .remote_code import add_remote_code
+from .card import write_adapter_card, write_card
+from .flat import SAMPLES, copy_flat
+from .remote_code import add_remote_code, remove_remote_code
 
 
 ADAPTER = "adapter_config.json"
@@ -29,6 +31,7 @@ def push(
     message: str | None = None,
     code: bool = True,
     license: str | None = None,  # noqa: A002, the Hub's own name
+    base_model: str | None = None,
     prompts: tuple[str, ...] = (),
     seed: int = 0,
     token: str | None = None,
@@ -37,11 +40,12 @@ def push(
     Uploads a folder as one commit and returns its address, or that of the pull request.
 
     A pipeline or a model becomes one flat folder with a card and, unless `code` is False, the code for
-    `trust_remote_code=True`. Adapters and data (`repo_type="dataset"`) are uploaded as they are.
+    `trust_remote_code=True`. Adapters get a card; data (`repo_type="dataset"`) is uploaded as it is.
 
     Args:
         private: whether a new repo is; None is the account's default.
         revision: a branch, made from main if it is new.
+        base_model: what it was trained from; adapters are loaded on it.
         prompts: images of these are drawn for the card, with `seed`.
 
     Raises:
@@ -54,9 +58,11 @@ def push(
         raise ValueError(f"There is no folder {str(source)!r} to push.")
     with TemporaryDirectory() as temporary:
         folder = source
-        if repo_type == "model" and not (source / ADAPTER).exists():
+        if repo_type == "model":
             folder = Path(temporary)
-            make_repo(source, folder, repo_id, code=code, license=license, prompts=prompts, seed=seed)
+            make_repo(
+                source, folder, repo_id, code=code, license=license, base_model=base_model, prompts=prompts, seed=seed
+            )
         with uploading(repo_id):
             api = HfApi(token=token)
             api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
@@ -77,19 +83,30 @@ def make_repo(
     *,
     code: bool = True,
     license: str | None = None,  # noqa: A002
+    base_model: str | None = None,
     prompts: tuple[str, ...] = (),
     seed: int = 0,
 ) -> None:
-    """Writes what the repo of a model is to have into an empty folder. Raises ValueError if `source` is no model of ours."""
+    """Writes what the repo of a model or of adapters is to have into a folder. Raises ValueError if `source` is neither."""
     copy_flat(source, folder)
+    if (folder / ADAPTER).exists():
+        if base_model is not None:
+            name_base_model(folder / ADAPTER, base_model)
+        write_adapter_card(folder, repo_id, license=license, base_model=base_model)
+        return
     if not (folder / "config.json").exists():
         raise ValueError(f"{source} has no config.json, model_index.json or {ADAPTER}: it is no model or adapter.")
     if prompts:
         draw_samples(folder, prompts, seed)
     run = next((path for path in (source, *source.parents[:2]) if (path / "run.json").exists()), None)
-    write_card(folder, repo_id, license=license, prompts=prompts, run=run)
-    if code:
-        add_remote_code(folder)
+    write_card(folder, repo_id, license=license, base_model=base_model, prompts=prompts, run=run)
+    (add_remote_code if code else remove_remote_code)(folder)
+
+
+def name_base_model(path: Path, base_model: str) -> None:
+    """Writes into the config of adapters which model they are loaded on."""
+    config = json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": base_model}
+    write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def draw_samples(folder: Path, prompts: tuple[str, ...], seed: int) -> None:
@@ -98,7 +115,7 @@ def draw_samples(folder: Path, prompts: tuple[str, ...], seed: int) -> None:
     from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
     pipeline = HydraPipeline.from_pretrained(folder)
-    (folder / SAMPLES).mkdir()
+    (folder / SAMPLES).mkdir(exist_ok=True)
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     for number, image in enumerate(pipeline(list(prompts), generator=generators).images):
         image.save(folder / SAMPLES / f"{number}.png")

@@ -50,6 +50,15 @@ def add_remote_code(folder: Path) -> None:
         write_text(folder / name, text)
 
 
+def remove_remote_code(folder: Path) -> None:
+    """Takes the code's names out of the configs of a flat folder."""
+    for path in folder.glob("*.json"):
+        config = _read(path)
+        parts = [config, *(config[name] for name in PROCESSORS if isinstance(config.get(name), dict))]
+        if [part.pop("auto_map") for part in parts if "auto_map" in part]:
+            _write(path, config)
+
+
 def remote_files() -> dict[str, str]:
     """Name -> text of every file of the code, which import each other as neighbours."""
     paths = [*(PACKAGE / "modeling").glob("*.py"), *(PACKAGE / "pipelines").glob("*.py"), PACKAGE / "hub.py"]
