@@ -86,6 +86,7 @@ def test_a_repo_works_where_nothing_is_installed(hub, tiny_pipeline, saved, tmp_
         processor.save_pretrained("again")
         again = AutoModelForMultimodalLM.from_pretrained("again", **trusted)
         assert type(again).__name__ == type(model).__name__
+        assert AutoProcessor.from_pretrained("again", **trusted).patch_size == processor.patch_size
         assert not [name for name in sys.modules if name.split(".")[0] == "hydra_hf"]
     """
     assert run_without_the_package(hub, code, tmp_path).split() == ["list"]
