@@ -16,6 +16,7 @@ from hydra_hf.cli import main
 from hydra_hf.hub import subfolder_of
 from hydra_hf.publishing.card import write_card
 from hydra_hf.publishing.push import push
+from hydra_hf.registration import register
 
 
 SETTINGS = {"num_inference_steps": 3, "guidance_scale": 3.0}
@@ -245,3 +246,28 @@ def test_the_embedded_checkpoint_still_opens_as_it_is():
     model = AutoModelForMultimodalLM.from_pretrained(TINY, subfolder="model")
     assert_same_weights(model, HydraPipeline.from_pretrained(TINY).model)
     assert subfolder_of(TINY, "model") == "model"
+
+
+def test_auto_pipelines_that_were_imported_first_know_the_model_too(tiny_pipeline):
+    from diffusers import AutoPipelineForImage2Image
+    from diffusers.pipelines import auto_pipeline
+
+    mappings = (auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING)
+    for mapping in mappings:
+        mapping.pop("hydra", None)
+    register()
+    assert all(mapping["hydra"] is HydraPipeline for mapping in mappings)
+    other = AutoPipelineForImage2Image.from_pipe(tiny_pipeline)
+    assert other.model is tiny_pipeline.model
+    assert other.config.default_guidance_scale == tiny_pipeline.config.default_guidance_scale
+
+
+def test_a_push_leaves_the_folder_as_it_was(hub, saved):
+    (saved / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    push(saved, "me/mine")
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
+    card = hub.files("models/me/mine")["README.md"].decode()
+    assert card.endswith("# Mine\n")
+    assert "license: mit" in card
+    assert hub.files("models/me/mine")["model.safetensors"] == before[saved / "model" / "model.safetensors"]

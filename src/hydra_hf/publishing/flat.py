@@ -6,11 +6,11 @@ from pathlib import Path
 
 COMPONENTS = ("model", "processor", "scheduler", "vision_tower", "image_processor")
 SAMPLES = "samples"  # images for the card
-NOT_PUBLISHED = ("adapter", "checkpoint-*", "*.tmp", "*.old", "*.lock", "*.py")
+NOT_PUBLISHED = ("*.tmp", "*.old", "*.lock", "*.py")
 
 
-def copy_flat(source: Path, folder: Path) -> None:
-    """Copies a saved pipeline, or a folder of one model, with the files of its components next to each other.
+def flatten(source: Path, folder: Path) -> None:
+    """Puts the files of a saved pipeline, or of one model, next to each other: copies, and links to the weights, which are large.
 
     Raises ValueError for two files of one name.
     """
@@ -21,6 +21,9 @@ def copy_flat(source: Path, folder: Path) -> None:
                 continue
             if (folder / file.name).exists():
                 raise ValueError(f"{source} has two files {file.name!r}, expected one: they would be in one folder.")
-            shutil.copyfile(file, folder / file.name)
+            if file.suffix == ".safetensors":
+                (folder / file.name).symlink_to(file.resolve())
+            else:
+                shutil.copyfile(file, folder / file.name)
     if (source / SAMPLES).is_dir():
         shutil.copytree(source / SAMPLES, folder / SAMPLES)

@@ -13,7 +13,7 @@ from hydra_hf.files import write_text
 from hydra_hf.hub import check_repo_id
 
 from .card import write_adapter_card, write_card
-from .flat import SAMPLES, copy_flat
+from .flat import SAMPLES, flatten
 from .remote_code import add_remote_code, remove_remote_code
 
 
@@ -88,7 +88,7 @@ def make_repo(
     seed: int = 0,
 ) -> None:
     """Writes what the repo of a model or of adapters is to have into a folder. Raises ValueError if `source` is neither."""
-    copy_flat(source, folder)
+    flatten(source, folder)
     if (folder / ADAPTER).exists():
         if base_model is not None:
             name_base_model(folder / ADAPTER, base_model)
