@@ -50,9 +50,12 @@ def saved(tiny_pipeline, tmp_path) -> Path:
 @pytest.mark.slow
 def test_a_repo_works_where_nothing_is_installed(hub, tiny_pipeline, saved, tmp_path):
     push(saved, "me/code")
+    tiny_pipeline.model.model.vision_tower.save_pretrained(tmp_path / "tok")
+    tiny_pipeline.processor.image_processor.save_pretrained(tmp_path / "tok")
+    push(tmp_path / "tok", "me/tok")
     code = """
         import torch
-        from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline
+        from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         try:
@@ -66,6 +69,11 @@ def test_a_repo_works_where_nothing_is_installed(hub, tiny_pipeline, saved, tmp_
         processor = AutoProcessor.from_pretrained("me/code", **trusted)
         for auto in (AutoModel, AutoModelForImageTextToText):
             assert type(auto.from_pretrained("me/code", **trusted)).__module__ == type(model).__module__
+
+        tower = AutoModel.from_pretrained("me/tok", **trusted)
+        images = AutoImageProcessor.from_pretrained("me/tok", **trusted)
+        assert images(torch.zeros(3, 32, 32), return_tensors="pt")["image_grid_thw"].tolist() == [[1, 4, 4]]
+        assert tower.encode(torch.zeros(1, 3, 32, 32)).latent_dist.mode().shape == (1, 4, 4, 4)
 
         HydraPipeline = get_class_from_dynamic_module("hydra_remote.HydraPipeline", "me/code")
         drawn = HydraPipeline.from_pretrained("me/code")
