@@ -2,12 +2,13 @@
 
 import logging
 import shutil
+from functools import wraps
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers.integrations.fsdp import is_fsdp_enabled
-from transformers.modeling_utils import is_local_dist_rank_0
+from transformers.modeling_utils import PreTrainedModel, is_local_dist_rank_0
 
 
 IS_CODE_OF_A_REPO = __name__.startswith("transformers_modules.")  # copied from the Hub by `trust_remote_code=True`
@@ -48,6 +49,7 @@ class HydraPreTrainedMixin:
             _check_values(model, pretrained_model_name_or_path)
         return model
 
+    @wraps(PreTrainedModel.save_pretrained)  # diffusers looks at its arguments
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As in transformers. A repo's own code comes along, since the config names it."""
         super().save_pretrained(save_directory, *args, **kwargs)
