@@ -271,3 +271,9 @@ def test_a_push_leaves_the_folder_as_it_was(hub, saved):
     assert card.endswith("# Mine\n")
     assert "license: mit" in card
     assert hub.files("models/me/mine")["model.safetensors"] == before[saved / "model" / "model.safetensors"]
+
+
+def test_a_space_is_pushed_as_it_is(hub, tmp_path):
+    (tmp_path / "app.py").write_text("print()")
+    assert push(tmp_path, "me/page", repo_type="space").startswith(hub.endpoint)
+    assert hub.files("spaces/me/page")["app.py"] == b"print()"

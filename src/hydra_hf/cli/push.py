@@ -10,9 +10,9 @@ from .common import add_seed
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", type=Path, help="folder of a pipeline, a model, adapters or data")
+    command.add_argument("source", type=Path, help="folder of a pipeline, a model, adapters, data or a Space")
     command.add_argument("repo", help="OWNER/NAME; made if it is new")
-    command.add_argument("--repo_type", choices=("model", "dataset"), default="model")
+    command.add_argument("--repo_type", choices=("model", "dataset", "space"), default="model")
     command.add_argument("--private", action="store_true", default=None, help="make a new repo private")
     command.add_argument("--revision", help="branch to push to, made from main if it is new")
     command.add_argument("--create_pr", action="store_true", help="open a pull request instead of writing to a branch")

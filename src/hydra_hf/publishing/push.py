@@ -40,7 +40,8 @@ def push(
     Uploads a folder as one commit and returns its address, or that of the pull request.
 
     A pipeline or a model becomes one flat folder with a card and, unless `code` is False, the code for
-    `trust_remote_code=True`. Adapters get a card; data (`repo_type="dataset"`) is uploaded as it is.
+    `trust_remote_code=True`. Adapters get a card; data and Spaces (`repo_type="dataset"` or "space") are
+    uploaded as they are.
 
     Args:
         private: whether a new repo is; None is the account's default.
@@ -65,7 +66,8 @@ def push(
             )
         with uploading(repo_id):
             api = HfApi(token=token)
-            api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+            sdk = {"space_sdk": "gradio"} if repo_type == "space" else {}
+            api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, **sdk)
             if revision is not None and not create_pr:
                 api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
             commit = api.upload_folder(
