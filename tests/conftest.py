@@ -1,9 +1,13 @@
-"""Tiny models of the real classes, shared by all tests. No test touches the network."""
+"""Tiny models of the real classes, and a Hub on loopback, shared by all tests. No test touches the network."""
 
 import os
 
+import hub_server
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+
+os.environ["HF_ENDPOINT"] = hub_server.HUB.endpoint  # read by huggingface_hub when it is imported, like the next two
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
@@ -11,6 +15,7 @@ import copy
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from huggingface_hub import constants
 from tokenizers import AddedToken
 
 from hydra_hf.modeling.configuration_hydra import (
@@ -39,6 +44,16 @@ def pytest_collection_modifyitems(items) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> hub_server.HubServer:
+    """An empty Hub, a cache of its own and the right token; the libraries' clients are online in this test."""
+    hub_server.HUB.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+    return hub_server.HUB
 
 
 @pytest.fixture(scope="session")

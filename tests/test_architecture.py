@@ -15,6 +15,8 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "pipelines", "data", "modeling"},
     "evaluation/suites": {"training", "evaluation", "pipelines", "data", "modeling"},
     "training": {"training", "evaluation", "pipelines", "data", "modeling"},
+    "publishing": {"publishing", "pipelines", "modeling"},
+    "training": {"training", "publishing", "evaluation", "pipelines", "data", "modeling"},
     "training/adapters": {"training", "data", "modeling"},
     "training/recipes": {"toy", "training", "data", "modeling"},
     "toy": {"toy", "evaluation", "pipelines", "data", "modeling"},

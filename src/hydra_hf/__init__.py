@@ -22,6 +22,9 @@ if "hydra_hf_command" not in sys.modules:  # the command `hydra` prints its help
         PixelViTDecoderConfig,
         VisionHeadConfig,
     )
+    from .registration import register
+
+    register()
 
 
 TINY = str(Path(__file__).parent / "assets" / "hydra-tiny")

@@ -1,5 +1,6 @@
 """Weights that do not fit their config are an error, never random."""
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -132,3 +133,8 @@ def test_the_patch_projection_can_be_replaced():
     projection = torch.nn.Conv2d(3, 24, 4, stride=4)
     model.set_input_embeddings(projection)
     assert model.get_input_embeddings() is projection
+
+
+def test_diffusers_sees_the_arguments_of_save_pretrained():
+    """It passes on `variant` and `max_shard_size` only to those whose signature has them."""
+    assert {"variant", "max_shard_size"} <= set(inspect.signature(HydraModel.save_pretrained).parameters)

@@ -4,12 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from textwrap import dedent
-from threading import Thread
 from unittest.mock import patch
 
 import diffusers
@@ -19,6 +14,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import PipelineCallback
+from huggingface_hub import HfApi
 from packaging.version import Version
 from PIL import Image
 from torch import Tensor
@@ -556,49 +552,7 @@ def test_a_pipeline_loads_as_bf16_with_other_defaults(tiny_pipeline, tmp_path):
     assert (loaded.num_timesteps, loaded.guidance_scale) == (2, 3.0)
 
 
-@contextmanager
-def hub_with(folder: Path) -> Iterator[str]:
-    """The address of a server that answers like the Hub for one repo, owner/hydra."""
-    files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    commit = "0" * 40
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            path = self.path.split("?")[0]
-            if path.startswith("/api/models/owner/hydra/tree"):
-                entries = [{"type": "file", "path": name, "oid": name, "size": 0} for name in files]
-                self.answer(json.dumps(entries).encode(), "application/json")
-            elif path.startswith("/api/models/owner/hydra"):
-                siblings = [{"rfilename": name} for name in files]
-                info = {"id": "owner/hydra", "sha": commit, "siblings": siblings, "tags": []}
-                self.answer(json.dumps(info).encode(), "application/json")
-            elif (name := path.removeprefix(f"/owner/hydra/resolve/{commit}/")) in files:
-                self.answer((folder / name).read_bytes(), "application/octet-stream", ETag=f'"{name}"')
-            else:
-                self.send_error(404)
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def answer(self, content: bytes, content_type: str, **headers):
-            self.send_response(200)
-            headers |= {"Content-Type": content_type, "Content-Length": str(len(content)), "X-Repo-Commit": commit}
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_repo_of_the_hub_opens_like_a_folder(tiny_pipeline, tmp_path):
+def test_a_repo_of_the_hub_opens_like_a_folder(hub, tiny_pipeline, tmp_path):
     """In a fresh interpreter and from a server: diffusers' own download refuses our classes only when it is online."""
     tiny_pipeline.save_pretrained(tmp_path / "repo")
     (tmp_path / "repo" / "checkpoint-1").mkdir()
@@ -608,9 +562,10 @@ def test_a_repo_of_the_hub_opens_like_a_folder(tiny_pipeline, tmp_path):
         pipeline = hydra_hf.HydraPipeline.from_pretrained("owner/hydra")
         torch.save(pipeline("a cat", generator=torch.Generator().manual_seed(0), output_type="pt").images, "image.pt")
     """
-    with hub_with(tmp_path / "repo") as endpoint:
-        online = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
-        subprocess.run([sys.executable, "-c", dedent(code)], cwd=tmp_path, env=os.environ | online, check=True)
+    HfApi().create_repo("owner/hydra")
+    HfApi().upload_folder(repo_id="owner/hydra", folder_path=tmp_path / "repo")
+    online = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
+    subprocess.run([sys.executable, "-c", dedent(code)], cwd=tmp_path, env=os.environ | online, check=True)
     expected = tiny_pipeline("a cat", generator=seeded(), output_type="pt").images
     torch.testing.assert_close(torch.load(tmp_path / "image.pt"), expected, atol=1e-5, rtol=1e-5)
     assert not list((tmp_path / "home").rglob("optimizer.bin"))

@@ -5,6 +5,7 @@
 A verb is a module with `add_options(command)` and `run(options)`, which prints for people and returns its result for programs,
 as a dict of JSON values, or yields several: `--json` prints these. Modules of verbs import nothing heavy at their top.
 """
+"""hydra generate | edit | ask | chat | reconstruct | prepare | train | evaluate | convert | push: a file for each verb."""
 
 import argparse
 import os
@@ -30,6 +31,10 @@ from . import ask, chat, convert, demo, edit, evaluate, generate, prepare, recon
 
 
 VERBS = (generate, edit, ask, chat, reconstruct, demo, prepare, train, evaluate, convert)
+from . import ask, chat, convert, edit, evaluate, generate, prepare, push, reconstruct, train
+
+
+VERBS = (generate, edit, ask, chat, reconstruct, prepare, train, evaluate, convert, push)
 LESS_MEMORY = {
     "micro_batch_size": "a lower --micro_batch_size",
     "gradient_checkpointing": "--gradient_checkpointing",

@@ -63,7 +63,7 @@ def _index(options: argparse.Namespace):
 def _latents(options: argparse.Namespace):
     import torch
 
-    from hydra_hf.hub import check_model_name
+    from hydra_hf.hub import check_model_name, subfolder_of
     from hydra_hf.modeling import HydraProcessor, HydraTokModel
     from hydra_hf.training.latents import prepare_latents
     from hydra_hf.training.processes import partial_state
@@ -73,10 +73,10 @@ def _latents(options: argparse.Namespace):
     for name in filter(None, (options.init, options.tokenizer)):
         check_model_name(name)
     device = choose_device(options.device) if options.device != "auto" else partial_state().device
-    processor = HydraProcessor.from_pretrained(options.init, subfolder="processor")
+    processor = HydraProcessor.from_pretrained(options.init, subfolder=subfolder_of(options.init, "processor"))
     if options.image_size is not None:
         limit_size(processor.image_processor, options.image_size)
-    where = {"subfolder": "model"} if options.tokenizer is None else {}
+    where = {"subfolder": subfolder_of(options.init, "model")} if options.tokenizer is None else {}
     tower = HydraTokModel.from_pretrained(options.tokenizer or options.init, dtype=torch.float32, **where)
     return prepare_latents(
         sources, processor, tower.eval().to(device), mixed_precision=options.mixed_precision,

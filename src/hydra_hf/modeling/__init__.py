@@ -19,7 +19,7 @@ from .configuration_hydra import (
 )
 
 
-for _config in (PixelFlowDecoderConfig, PixelViTDecoderConfig, VisionHeadConfig, HydraTokConfig, HydraConfig):
+for _config in (VisionHeadConfig, HydraTokConfig, HydraConfig):
     AutoConfig.register(_config.model_type, _config)
 
 from .image_processing_hydra import HydraImageProcessor

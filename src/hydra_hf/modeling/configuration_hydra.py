@@ -88,6 +88,8 @@ class HydraPreTrainedConfig(ConfigOfParts):
         for name in self.sub_configs:
             if isinstance(part := getattr(self, name), dict):
                 _check_dtype(name, part.get("dtype"))
+                if kind := DECODERS.get(part.get("model_type")):  # of this file, not of another repo's copy of it
+                    setattr(self, name, kind.from_dict(part))
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -173,6 +175,11 @@ class PixelViTDecoderConfig(HydraPreTrainedConfig):
 
 TEMPORAL_ATTENTION = ("tubelet", "causal", "full")
 FLOW_DECODER_SIZES = {"S": (6, 12), "M": (12, 16), "L": (18, 24)}  # (global layers, flow layers)
+
+
+DECODERS = {kind.model_type: kind for kind in (PixelFlowDecoderConfig, PixelViTDecoderConfig)}
+for _kind in DECODERS.values():
+    AutoConfig.register(_kind.model_type, _kind)
 
 
 @strict
@@ -383,9 +390,7 @@ class HydraConfig(HydraPreTrainedConfig):
             super().__post_init__(**kwargs)
         except KeyError as error:  # what transformers raises if rope_parameters lack a field
             raise ValueError(f"text_config: {error.args[0]}") from error
-        self.tie_word_embeddings = (
-            self.text_config.tie_word_embeddings
-        )  # only the top-level flag ties the language head
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings  # the head reads the top-level flag alone
 
     @property
     def num_time_tokens(self) -> int:

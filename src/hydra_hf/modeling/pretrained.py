@@ -1,11 +1,17 @@
 """What HYDRA and HYDRA-TOK share as models of transformers: how weights are loaded and attention is chosen."""
 
 import logging
+import shutil
+from functools import wraps
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers.integrations.fsdp import is_fsdp_enabled
-from transformers.modeling_utils import is_local_dist_rank_0
+from transformers.modeling_utils import PreTrainedModel, is_local_dist_rank_0
+
+
+IS_CODE_OF_A_REPO = __name__.startswith("transformers_modules.")  # copied from the Hub by `trust_remote_code=True`
 
 
 class HydraPreTrainedMixin:
@@ -34,12 +40,22 @@ class HydraPreTrainedMixin:
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             **kwargs,
         )
+        if not IS_CODE_OF_A_REPO:
+            vars(model.config).pop("auto_map", None)  # of the repo's code, which a save would name without copying it
         if output_loading_info:
             return model, info
         if pretrained_model_name_or_path is not None and not ignore_mismatched_sizes:
             _check_keys(model, pretrained_model_name_or_path, info)
             _check_values(model, pretrained_model_name_or_path)
         return model
+
+    @wraps(PreTrainedModel.save_pretrained)  # diffusers looks at its arguments
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As in transformers. A repo's own code comes along, since the config names it."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if IS_CODE_OF_A_REPO:
+            for path in Path(__file__).parent.glob("[!_]*.py"):
+                shutil.copyfile(path, Path(save_directory, path.name))
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs) -> None:
         """As in transformers, without its warning about parts that have a config but are plain modules, such as decoders."""

@@ -31,6 +31,7 @@ from .chat_messages import (
 from .compat import TypedProcessingKwargs
 from .grid import Grid, folded_length, image_grid, num_tokens
 from .image_processing_hydra import HydraImageProcessor
+from .pretrained import IS_CODE_OF_A_REPO
 from .video_processing_hydra import HydraVideoProcessor
 
 
@@ -74,6 +75,7 @@ class HydraProcessor(ProcessorMixin):
     ):
         if isinstance(video_processor, dict):
             video_processor = HydraVideoProcessor(**video_processor)
+        vars(image_processor).pop("auto_map", None)  # of a repo's code, which a save would name without copying it
         added_tokens = tokenizer.get_added_vocab()
         expected_tokens = [self.image_token, self.vision_start_token, self.vision_end_token]
         if image_processor.patch_size != patch_size:
@@ -97,7 +99,18 @@ class HydraProcessor(ProcessorMixin):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
-        """Does nothing: marking the installed class would make every later save copy this file into the folder."""
+        """Only for a repo's own code: marking the installed class would make every later save copy this file into the folder."""
+        if IS_CODE_OF_A_REPO:
+            super().register_for_auto_class(auto_class)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, name, *args, **kwargs):
+        """As in transformers; in a repo's own code, which somebody has trusted, the image processor is the one next to it."""
+        if not IS_CODE_OF_A_REPO:
+            return super()._get_arguments_from_pretrained(name, *args, **kwargs)
+        kwargs.pop("trust_remote_code", None)
+        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", name, **kwargs, trust_remote_code=False)
+        return [HydraImageProcessor.from_pretrained(name, **kwargs), tokenizer]
 
     @classmethod
     def get_attributes(cls) -> list[str]:

@@ -213,8 +213,11 @@ def _open_stream(file: Path | BytesIO, max_input_pixels: int) -> tuple[ClipMetad
 
 def _decoded(file: Path | BytesIO, max_input_pixels: int) -> Iterator:
     """The video's frames of PyAV in the order in which they are shown, None for each that is damaged or missing."""
-    import av  # pip install hydra_hf[video]
-    from av.stream import Disposition
+    try:  # so that code in a repo of the Hub does not need it for images
+        import av
+        from av.stream import Disposition
+    except ImportError as error:
+        raise ImportError("Reading clips needs PyAV: pip install hydra_hf[video], or pip install av.") from error
 
     if isinstance(file, BytesIO):
         file.seek(0)

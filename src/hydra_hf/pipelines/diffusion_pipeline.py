@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ SCHEDULER_OPTIONS = {
     "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "invert_sigmas": False,
     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False,
 }  # fmt: skip  # options that leave the noise levels to the pipeline
+FLAT = {
+    "model": "config.json", "vision_tower": "config.json", "processor": "processor_config.json",
+    "image_processor": "preprocessor_config.json", "scheduler": "scheduler_config.json",
+}  # fmt: skip  # a component without a folder of its own is next to model_index.json, where this file shows it
 
 
 @dataclass
@@ -62,7 +67,10 @@ class HydraDiffusionPipeline(DiffusionPipeline):
         components, _ = cls._get_signature_keys(cls)
         if os.path.isdir(path):
             expected = ["model_index.json", *sorted(set(components) - set(kwargs))]
-            if missing := [name for name in expected if not (Path(path) / name).exists()]:
+            found = [
+                name for name in expected if any(Path(path, file).exists() for file in (name, FLAT.get(name, name)))
+            ]
+            if missing := [name for name in expected if name not in found]:
                 raise ValueError(f"{path!r} is not a {cls.__name__}: it has no {missing}, expected {expected}.")
         else:
             check_model_name(path)
@@ -74,7 +82,21 @@ class HydraDiffusionPipeline(DiffusionPipeline):
         options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         components, _ = cls._get_signature_keys(cls)
         patterns = ["model_index.json", *(f"{name}/*" for name in components)]
-        return snapshot_download(pretrained_model_name, allow_patterns=patterns, **options)
+        folder = snapshot_download(pretrained_model_name, allow_patterns=patterns, **options)
+        if any(Path(folder, name).is_dir() for name in components):
+            return folder
+        options["revision"] = Path(folder).name  # the commit
+        return snapshot_download(pretrained_model_name, ignore_patterns=["*/*"], **options)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As in diffusers; the classes of components are those that this class is written for, wherever its code is from."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, kind in get_type_hints(cls.__init__).items():
+            if isinstance(config.get(name), list) and config[name][1] == kind.__name__:
+                config[name] = [kind.__module__, kind.__name__]
+        return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As in diffusers. Raises ValueError if the model has adapters, which diffusers would leave out silently."""

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from hydra_hf.files import write_folder
+from hydra_hf.hub import subfolder_of
 from hydra_hf.modeling import HydraConfig, HydraForConditionalGeneration, HydraTokConfig, HydraTokModel
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
@@ -209,7 +210,10 @@ def replace_tokenizer(model: HydraForConditionalGeneration, recipe: HydraRecipe)
 def open_model(pipeline: str | Path, recipe: HydraRecipe) -> HydraForConditionalGeneration:
     """The model of a pipeline, a folder or Hub id, for training: in fp32, whatever its dtype on disk."""
     return HydraForConditionalGeneration.from_pretrained(
-        pipeline, subfolder="model", attn_implementation=recipe.attn_implementation, dtype=torch.float32
+        pipeline,
+        subfolder=subfolder_of(pipeline, "model"),
+        attn_implementation=recipe.attn_implementation,
+        dtype=torch.float32,
     )
 
 

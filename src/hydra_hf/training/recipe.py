@@ -282,6 +282,7 @@ class Recipe:
         gradient_checkpointing: recompute activations rather than keep them.
         attn_implementation: that of the training run; it is not saved in the checkpoint.
         log_every, save_every, sample_every: steps from one log row, checkpoint or sample to the next.
+        push_to: repo on the Hub that the run is uploaded to while it trains, and resumed from on another machine.
     """
 
     name: str
@@ -296,6 +297,7 @@ class Recipe:
     log_every: int = 50
     save_every: int = 1000
     sample_every: int = 1000
+    push_to: str | None = None
 
     def __post_init__(self):
         if min(self.log_every, self.save_every, self.sample_every) < 1:

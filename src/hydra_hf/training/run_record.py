@@ -37,7 +37,7 @@ MODELS = (
 NOT_DECIDING = {
     "stages", "data", "log_every", "save_every", "sample_every", "sample_prompts", "num_workers", "micro_batch_size",
     "micro_batch_tokens", "gradient_checkpointing", "attn_implementation", "num_inference_steps", "guidance_scale", "held_out", "num_held_out",
-    "frechet_backbone", "frechet_weights",
+    "frechet_backbone", "frechet_weights", "push_to",
 }  # fmt: skip
 WRITTEN_BY_MODELS = ("architectures", "dtype", "transformers_version", "_name_or_path")  # to their configs
 EDGE = 65536  # bytes at either end of a file

@@ -13,6 +13,7 @@ from pathlib import Path
 from accelerate.utils import release_memory
 
 from hydra_hf.files import has_folder, locked
+from hydra_hf.publishing.run import mirrored
 
 from .processes import on_main_process, partial_state
 from .recipe import Recipe, Stage
@@ -68,12 +69,14 @@ def check_stage(recipe: Recipe, only: str | None) -> None:
 
 @contextmanager
 def opened(recipe: Recipe, output_dir: Path, only: str | None) -> Iterator[None]:
-    """Locks the folder for this run, and checks that it belongs to this recipe."""
+    """Locks the folder for this run, checks that it belongs to this recipe, and mirrors it on the Hub if the recipe says so."""
     with ExitStack() as stack:
 
         def open_folder() -> None:
             output_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(output_dir))
+            if recipe.push_to is not None:
+                stack.enter_context(mirrored(recipe.push_to, output_dir))
             check_run(recipe, output_dir, only)
 
         on_main_process(open_folder)

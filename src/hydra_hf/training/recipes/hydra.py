@@ -10,6 +10,7 @@ instruction and aesthetic data, so run the stages one at a time, each with its o
 from collections.abc import Callable
 from dataclasses import replace
 
+from hydra_hf.hub import subfolder_of
 from hydra_hf.modeling import HydraConfig, HydraProcessor
 from hydra_hf.training.recipe import HydraRecipe, HydraStage
 
@@ -110,14 +111,16 @@ def recipe_of(
     max_length: int = 4096,
 ) -> HydraRecipe:
     """The sizes and tokenizer of `init`; without it, the preset's sizes and no tokenizer, enough for a dry run."""
-    config = preset() if init is None else HydraConfig.from_pretrained(init, subfolder="model")
+    config = preset() if init is None else HydraConfig.from_pretrained(init, subfolder=subfolder_of(init, "model"))
     return HydraRecipe(
         name=name,
         config=config,
         stages=stages(config),
         init=init,
         tokenizer=tokenizer,
-        processor=None if init is None else HydraProcessor.from_pretrained(init, subfolder="processor"),
+        processor=None
+        if init is None
+        else HydraProcessor.from_pretrained(init, subfolder=subfolder_of(init, "processor")),
         gradient_checkpointing=True,  # our choice
         max_length=min(max_length, config.text_config.max_position_embeddings),  # our choice
         num_inference_steps=50,  # our choice

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import Qwen2Config
 
+from hydra_hf.hub import subfolder_of
 from hydra_hf.modeling import (
     HydraConfig,
     HydraImageProcessor,
@@ -209,7 +210,7 @@ def hydra(tokenizer: str = "runs/tiny.tokenizer/decoder/final") -> HydraRecipe:
 
 def unimrg(init: str = EMBEDDED, mixture: str = "unimrg") -> HydraRecipe:
     """UniMRG, or another mixture of `recipes.unimrg`, on a trained toy model."""
-    config = HydraConfig.from_pretrained(init, subfolder="model")
+    config = HydraConfig.from_pretrained(init, subfolder=subfolder_of(init, "model"))
     stage = HydraStage(
         name=mixture,
         num_steps=300,
@@ -229,7 +230,7 @@ def unimrg(init: str = EMBEDDED, mixture: str = "unimrg") -> HydraRecipe:
         save_every=200,
         sample_every=500,
         tokenizer=None,
-        processor=HydraProcessor.from_pretrained(init, subfolder="processor"),
+        processor=HydraProcessor.from_pretrained(init, subfolder=subfolder_of(init, "processor")),
         num_inference_steps=24,
         guidance_scale=2.0,
     )

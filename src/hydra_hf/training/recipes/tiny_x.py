@@ -6,6 +6,7 @@ hydra train tiny_x.hydra
 
 from dataclasses import replace
 
+from hydra_hf.hub import subfolder_of
 from hydra_hf.modeling import HydraConfig, HydraProcessor, HydraTokConfig, HydraVideoProcessor, PixelViTDecoderConfig
 from hydra_hf.toy.batches import ToyData
 from hydra_hf.toy.clips import clip_corpus
@@ -84,9 +85,9 @@ def hydra(init: str = EMBEDDED, tokenizer: str = "runs/tiny_x.tokenizer/decoder/
     All tasks and the painted maps are in every step, at rates below those of `tiny.hydra`, so that what is known of images
     stays. Clips have all lengths alike at first, and most of them 17 frames later; images have a larger share later.
     """
-    known = HydraProcessor.from_pretrained(init, subfolder="processor")
+    known = HydraProcessor.from_pretrained(init, subfolder=subfolder_of(init, "processor"))
     text_tokenizer = extend_toy_tokenizer(known.tokenizer, [*clip_corpus(), *edit_corpus()])
-    config = HydraConfig.from_pretrained(init, subfolder="model")
+    config = HydraConfig.from_pretrained(init, subfolder=subfolder_of(init, "model"))
     config.text_config.vocab_size = len(text_tokenizer)
     config.video_token_id = text_tokenizer.convert_tokens_to_ids("<|video_pad|>")
     config.vision_config = HydraTokConfig.from_pretrained(tokenizer)

@@ -9,6 +9,7 @@ The baselines and the ablation differ only in their mixture: `--mixture sft`, `r
 For a model other than HYDRA: `hydra train unimrg.janus --model ID --data ...`, with the same sources.
 """
 
+from hydra_hf.hub import subfolder_of
 from hydra_hf.modeling import HydraConfig, HydraProcessor
 from hydra_hf.training.recipe import HydraRecipe, HydraStage, UnifiedLossWeights, UnifiedRecipe
 
@@ -71,7 +72,7 @@ def hydra_7b(init: str | None = None, mixture: str = "unimrg") -> HydraRecipe:
 
 def _recipe(name: str, preset, init: str | None, mixture: str) -> HydraRecipe:
     """The sizes and tokenizer of `init`; without it, the preset's sizes and no tokenizer, enough for a dry run."""
-    config = preset() if init is None else HydraConfig.from_pretrained(init, subfolder="model")
+    config = preset() if init is None else HydraConfig.from_pretrained(init, subfolder=subfolder_of(init, "model"))
     stage = stage_of(mixture, trained_modules(config, RATE))
     return HydraRecipe(
         name=name,
@@ -79,7 +80,9 @@ def _recipe(name: str, preset, init: str | None, mixture: str) -> HydraRecipe:
         stages=(stage,),
         init=init,
         tokenizer=None,
-        processor=None if init is None else HydraProcessor.from_pretrained(init, subfolder="processor"),
+        processor=None
+        if init is None
+        else HydraProcessor.from_pretrained(init, subfolder=subfolder_of(init, "processor")),
         gradient_checkpointing=True,  # given
         max_length=min(4096, config.text_config.max_position_embeddings),  # our choice
     )
