@@ -1,4 +1,4 @@
-"""hydra generate | edit | ask | chat | reconstruct | prepare | train | evaluate | convert: a file for each verb."""
+"""hydra generate | edit | ask | chat | reconstruct | serve | prepare | train | evaluate | convert: a file for each verb."""
 
 import argparse
 import io
@@ -11,10 +11,10 @@ from typing import NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 
-from . import ask, chat, convert, edit, evaluate, generate, prepare, reconstruct, train
+from . import ask, chat, convert, edit, evaluate, generate, prepare, reconstruct, serve, train
 
 
-VERBS = (generate, edit, ask, chat, reconstruct, prepare, train, evaluate, convert)
+VERBS = (generate, edit, ask, chat, reconstruct, serve, prepare, train, evaluate, convert)
 LESS_MEMORY = {
     "micro_batch_size": "a lower --micro_batch_size",
     "gradient_checkpointing": "--gradient_checkpointing",
