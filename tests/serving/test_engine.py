@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import Listener, largest_difference, run_together
 from PIL import Image
+from serving_runs import Listener, largest_difference, run_together
 
 from hydra_hf import HydraPipeline
 from hydra_hf.pipelines.dialogue import reply

@@ -8,15 +8,15 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import NAME, largest_difference
 from PIL import Image
+from serving_runs import NAME, largest_difference
 
 from hydra_hf.pipelines.dialogue import reply
 
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
-STEPS = {"num_inference_steps": 4}
+STEPS = {"num_inference_steps": 2}
 
 
 def ask(client, content, **options):
