@@ -16,6 +16,7 @@ from hydra_hf.pipelines.dialogue import reply
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
+JSON = {"content-type": "application/json"}
 STEPS = {"num_inference_steps": 2}
 
 
@@ -186,7 +187,7 @@ WRONG_CHATS = [
 @pytest.mark.parametrize(("change", "status", "param"), WRONG_CHATS)
 def test_a_wrong_chat_is_refused_in_the_format_of_openai(served, change, status, param):
     body = {"model": NAME, "messages": [{"role": "user", "content": "a cat"}]} | change
-    response = httpx.post(f"{served[0]}/v1/chat/completions", content=json.dumps(body))
+    response = httpx.post(f"{served[0]}/v1/chat/completions", content=json.dumps(body), headers=JSON)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (status, param), error
     assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
@@ -223,7 +224,7 @@ def test_unknown_routes_methods_and_bodies_have_errors_of_the_same_format(served
     address, _ = served
     assert httpx.get(f"{address}/v1/nothing").json()["error"]["type"] == "not_found_error"
     assert httpx.get(f"{address}/v1/chat/completions").status_code == 405
-    response = httpx.post(f"{address}/v1/chat/completions", content=b"{")
+    response = httpx.post(f"{address}/v1/chat/completions", content=b"{", headers=JSON)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
 
