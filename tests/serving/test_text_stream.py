@@ -25,6 +25,14 @@ def test_text_comes_in_parts_without_half_characters(tiny_tokenizer):
     assert not is_stopped
 
 
+def test_half_a_character_at_the_end_is_shown_as_by_decode(tiny_tokenizer):
+    tokens = tiny_tokenizer("a \U0001f600").input_ids[:-1]
+    stream = TextStream(tiny_tokenizer)
+    parts = [stream.push(token) for token in tokens]
+    assert "".join([*parts, stream.finish()]) == tiny_tokenizer.decode(tokens)
+    assert "\ufffd" in tiny_tokenizer.decode(tokens)
+
+
 def test_special_tokens_are_no_text(tiny_tokenizer):
     parts, _ = streamed(tiny_tokenizer, "<|im_start|>a cat<|im_end|>")
     assert "".join(parts) == "a cat"

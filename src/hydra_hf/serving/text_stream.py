@@ -9,24 +9,30 @@ class TextStream:
     """Gives text as soon as it is sure: no half characters, and nothing that may still become a stop string."""
 
     def __init__(self, tokenizer, stop: Sequence[str] = ()):
-        self.tokenizer, self.stop = tokenizer.backend_tokenizer, stop
-        self.held, self.is_stopped = "", False
+        self.tokenizer, self.stop, self.is_stopped = tokenizer, stop, False
+        self._restart()
+
+    def _restart(self) -> None:
+        self.tokens, self.held, self.num_given = [], "", 0
         self.decoder = DecodeStream(skip_special_tokens=True)
 
     def push(self, token: int) -> str:
         """The text that is sure now; `is_stopped` says whether it ends before a stop string."""
-        self.held += self.decoder.step(self.tokenizer, token) or ""
+        self.tokens.append(token)
+        self.held += self.decoder.step(self.tokenizer.backend_tokenizer, token) or ""
         if places := [place for text in self.stop if (place := self.held.find(text)) >= 0]:
-            self.is_stopped, self.held = True, self.held[: min(places)]
-            return self.finish()
-        num_unsure = max((_overlap(self.held, text) for text in self.stop), default=0)
-        sure, self.held = self.held[: len(self.held) - num_unsure], self.held[len(self.held) - num_unsure :]
+            self.is_stopped = True
+            return self.held[: min(places)]
+        num_sure = len(self.held) - max((_overlap(self.held, text) for text in self.stop), default=0)
+        sure, self.held = self.held[:num_sure], self.held[num_sure:]
+        self.num_given += num_sure
         return sure
 
     def finish(self) -> str:
-        """What was held back; the next token begins a new text."""
-        rest, self.held = self.held, ""
-        self.decoder = DecodeStream(skip_special_tokens=True)
+        """What was held back, with half characters as `decode` shows them; the next token begins a new text."""
+        text = "" if self.is_stopped else self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        rest = text[self.num_given :]
+        self._restart()
         return rest
 
 
