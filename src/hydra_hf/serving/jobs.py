@@ -99,17 +99,23 @@ Emit = Callable[[Text | Drawn | Done], None]
 
 def image_job(pipeline: HydraPipeline, request: ImageRequest, emit: Emit) -> Generator[Work, object, None]:
     """One image, the same as `pipeline(prompt, generator=...)` draws."""
-    model, drawing, sources = pipeline.model, request.drawing, request.sources
-    size = (drawing.height, drawing.width) if sources is None else sources.size
-    grid, generator = pipeline.get_grid(*size), torch.Generator().manual_seed(drawing.seed)
+    branches, grid, generator = prepare_image(pipeline, request)
+    prompt_tokens = int(branches[-1].prefix.attention_mask.sum())
+    latents = yield from denoise(pipeline.model, branches, grid, request.drawing.num_inference_steps, generator)
+    emit((yield from decode(pipeline, latents, grid, generator)))
+    emit(Done("stop", prompt_tokens, num_tokens(grid), num_tokens(grid)))
+
+
+def prepare_image(
+    pipeline: HydraPipeline, request: ImageRequest
+) -> tuple[list[GuidanceBranch], Grid, torch.Generator]:
+    """The prefilled branches of an image, its grid, and what draws its noise."""
+    drawing, sources = request.drawing, request.sources
+    grid = pipeline.get_grid(*((drawing.height, drawing.width) if sources is None else sources.size))
     pipeline.set_guidance(drawing.guidance_scale, request.image_guidance_scale)
     conditions = pipeline.get_conditions([request.prompt], [request.negative_prompt], sources)
     prefixes = [pipeline.prepare_prefix(texts, grid, sources=given) for texts, given in conditions]
-    branches = pipeline.get_branches(prefixes, is_guided=True)
-    prompt_tokens = int(branches[-1].prefix.attention_mask.sum())
-    latents = yield from denoise(model, branches, grid, drawing.num_inference_steps, generator)
-    emit((yield from decode(pipeline, latents, grid, generator)))
-    emit(Done("stop", prompt_tokens, num_tokens(grid), num_tokens(grid)))
+    return pipeline.get_branches(prefixes, is_guided=True), grid, torch.Generator().manual_seed(drawing.seed)
 
 
 def chat_job(pipeline: HydraPipeline, request: ChatRequest, emit: Emit) -> Generator[Work, object, None]:
