@@ -2,15 +2,19 @@
 
 python benchmarks/serving.py --threads 2                                      16 clients
 python benchmarks/serving.py --threads 2 --kinds answer --clients 1000 --requests 1000
+
+The ratio of CPU times is how much work sharing saves; unlike that of the rates, it does not depend on what else the machine does.
 """
 
 import argparse
 import asyncio
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import openai
 import torch
@@ -69,8 +73,18 @@ def create_requests(
     return {"answer": answer, "text": sampled_text, "image": image}
 
 
-async def send(request: Callable[[int], Awaitable[str]], number: int, clients: int) -> tuple[float, list[float], int]:
-    """Seconds of `number` requests, of which `clients` are under way at any time; of each alone; and how many got nothing."""
+@dataclass
+class Run:
+    """Seconds of all requests, on the clock and of this process's CPU time; of each request; and how many got nothing."""
+
+    wall: float
+    cpu: float
+    each: list[float]
+    lost: int
+
+
+async def send(request: Callable[[int], Awaitable[str]], number: int, clients: int) -> Run:
+    """Sends `number` requests, of which `clients` are under way at any time."""
     room, seconds, lost = asyncio.Semaphore(clients), [], 0
 
     async def one(index: int) -> None:
@@ -84,9 +98,9 @@ async def send(request: Callable[[int], Awaitable[str]], number: int, clients: i
                 lost += 1
             seconds.append(time.perf_counter() - start)
 
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     await asyncio.gather(*map(one, range(number)))
-    return time.perf_counter() - start, seconds, lost
+    return Run(time.perf_counter() - start, time.process_time() - cpu_start, seconds, lost)
 
 
 async def measure_all(address: str, engine: Engine, image_url: str, arguments: argparse.Namespace) -> list[dict]:
@@ -94,16 +108,19 @@ async def measure_all(address: str, engine: Engine, image_url: str, arguments: a
     requests, rows = create_requests(client, image_url, arguments.steps), []
     for kind in arguments.kinds:
         await send(requests[kind], 2, 1)  # warms up
-        alone, _, _ = await send(requests[kind], arguments.alone, 1)
+        alone = await send(requests[kind], arguments.alone, 1)
         forwards, in_all = engine.num_forwards.total(), engine.num_rows.total()
-        together, seconds, lost = await send(requests[kind], arguments.requests, arguments.clients)
-        rates = {"one at a time /s": arguments.alone / alone, "together /s": arguments.requests / together}
+        together = await send(requests[kind], arguments.requests, arguments.clients)
+        rates = {"one at a time /s": arguments.alone / alone.wall, "together /s": arguments.requests / together.wall}
+        costs = {"CPU s alone": alone.cpu / arguments.alone, "CPU s together": together.cpu / arguments.requests}
         rows.append({
-            "kind": kind, "clients": arguments.clients, "requests": arguments.requests, "lost": lost, **rates,
+            "kind": kind, "clients": arguments.clients, "requests": arguments.requests, "lost": together.lost, **rates,
             "ratio": rates["together /s"] / rates["one at a time /s"], "bar": BAR,
-            "median s": statistics.median(seconds), "slowest s": max(seconds),
+            **costs, "CPU ratio": costs["CPU s alone"] / costs["CPU s together"],
+            "median s": statistics.median(together.each), "slowest s": max(together.each),
             "rows a forward": (engine.num_rows.total() - in_all) / (engine.num_forwards.total() - forwards),
         })  # fmt: skip
+        print(rows[-1], file=sys.stderr, flush=True)  # a long run shows what it has
     await client.close()
     return rows
 
