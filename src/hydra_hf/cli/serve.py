@@ -1,4 +1,4 @@
-"""Serve a model over HTTP, the way OpenAI's clients call one.
+"""Serve a model over HTTP to OpenAI's clients.
 
 example: hydra serve --port 8000
 """
