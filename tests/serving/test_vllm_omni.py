@@ -1,7 +1,7 @@
 """The contract of vLLM-Omni's step-wise execution, by its own protocol and its own state, read from the two files that need no vLLM."""
 
-import importlib.util
 import os
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +18,9 @@ FOLDER = os.environ.get("VLLM_OMNI")  # an unpacked wheel; installing it would r
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="VLLM_OMNI names no unpacked wheel of vllm_omni")
 
 
-def load(path: str):
-    """A module of the wheel alone."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(FOLDER) / "vllm_omni" / "diffusion" / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load(path: str) -> dict:
+    """The names in a file of the wheel, run alone."""
+    return runpy.run_path(str(Path(FOLDER) / "vllm_omni" / "diffusion" / path))
 
 
 def state_of(index: int, prompt, **options):
@@ -34,12 +31,12 @@ def state_of(index: int, prompt, **options):
         "guidance_scale": 2.0,
         "seed": index,
     } | options
-    return load("worker/utils.py").StepRequestState(str(index), SimpleNamespace(**sampling), prompt)
+    return load("worker/utils.py")["StepRequestState"](str(index), SimpleNamespace(**sampling), prompt)
 
 
 def test_the_pipeline_follows_the_protocol_and_draws_what_hydra_draws(pipeline):
     omni = HydraOmniPipeline(od_config=SimpleNamespace(model=TINY, dtype=torch.float32))
-    assert load("models/interface.py").supports_step_execution(omni)
+    assert load("models/interface.py")["supports_step_execution"](omni)
     states = [
         state_of(0, "two apples"),
         state_of(1, {"prompt": "a cat", "negative_prompt": "a dog"}, height=64, width=96),
