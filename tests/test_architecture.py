@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "toy": {"toy", "evaluation", "pipelines", "data", "modeling"},
     "conversion": {"conversion", "pipelines", "modeling"},
     "demo": {"demo", "pipelines", "data", "modeling", ""},
+    "serving": {"serving", "pipelines", "modeling"},
 }  # the command line and the package itself may import everything
 LEAVES = {"files", "hub"}  # which import nothing of the package, and may be imported anywhere but in modeling
 

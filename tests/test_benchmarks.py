@@ -22,6 +22,7 @@ SCRIPTS = [
     "matmul_share",
     "memory",
     "packing",
+    "serving",
     "text_answer",
     "tokenizer",
     "training_memory",
@@ -51,6 +52,9 @@ def test_every_script_is_tested():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_prints_a_table_and_writes_it(name, tmp_path, monkeypatch, capsys):
+    if name == "serving":
+        for package in ("fastapi", "uvicorn", "prometheus_client", "openai"):
+            pytest.importorskip(package)
     out = tmp_path / "out.json"
     measure(name, monkeypatch, "--out", str(out))
     written = json.loads(out.read_text())

@@ -26,7 +26,7 @@ from hydra_hf.training.recipe import HydraLossWeights, HydraRecipe, HydraStage
 from toy_models import toy_config, toy_pipeline, toy_video_pipeline
 
 
-COMMANDS = ("generate", "ask", "chat", "reconstruct", "train", "evaluate")
+COMMANDS = ("generate", "ask", "chat", "reconstruct", "serve", "train", "evaluate")
 
 
 @pytest.fixture(scope="module")

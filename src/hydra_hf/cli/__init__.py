@@ -6,6 +6,7 @@ A verb is a module with `add_options(command)` and `run(options)`, which prints 
 as a dict of JSON values, or yields several: `--json` prints these. Modules of verbs import nothing heavy at their top.
 """
 """hydra generate | edit | ask | chat | reconstruct | prepare | train | evaluate | convert | push: a file for each verb."""
+"""hydra generate | edit | ask | chat | reconstruct | serve | prepare | train | evaluate | convert: a file for each verb."""
 
 import argparse
 import os
@@ -35,6 +36,10 @@ from . import ask, chat, convert, edit, evaluate, generate, prepare, push, recon
 
 
 VERBS = (generate, edit, ask, chat, reconstruct, prepare, train, evaluate, convert, push)
+from . import ask, chat, convert, edit, evaluate, generate, prepare, reconstruct, serve, train
+
+
+VERBS = (generate, edit, ask, chat, reconstruct, serve, prepare, train, evaluate, convert)
 LESS_MEMORY = {
     "micro_batch_size": "a lower --micro_batch_size",
     "gradient_checkpointing": "--gradient_checkpointing",

@@ -27,7 +27,7 @@ from .grid import (
     tokens_to_latents,
     unpatchify,
 )
-from .prefix_cache import FrozenPrefixCache
+from .prefix_cache import FrozenPrefixCache, join_rows, pad_left
 from .source_interaction import SourceStates
 
 
@@ -85,6 +85,19 @@ class ImagePrefix:
         sources = None if self.sources is None else self.sources.repeat_interleave(repeats)
         attention_mask = self.attention_mask.repeat_interleave(repeats, dim=0)
         return ImagePrefix(self.cache, attention_mask, sources=sources)
+
+    @classmethod
+    def joined(cls, prefixes: Sequence["ImagePrefix"]) -> "ImagePrefix":
+        """The rows of several prefixes, shorter prompts padded on the left, so that images of several users share each step.
+
+        Raises ValueError if some have sources and some have none, or sources of several sizes.
+        """
+        if len(prefixes) == 1:
+            return prefixes[0]
+        length = max(prefix.attention_mask.shape[1] for prefix in prefixes)
+        attention_mask = torch.cat([pad_left(prefix.attention_mask, length, dim=-1) for prefix in prefixes])
+        sources = SourceStates.stacked([prefix.sources for prefix in prefixes])
+        return cls(join_rows([prefix.cache for prefix in prefixes]), attention_mask, sources=sources)
 
 
 @dataclass

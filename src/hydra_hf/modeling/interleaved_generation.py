@@ -8,7 +8,7 @@ import copy
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig
 
 from .grid import Grid, image_grids, num_tokens, pack_dense, tokens_to_latents
@@ -66,10 +66,10 @@ class InterleavedGenerationMixin(ImageGenerationMixin):
         prompt_length, start_id = ids.shape[1], self.config.vision_start_token_id
         grid = self.get_latent_grid(height, width)
         cache, images, latents = DynamicCache(config=self.config.text_config), [], []
-        source = self._last_image(prompt_inputs) if source_interaction else None
+        source = self.last_image(prompt_inputs) if source_interaction else None
         while True:
             if num_left and ids[0, -1] != start_id:
-                text_config = self._text_config(config, num_left, can_draw=len(images) < max_images)
+                text_config = self.text_config(config, num_left, can_draw=len(images) < max_images)
                 longer = self.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), cache=cache, generation_config=text_config,
                     **prompt_inputs, **options,
@@ -80,14 +80,15 @@ class InterleavedGenerationMixin(ImageGenerationMixin):
                 break
             self._check_context(torch.ones_like(ids), [grid])
             self.model(ids[:, cache.get_seq_length() :], cache=cache, use_cache=True, **prompt_inputs)
-            tokens = self._draw_after(ids, cache, grid, num_inference_steps, guidance_scale, generator, source)
+            branches = self.branches_after(ids, cache, guidance_scale, source)
+            tokens = self.sample_latents(branches, [grid], num_inference_steps, generator)
             source = (tokens, grid) if source_interaction else None
             latents.append(tokens_to_latents(tokens[None], grid))
             images.append(self.decode_latents(latents[-1], generator=generator)[0])
-            ids, prompt_inputs = self._read_again(ids, cache, grid, tokens), {}
+            ids, prompt_inputs = self.read_again(ids, cache, grid, tokens), {}
         return HydraInterleavedOutput(sequences=ids, prompt_length=prompt_length, images=images, latents=latents)
 
-    def _text_config(self, config: GenerationConfig, num_left: int, can_draw: bool) -> GenerationConfig:
+    def text_config(self, config: GenerationConfig, num_left: int, can_draw: bool) -> GenerationConfig:
         """`config` for the text up to the end of the turn or to the next image."""
         config, start_id = copy.deepcopy(config), self.config.vision_start_token_id
         ends = self.generation_config.eos_token_id if config.eos_token_id is None else config.eos_token_id
@@ -98,19 +99,18 @@ class InterleavedGenerationMixin(ImageGenerationMixin):
         config.max_new_tokens, config.use_cache, config.return_dict_in_generate = num_left, True, False
         return config
 
-    def _draw_after(
-        self, ids: Tensor, cache: DynamicCache, grid: Grid, num_inference_steps: int, guidance_scale: float,
-        generator: torch.Generator | None, source: tuple[Tensor, Grid] | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Latents (N, C) of an image after `ids`, all of which are in the cache; of an edit, the latents of its source are given."""
+    def branches_after(
+        self, ids: Tensor, cache: Cache, guidance_scale: float, source: tuple[Tensor, Grid] | None = None
+    ) -> list[GuidanceBranch]:
+        """The branches of an image after `ids` (1, P), all of which are in the cache; of an edit, the latents of its source are
+        given."""
         sources = None if source is None or not self.model.interacts else self.model.encode_source(*source)
         prefix = ImagePrefix(FrozenPrefixCache.from_cache(cache), torch.ones_like(ids), sources=sources)
-        branches = [GuidanceBranch(prefix)]
         if guidance_scale > 1:
-            branches = classifier_free(prefix, self._prefill_null_prompts(ids), guidance_scale)
-        return self.sample_latents(branches, [grid], num_inference_steps, generator)
+            return classifier_free(prefix, self._prefill_null_prompts(ids), guidance_scale)
+        return [GuidanceBranch(prefix)]
 
-    def _last_image(self, prompt_inputs: dict) -> tuple[Tensor, Grid] | None:
+    def last_image(self, prompt_inputs: dict) -> tuple[Tensor, Grid] | None:
         """The latents (N, C) of the last image of a prompt, and their grid; None without images."""
         pixel_values, image_grid_thw = (prompt_inputs.get(name) for name in ("pixel_values", "image_grid_thw"))
         if pixel_values is None:
@@ -121,7 +121,7 @@ class InterleavedGenerationMixin(ImageGenerationMixin):
         tokens = self.model.get_latents(pixel_values[-num_tokens(grid) :], image_grid_thw[-1:])
         return tokens, self.model.get_latent_grids([grid])[0]
 
-    def _read_again(self, ids: Tensor, cache: DynamicCache, grid: Grid, tokens: Tensor) -> Tensor:
+    def read_again(self, ids: Tensor, cache: Cache, grid: Grid, tokens: Tensor) -> Tensor:
         """Runs the finished image at sigma 0, so that what follows sees no noise. Returns `ids` with the image and its end."""
         placeholders = ids.new_full((1, self.config.num_time_tokens + len(tokens)), self.config.image_token_id)
         self.model(

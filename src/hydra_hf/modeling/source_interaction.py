@@ -44,6 +44,24 @@ class SourceStates:
         pairs = {module: zip(*[source.states[module] for source in sources]) for module in sources[0].states}
         return cls({module: tuple(torch.cat(parts, dim=2) for parts in pair) for module, pair in pairs.items()})
 
+    @classmethod
+    def stacked(cls, sources: Sequence["SourceStates | None"]) -> "SourceStates | None":
+        """The rows of several states one below the other. Raises ValueError unless all have sources of one size, or none has."""
+        if all(source is None for source in sources):
+            return None
+        sizes = {None if source is None else source.num_tokens for source in sources}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"Got sources of {sorted(sizes, key=str)} tokens in one batch, expected as many in each row."
+            )
+        pairs = {module: zip(*[source.states[module] for source in sources]) for module in sources[0].states}
+        return cls({module: tuple(map(torch.cat, pair)) for module, pair in pairs.items()})
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens of sources a target sees."""
+        return next(iter(self.states.values()))[0].shape[2]
+
 
 def group_targets(grids: Sequence[Grid], num_sources: Sequence[int]) -> list[list[int]]:
     """The targets among packed images, by number, in groups that can be rows of one call: their grids and their sources' are equal.

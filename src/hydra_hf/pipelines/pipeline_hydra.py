@@ -168,8 +168,8 @@ class HydraPipeline(HydraDiffusionPipeline):
             guidance_rescale, num_images_per_prompt, generator, latents, output_type, return_dict, callback_on_step_end,
             callback_on_step_end_tensor_inputs, max_sequence_length, pad_to_multiple_of, image, image_guidance_scale, num_frames,
         )  # fmt: skip
-        self._guidance_scale, self._interrupt = float(guidance_scale), False
-        self._image_guidance_scale = float(image_guidance_scale)
+        self._interrupt = False
+        self.set_guidance(guidance_scale, image_guidance_scale)
 
         prompts = check_texts("prompt", prompt)
         num_images_per_prompt = int(num_images_per_prompt)
@@ -201,6 +201,10 @@ class HydraPipeline(HydraDiffusionPipeline):
         return output if return_dict else output.to_tuple()
 
     # The stages of a call, which an engine may also call one by one
+
+    def set_guidance(self, guidance_scale: float, image_guidance_scale: float) -> None:
+        """The scales that `get_conditions` and `get_branches` read."""
+        self._guidance_scale, self._image_guidance_scale = float(guidance_scale), float(image_guidance_scale)
 
     def check_inputs(
         self, prompt, negative_prompt=None, height=None, width=None, num_inference_steps=1, guidance_scale=1.0,
