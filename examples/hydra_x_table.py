@@ -18,7 +18,6 @@ from statistics import mean, stdev
 import torch
 from torch import Tensor
 
-import hydra_hf
 from hydra_hf import HydraPipeline, HydraTokConfig, HydraTokModel
 from hydra_hf.evaluation.reconstruction import reconstruct, score_reconstructions
 from hydra_hf.files import write_text
@@ -63,9 +62,9 @@ TRAINED = ("model.gen_vit", "model.bottleneck", "model.pixel_decoder")
 
 
 def tokenizer_recipe(options: argparse.Namespace, name: str, seed: int) -> Recipe:
-    """`tiny_x.tokenizer` with other attention and folds; the whole encoder is trained, from that of the embedded checkpoint."""
+    """`tiny_x.tokenizer` with other attention and folds; the whole encoder is trained, from that of `--init`."""
     attention, folds, unfolds = TOKENIZERS[name]
-    recipe = tiny_x.tokenizer()
+    recipe = tiny_x.tokenizer(f"{options.init}/model")
     config = {**recipe.config.to_dict(), "temporal_attention": attention, "temporal_fold_layers": folds}
     stage = recipe.stages[0]  # of clips and the decoder; the next ones are about Sem-ViT
     decoder_config = stage.decoder_config.to_dict() | {
@@ -106,7 +105,7 @@ EDITING = {"interaction": True, "independent": False}
 
 
 def without_edits(name: str, options: argparse.Namespace) -> Path:
-    """The embedded checkpoint, which has never edited, with Sem-ViT as `name` says."""
+    """The model of images, which has never edited, with Sem-ViT as `name` says."""
     folder = options.out / f"start-{name}"
     if not folder.exists():
         shutil.copytree(options.init, folder)
@@ -231,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num_steps", type=int, default=400, help="of each tokenizer")
     parser.add_argument("--num_clips", type=int, default=64)
     parser.add_argument("--num_images", type=int, default=128)
-    parser.add_argument("--init", default=hydra_hf.TINY, help="the model of images that edits are learnt from")
+    parser.add_argument("--init", default=tiny_x.IMAGES, help="the model of images that edits are learnt from")
     parser.add_argument("--tokenizer", default="runs/tiny_x.tokenizer/final", help="its tokenizer, for clips too")
     parser.add_argument("--num_edit_steps", type=int, default=1200)
     parser.add_argument("--num_edits", type=int, default=50, help="of each kind")

@@ -11,6 +11,7 @@ import hydra_hf
 from hydra_hf.cli import create_parser, main
 from hydra_hf.cli.chat import Chat
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
+from toy_models import toy_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +86,17 @@ def test_a_turn_that_fails_leaves_the_dialogue_as_it_was(chat):
         ("/image", "/image needs a path"),
         ("/draw a cat", "/draw is not a command, expected one of /image, /video, /save, /reset, /quit"),
         ("/save cat.png", "nothing has been drawn yet"),
-        ("/video clip.mp4", "this model reads no clips"),
     ],
 )
 def test_a_wrong_line_says_what_is_wrong(chat, line, message):
     with pytest.raises(ValueError, match=message):
         chat.take(line)
+
+
+def test_a_clip_for_a_model_of_images_says_what_is_wrong(tmp_path):
+    chat = Chat(toy_pipeline(), create_parser().parse_args(["chat", "--out", str(tmp_path / "drawn")]))
+    with pytest.raises(ValueError, match="this model reads no clips"):
+        chat.take("/video clip.mp4")
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,19 @@ def test_its_recipe_makes_a_preset_that_differs_in_sizes_only():
     assert different_fields(config.to_dict(), HydraConfig.hydra_1_5b().to_dict()) <= SIZE_FIELDS
 
 
-def test_it_differs_from_a_preset_in_sizes_only():
-    config = HydraConfig.from_pretrained(TINY / "model")
-    assert different_fields(config.to_dict(), HydraConfig.hydra_1_5b().to_dict()) <= SIZE_FIELDS | SAVED_FIELDS
+def test_it_differs_from_the_presets_in_sizes_only():
+    """An encoder of HYDRA's kind that reads clips as HYDRA-X does, and HYDRA-X's decoder."""
+    config, preset, clips = (
+        each.to_dict()
+        for each in (HydraConfig.from_pretrained(TINY / "model"), HydraConfig.hydra_1_5b(), HydraConfig.hydra_x_1_5b())
+    )
+    decoders = [each["vision_config"].pop("decoder_config") for each in (config, preset, clips)]
+    of_clips = {"temporal_fold_layers", "rotary_axes", "video_token_id"}
+    assert different_fields(config, preset) <= SIZE_FIELDS | SAVED_FIELDS | of_clips
+    assert different_fields(decoders[0], decoders[2]) <= SIZE_FIELDS | SAVED_FIELDS | {
+        "temporal_unfold_layers",
+        "rotary_axes",
+    }
 
 
 def test_it_is_small_and_holds_no_pickle():

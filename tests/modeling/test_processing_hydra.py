@@ -546,13 +546,12 @@ def test_a_saved_processor_has_its_video_processor(clip_processor, tmp_path, loa
         assert torch.equal(second[name], tensor)
 
 
-def test_a_folder_without_a_video_processor_opens_and_stays_so(tmp_path):
-    processor = AutoProcessor.from_pretrained(hydra_hf.TINY + "/processor")
+def test_a_folder_without_a_video_processor_opens_and_stays_so(processor, tmp_path):
     assert not hasattr(processor, "video_processor")
     processor.save_pretrained(tmp_path)
     assert not hasattr(AutoProcessor.from_pretrained(tmp_path), "video_processor")
     assert "video_processor" not in json.loads((tmp_path / "processor_config.json").read_text())
-    video_processor = HydraVideoProcessor(patch_size=16)
+    video_processor = HydraVideoProcessor(patch_size=processor.patch_size)
     given = AutoProcessor.from_pretrained(tmp_path, video_processor=video_processor)
     assert given.video_processor is video_processor
 

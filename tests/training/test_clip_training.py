@@ -22,6 +22,7 @@ from hydra_hf.training.image_trainer import TokenizerTrainer
 from hydra_hf.training.latent_statistics import measure_latents
 from hydra_hf.training.losses import frames_of, reached_parameters, training_inputs
 from hydra_hf.training.recipe import Recipe, TokenizerLossWeights, TokenizerStage
+from hydra_hf.training.recipes import tiny
 from hydra_hf.training.recipes.tiny_x import tokenizer
 from hydra_hf.training.vision_tower_trainer import create_batches, create_stage_model, train_tokenizer
 
@@ -190,9 +191,10 @@ def test_a_stage_that_cannot_run_is_refused_before_it_starts(run, tmp_path, chan
         train_tokenizer(recipe, tmp_path)
 
 
-def test_the_tower_of_the_embedded_checkpoint_can_learn_clips():
-    recipe = tokenizer()
-    model = create_stage_model(recipe, recipe.stages[0], HydraTokModel.from_pretrained(recipe.init))
+def test_a_tower_of_images_of_the_embedded_ones_size_can_learn_clips():
+    recipe, config = tokenizer(), tiny.tokenizer_config()
+    config.decoder_config = tiny.tokenizer().stages[-1].decoder_config
+    model = create_stage_model(recipe, recipe.stages[0], HydraTokModel(config))
     assert isinstance(model, HydraTokForPreTraining)
     assert set(fold_weights(model.model)) == {PATCH_WEIGHT, "gen_vit.folds.2.projection.weight"}
     named = recipe.stages[0].learning_rates

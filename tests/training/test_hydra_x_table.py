@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import hydra_hf
 from hydra_hf import HydraTokModel
 from hydra_hf.toy.clips import ToyClips, render_clips
 from hydra_hf.toy.world import ToyWorld
+from hydra_hf.training.recipes import tiny
 from hydra_hf.training.vision_tower_trainer import create_stage_model
 
 
@@ -25,8 +27,15 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def recipes(script):
-    return {name: script.tokenizer_recipe(Namespace(num_steps=3), name, seed=1) for name in script.TOKENIZERS}
+def recipes(script, tmp_path_factory):
+    """Of an untrained encoder of images."""
+    init = tmp_path_factory.mktemp("images")
+    config = tiny.tokenizer_config()
+    config.decoder_config = tiny.tokenizer().stages[-1].decoder_config
+    torch.manual_seed(0)
+    HydraTokModel(config).save_pretrained(init / "model")
+    options = Namespace(num_steps=3, init=str(init))
+    return {name: script.tokenizer_recipe(options, name, seed=1) for name in script.TOKENIZERS}
 
 
 def test_tokenizers_differ_in_attention_and_folds_alone(recipes):
@@ -78,7 +87,7 @@ def test_a_score_that_exists_is_not_made_again(script, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_tokenizer_is_trained_and_scored(script, tmp_path):
-    options = Namespace(out=tmp_path, num_steps=1, num_clips=2, num_images=2)
+    options = Namespace(out=tmp_path, init=hydra_hf.TINY, num_steps=1, num_clips=2, num_images=2)
     scores = script.scores_of(options, "tokenizer", "tubelet_two_folds", 0)
     assert set(scores) == set(script.PARTS["tokenizer"].columns)
     assert all(0 < scores[name] < 60 for name in ("clip/psnr", "image/psnr"))

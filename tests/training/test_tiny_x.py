@@ -14,11 +14,21 @@ from hydra_hf.toy.text_tokenizer import words_of
 from hydra_hf.training.hydra_trainer import create_model, train_hydra
 from hydra_hf.training.recipe import freeze_unnamed
 from hydra_hf.training.recipes import tiny, tiny_x
-from toy_models import VIDEO_TOK_CONFIG, toy_pipeline
+from toy_models import VIDEO_TOK_CONFIG, random_pipeline, toy_pipeline, toy_processor, toy_tokenizer
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
+def base(tmp_path_factory):
+    """An untrained model of images, of the embedded one's sizes."""
+    folder = tmp_path_factory.mktemp("base")
+    vision_config = tiny.tokenizer_config()
+    vision_config.decoder_config = tiny.tokenizer().stages[-1].decoder_config
+    random_pipeline(tiny.hydra_config(vision_config, toy_tokenizer()), toy_processor()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(base, tmp_path_factory):
     """`tiny_x.hydra` on an untrained tokenizer for clips."""
     folder = tmp_path_factory.mktemp("tokenizer")
     config = tiny.tokenizer_config()
@@ -27,7 +37,7 @@ def recipe(tmp_path_factory):
         hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, patch_size=16, temporal_unfold_layers=[1, 2]
     )  # fmt: skip
     HydraTokModel(config).save_pretrained(folder)
-    return tiny_x.hydra(tokenizer=str(folder))
+    return tiny_x.hydra(str(base), str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +45,26 @@ def model(recipe):
     return create_model(recipe)
 
 
-def test_the_model_is_the_embedded_one_with_more_words_and_another_tokenizer(recipe, model):
-    embedded = HydraForConditionalGeneration.from_pretrained(tiny.EMBEDDED, subfolder="model")
-    old, new = embedded.get_input_embeddings().weight, model.get_input_embeddings().weight
+def test_the_model_is_that_of_images_with_more_words_and_another_tokenizer(base, recipe, model):
+    of_images = HydraForConditionalGeneration.from_pretrained(base, subfolder="model")
+    old, new = of_images.get_input_embeddings().weight, model.get_input_embeddings().weight
     assert torch.equal(new[: len(old)], old)
     assert len(new) == len(recipe.processor.tokenizer) > len(old)
     assert model.lm_head.weight is new
     torch.testing.assert_close(new[len(old) :].mean(0), old.mean(0), rtol=0, atol=1e-3)
-    heads = (each.vision_head.in_proj.weight for each in (model, embedded))
+    heads = (each.vision_head.in_proj.weight for each in (model, of_images))
     assert torch.equal(*heads)
     assert model.config.text_config.vocab_size == recipe.config.text_config.vocab_size == len(new)
     assert model.config.video_token_id == recipe.config.video_token_id == 6
     assert model.config.vision_config.temporal_fold_layers == [0, 1]
 
 
-def test_the_processor_reads_clips_and_knows_their_words_and_all_old_ones(recipe, model):
+def test_the_processor_reads_clips_and_knows_their_words_and_all_old_ones(base, recipe, model):
     processor = recipe.processor
-    embedded = HydraProcessor.from_pretrained(tiny.EMBEDDED, subfolder="processor")
+    known = HydraProcessor.from_pretrained(base, subfolder="processor")
     assert processor.video_token_id == model.config.video_token_id
-    assert processor.image_token_id == model.config.image_token_id == embedded.image_token_id
-    assert set(processor.known_words) == {*embedded.known_words, *words_of([*clip_corpus(), *edit_corpus()])}
+    assert processor.image_token_id == model.config.image_token_id == known.image_token_id
+    assert set(processor.known_words) == {*known.known_words, *words_of([*clip_corpus(), *edit_corpus()])}
     assert processor.unknown_words("please move the cat to the left, then it moves down") == ["it"]
     assert processor.video_length((17, 4, 4)) == 1 + 5 * 16
     ids = processor.tokenizer("which way does the cat move?")["input_ids"]

@@ -1,4 +1,4 @@
-"""The embedded checkpoint's way to HYDRA-X: clips and edits, at a size that two CPU cores train in hours.
+"""The embedded checkpoint's second half, from images to clips and edits.
 
 hydra train tiny_x.tokenizer
 hydra train tiny_x.hydra
@@ -17,10 +17,11 @@ from hydra_hf.toy.text_tokenizer import extend_toy_tokenizer, words_of
 from hydra_hf.toy.world import CANVASES
 from hydra_hf.training.recipe import HydraRecipe, HydraStage, Recipe, TokenizerLossWeights, TokenizerStage
 
-from .tiny import ATTENTION, EMBEDDED, QUESTIONS, tokenizer_config
+from .tiny import ATTENTION, QUESTIONS, tokenizer_config
 
 
 FOLDS = [0, 2]
+IMAGES = "runs/tiny.hydra/final"  # what `tiny.hydra` has trained: a model of images
 
 
 def video_config() -> HydraTokConfig:
@@ -30,7 +31,7 @@ def video_config() -> HydraTokConfig:
     )
 
 
-def tokenizer(init: str = f"{EMBEDDED}/model") -> Recipe:
+def tokenizer(init: str = f"{IMAGES}/model") -> Recipe:
     """Clips for a vision tower that knows images: folds and a ViT decoder, then Sem-ViT after the toy teachers.
 
     Latents of images stay as they are.
@@ -79,7 +80,7 @@ def tokenizer(init: str = f"{EMBEDDED}/model") -> Recipe:
     )
 
 
-def hydra(init: str = EMBEDDED, tokenizer: str = "runs/tiny_x.tokenizer/decoder/final") -> HydraRecipe:
+def hydra(init: str = IMAGES, tokenizer: str = "runs/tiny_x.tokenizer/decoder/final") -> HydraRecipe:
     """The five tasks of HYDRA-X for a trained toy model, on a tokenizer that encodes images as its own does.
 
     All tasks and the painted maps are in every step, at rates below those of `tiny.hydra`, so that what is known of images
