@@ -1,4 +1,4 @@
-"""Tables of the site that are made from the comments and docstrings of the code: a hook of mkdocs."""
+"""Tables of the site that are made from the comments and docstrings of the code."""
 
 import ast
 import io
@@ -145,8 +145,3 @@ def table(names: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 TABLES = {"formulas": formulas, "sections": sections, "recipes": recipes, "choices": choices}
-
-
-def on_page_markdown(markdown: str, **_) -> str:
-    """Called by mkdocs for every page: puts a table where the page names it."""
-    return re.sub(r"<!-- table: (\w+) -->", lambda match: TABLES[match[1]](), markdown)

@@ -43,7 +43,7 @@ def main() -> None:
         image.save(DOCS / "images" / name)
         size = "" if height == width == 64 else f" --height {height} --width {width}"
         command = f'hydra generate "{prompt}" --seed {seed}{size} --out drawn.png'
-        table += f'| `{command}` | ![{prompt}](../images/{name}){{ width="{2 * width}" }} | {reply} |\n'
+        table += f'| `{command}` | ![{prompt}](docs/images/{name}){{ width="{2 * width}" }} | {reply} |\n'
     (DOCS / "tables" / "reference_images.md").write_text(table, encoding="utf-8")
 
 
