@@ -33,9 +33,8 @@ def notes(path: Path) -> Iterator[Note]:
     source, name = path.read_text(encoding="utf-8"), path.relative_to(SOURCE).as_posix()
     owners = list(definitions(ast.parse(source)))
     for owner, node in owners:
-        first = node.body[0] if node.body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-            yield Note(name, first.lineno, owner, first.value.value)
+        if text := ast.get_docstring(node, clean=False):
+            yield Note(name, node.body[0].lineno, owner, text)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and not token.string.startswith("# fmt:"):
             line = token.start[0]

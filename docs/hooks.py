@@ -1,8 +1,8 @@
 """What mkdocs calls for every page: puts parts of the README, whole files and tables made from the code where a page names them.
 
-    <!-- include: README.md # Drawing -->    what is below this heading, up to the next heading of any level
-    <!-- include: LOG.md -->                 the whole file
-    <!-- table: formulas -->                 a table of `code_tables.TABLES`
+<!-- include: README.md # Drawing -->    what is below this heading, up to the next heading of any level
+<!-- include: LOG.md -->                 the whole file
+<!-- table: formulas -->                 a table of `code_tables.TABLES`
 """
 
 import re
