@@ -28,6 +28,8 @@ def execute(path: Path) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                output.get("data", {}).pop("image/jpeg", None)  # the same picture as its PNG
     notebook.metadata.language_info = {"name": "python"}  # not the version that ran it
     return notebook
 

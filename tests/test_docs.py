@@ -160,6 +160,16 @@ def test_every_choice_of_the_code_is_in_a_table(hooks):
     assert marked == sum(row[-1].count("our choice") for row in cells(hooks.TABLES["choices"]()))
 
 
+def test_the_literal_forms_are_fields_with_another_default():
+    forms = re.findall(r"`(\w+Config)\((\w+)=(.+?)\)`", PAGES["choices"])
+    assert len(forms) == 3
+    for config, field, literal in forms:
+        default = getattr(getattr(hydra_hf, config)(), field)
+        assert str(default) != literal.strip('"')
+        made = getattr(hydra_hf, config)(**{field: literal.strip('"') if '"' in literal else literal == "True"})
+        assert str(getattr(made, field)) == literal.strip('"')
+
+
 # Prices
 
 
