@@ -27,7 +27,8 @@ def execute(path: Path) -> nbformat.NotebookNode:
         ).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            shown = [output for output in cell.outputs if output.output_type in ("stream", "execute_result")]
+            cell.outputs = [output for output in shown if output.get("name") != "stderr"]
             for output in cell.outputs:
                 output.get("data", {}).pop("image/jpeg", None)  # the same picture as its PNG
     notebook.metadata.language_info = {"name": "python"}  # not the version that ran it
