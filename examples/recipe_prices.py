@@ -63,6 +63,8 @@ def rows(command: str, printed: str) -> str:
 def page(outputs: dict[str, str]) -> str:
     """The table of all commands, then what they printed."""
     table = HEADER + "".join(rows(command, printed) for command, printed in outputs.items())
+    if missing := [shlex.split(command)[2] for command in COMMANDS if command not in outputs]:
+        table += f"\nNot run yet: {', '.join(f'`{recipe}`' for recipe in missing)}.\n"
     blocks = "".join(f"\n```text\n$ {command}\n{printed}\n```\n" for command, printed in outputs.items())
     return f"{table}\n## What the dry runs print\n{blocks}"
 
