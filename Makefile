@@ -5,7 +5,7 @@ PIP = $(BIN)/pip --disable-pip-version-check
 TESTS ?= tests
 OLDEST = sed -nE 's/^ *(transformers|diffusers)>=([^,]+),.*/\1==\2/p' setup.cfg
 
-.PHONY: try test test-slow test-gpu test-upstream test-oldest test-latest check style
+.PHONY: try test test-slow test-gpu test-upstream test-oldest test-latest check style docs
 
 try: .venv/try.done  ## draw a picture and ask about it with the embedded checkpoint
 	$(BIN)/hydra generate "a cat" --out cat.png
@@ -33,12 +33,15 @@ test-gpu: .venv/test.done  ## on a machine with a GPU: its tests, then its check
 	$(BIN)/python benchmarks/gpu.py
 
 check: .venv/test.done  ## lint and format
-	$(BIN)/ruff check src tests examples benchmarks
-	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/ruff check src tests examples benchmarks docs
+	$(BIN)/ruff format --check src tests examples benchmarks docs
 
 style: .venv/test.done
-	$(BIN)/ruff check --fix src tests examples benchmarks
-	$(BIN)/ruff format src tests examples benchmarks
+	$(BIN)/ruff check --fix src tests examples benchmarks docs
+	$(BIN)/ruff format src tests examples benchmarks docs
+
+docs: .venv/docs.done  ## the documentation, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/try.done: setup.cfg constraints.txt
 	@echo "Installing into .venv; PyTorch alone is several gigabytes, so this takes minutes."
@@ -47,6 +50,9 @@ style: .venv/test.done
 .venv/test.done: setup.cfg constraints.txt
 	@echo "Installing into .venv; PyTorch alone is several gigabytes, so this takes minutes."
 	$(PYTHON) -m venv .venv && $(PIP) install -qq -c constraints.txt -e ".[test,quality]" && touch $@ .venv/try.done
+
+.venv/docs.done: .venv/test.done
+	$(PIP) install -qq -c constraints.txt -e ".[docs]" && touch $@
 
 .venv-oldest/done: .venv/test.done
 	$(call venv_on_top,.venv-oldest)

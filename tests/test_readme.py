@@ -2,13 +2,9 @@
 
 import io
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
-from importlib import import_module
-from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +12,8 @@ import pytest
 import torch
 
 import hydra_hf
-from hydra_hf.cli import create_parser, main
+from doc_commands import check_command, code_blocks, hydra_commands, run_hydra
+from hydra_hf.cli import main
 
 
 ROOT = Path(__file__).parents[1]
@@ -24,23 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
-def run_hydra(line: str, folder: Path) -> str:
-    """One command line of the README; training runs take two steps instead of thousands."""
-    words = shlex.split(line, comments=True)
-    if words[:2] == ["hydra", "train"]:
-        words += ["--num_steps", "2"]
-    if words[:2] == ["hydra", "evaluate"]:
-        words += ["--prompts_per_category", "2", "--num_questions", "4", "--num_scenes", "2"]
-        words += ["--prompts_per_kind", "1", "--prompts_per_size", "1", "--num_captions", "2", "--edits_per_kind", "1"]
-    command = [sys.executable, "-m", "hydra_hf.cli", *words[1:]]
-    result = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"}
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return code_blocks(README, language)
 
 
 def test_there_are_exactly_two_commands_for_a_fresh_machine():
@@ -49,9 +30,9 @@ def test_there_are_exactly_two_commands_for_a_fresh_machine():
     assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in ("try", "test"))
 
 
-def test_ci_runs_the_two_commands():
+def test_ci_runs_the_two_commands_and_builds_the_site():
     ci = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert {"make try", "make test"} <= set(ci)
+    assert {"make try", "make test", "make docs"} <= set(ci)
 
 
 @pytest.mark.parametrize("index", range(len(blocks("python"))))
@@ -65,25 +46,14 @@ def test_python_block_runs(index, tmp_path, monkeypatch, capsys):
     assert bool(capsys.readouterr().out.strip()) == ("print(" in blocks("python")[index])
 
 
-def full_size_commands() -> list[list[str]]:
-    """The commands of the sections on full size, lines joined, as arguments of `hydra`."""
-    text = "\n".join(block for block in blocks("text") if "hydra convert" in block)
-    lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
-    commands = [line[line.index("hydra_hf.cli") + 1 :] if "hydra_hf.cli" in line else line[1:] for line in lines
-                if "hydra_hf.cli" in line or line[:1] == ["hydra"]]  # fmt: skip
-    assert len(commands) >= 7
-    return commands
+def test_the_readme_has_commands_of_full_size():
+    launched = [command for command in hydra_commands(README) if "--data" in command]
+    assert len(launched) >= 7
 
 
-@pytest.mark.parametrize("command", full_size_commands(), ids=" ".join)
-def test_commands_of_full_size_are_what_the_parser_takes(command):
-    options = create_parser().parse_args(command)
-    if options.command == "train":
-        module, function = options.recipe.split(".")
-        recipe_module = import_module(f"hydra_hf.training.recipes.{module}")
-        parameters = signature(getattr(recipe_module, function)).parameters
-        assert {"init", "tokenizer"} & {name for name in vars(options) if getattr(options, name)} <= set(parameters)
-        assert options.data or options.dry_run
+@pytest.mark.parametrize("command", hydra_commands(README), ids=" ".join)
+def test_command_is_what_the_parser_takes(command):
+    check_command(command)
 
 
 def test_settings_of_launchers_that_the_readme_names_are_there():

@@ -264,13 +264,14 @@ class HydraForConditionalGeneration(HydraPreTrainedModel, InterleavedGenerationM
         language_loss = velocity = flow_loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
+            # L_NTP
             language_loss = self.loss_function(logits, None, vocab_size, shift_labels=shift_labels, **kwargs)
         if is_generated is not None:
             count = None if velocity_target is None else len(velocity_target)
             states = outputs.image_hidden_states
             velocity = self._velocity_of(states, latents, image_grid_thw, sigma, is_generated, count)
         if velocity_target is not None:
-            flow_loss = flow_matching_loss(velocity, velocity_target)
+            flow_loss = flow_matching_loss(velocity, velocity_target)  # L_FM
         losses = [loss for loss in (language_loss, flow_loss) if loss is not None]
         return HydraOutput(
             loss=sum(losses) if losses else None,

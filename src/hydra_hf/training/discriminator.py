@@ -35,7 +35,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def adversarial_loss(fake_logits: Tensor) -> Tensor:
-    """The decoder's loss: reconstructed patches should be judged real."""
+    """L_gan, the decoder's loss: reconstructed patches should be judged real."""
     return -fake_logits.mean()
 
 

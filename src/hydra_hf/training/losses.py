@@ -87,7 +87,7 @@ def tokenizer_losses(
     if weights.cosine > 0:
         losses["cosine"] = cosine_loss(outputs.bottleneck_states, outputs.gen_states.detach())
     if outputs.velocity is not None and weights.flow > 0:
-        losses["flow"] = nn.functional.mse_loss(outputs.velocity, outputs.velocity_target)
+        losses["flow"] = nn.functional.mse_loss(outputs.velocity, outputs.velocity_target)  # L_FM
     elif outputs.velocity is None and weights.regression > 0:
         difference = outputs.clean_pixel_values - pixel_values
         losses["regression"] = (difference**2).mean() + 0.5 * difference.abs().mean()  # our choice: L2 + L1 / 2

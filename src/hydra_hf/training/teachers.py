@@ -193,7 +193,7 @@ class FeatureDistance(nn.Module):
 
 
 def load_perceptual(backbone: str, weights: str | None = None) -> nn.Module:
-    """The frozen distance between images (B, 3, H, W) in [-1, 1], estimates not clamped, as one number.
+    """L_perc: the frozen distance between images (B, 3, H, W) in [-1, 1], estimates not clamped, as one number.
 
     Raises ValueError for another name than lpips:TRUNK or timm:NAME, or for weights that are missing or do not fit.
     """
