@@ -14,7 +14,6 @@ MAY_IMPORT = {
     "pipelines": {"pipelines", "modeling"},
     "evaluation": {"evaluation", "pipelines", "data", "modeling"},
     "evaluation/suites": {"training", "evaluation", "pipelines", "data", "modeling"},
-    "training": {"training", "evaluation", "pipelines", "data", "modeling"},
     "publishing": {"publishing", "pipelines", "modeling"},
     "training": {"training", "publishing", "evaluation", "pipelines", "data", "modeling"},
     "training/adapters": {"training", "data", "modeling"},

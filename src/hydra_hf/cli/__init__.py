@@ -1,12 +1,8 @@
-"""hydra generate | edit | ask | chat | reconstruct | prepare | train | evaluate | report | convert: a file for each verb."""
-"""hydra generate | edit | ask | chat | reconstruct | demo | prepare | train | evaluate | convert: a file for each verb."""
-"""hydra generate | edit | ask | chat | reconstruct | prepare | train | evaluate | convert: a file for each verb.
+"""hydra generate | edit | ask | chat | reconstruct | serve | demo | prepare | train | evaluate | report | convert | push: a file each.
 
 A verb is a module with `add_options(command)` and `run(options)`, which prints for people and returns its result for programs,
 as a dict of JSON values, or yields several: `--json` prints these. Modules of verbs import nothing heavy at their top.
 """
-"""hydra generate | edit | ask | chat | reconstruct | prepare | train | evaluate | convert | push: a file for each verb."""
-"""hydra generate | edit | ask | chat | reconstruct | serve | prepare | train | evaluate | convert: a file for each verb."""
 
 import argparse
 import os
@@ -22,24 +18,27 @@ from json import dumps, loads
 
 from huggingface_hub.errors import StrictDataclassError
 
-from . import ask, chat, convert, edit, evaluate, generate, prepare, reconstruct, report, train
-from . import ask, chat, convert, edit, evaluate, generate, prepare, reconstruct, train
+from . import (
+    ask,
+    chat,
+    convert,
+    demo,
+    edit,
+    evaluate,
+    generate,
+    prepare,
+    push,
+    reconstruct,
+    report,
+    serve,
+    train,
+)
 from .parser import Formatter, Parser, PrintCompletion
 
 
-VERBS = (generate, edit, ask, chat, reconstruct, prepare, train, evaluate, report, convert)
-from . import ask, chat, convert, demo, edit, evaluate, generate, prepare, reconstruct, train
-
-
-VERBS = (generate, edit, ask, chat, reconstruct, demo, prepare, train, evaluate, convert)
-from . import ask, chat, convert, edit, evaluate, generate, prepare, push, reconstruct, train
-
-
-VERBS = (generate, edit, ask, chat, reconstruct, prepare, train, evaluate, convert, push)
-from . import ask, chat, convert, edit, evaluate, generate, prepare, reconstruct, serve, train
-
-
-VERBS = (generate, edit, ask, chat, reconstruct, serve, prepare, train, evaluate, convert)
+VERBS = (
+    generate, edit, ask, chat, reconstruct, serve, demo, prepare, train, evaluate, report, convert, push,
+)  # fmt: skip
 LESS_MEMORY = {
     "micro_batch_size": "a lower --micro_batch_size",
     "gradient_checkpointing": "--gradient_checkpointing",
