@@ -139,10 +139,17 @@ def hydra(init: str = IMAGES, tokenizer: str = "runs/tiny_x.tokenizer/decoder/fi
         data=replace(everything.data, copy_share=0.15, first_canvas_share=0.75),
         mixed_precision="bf16",
     )  # fmt: skip
+    finish = replace(
+        together, name="finish", num_steps=500, warmup_steps=20, decay_share=1.0,
+        tasks={**together.tasks, "understand": 14, "edit": 28},
+        learning_rates=dict.fromkeys((*heads, *semantics), 3e-4),
+        sigma_shifts={"edit": 8.0},
+        data=replace(together.data, copy_share=0.05),
+    )  # fmt: skip
     return HydraRecipe(
         name="tiny_x.hydra",
         config=config,
-        stages=(video, everything, edits, copies, together),
+        stages=(video, everything, edits, copies, together, finish),
         attn_implementation=ATTENTION,
         init=init,
         save_every=200,
