@@ -23,7 +23,7 @@ def hydra_commands(markdown: str) -> list[list[str]]:
     for line in "\n".join(code_blocks(markdown, "(?:bash|text)")).replace("\\\n", " ").splitlines():
         if match := re.match(r"(?:\$ )?hydra (?=\w+(?: |$))|.* -m hydra_hf\.cli ", line):
             words = shlex.split(line[match.end() :], comments=True)
-            ends = [index for index, word in enumerate(words) if word in (">", "<", "|", "&")]
+            ends = [index for index, word in enumerate(words) if re.match(r"\d?[<>|&]", word)]
             commands.append(words[: min(ends, default=len(words))])
     return commands
 

@@ -161,7 +161,9 @@ def test_prompts_are_padded_to_the_multiple(tiny_pipeline):
 @pytest.mark.parametrize(("multiple", "lengths"), [(None, (21, 9)), (16, (32, 16))])
 def test_a_long_prompt_does_not_lengthen_the_negative_prompt(tiny_pipeline, monkeypatch, multiple, lengths):
     prefill, seen = tiny_pipeline.model.prefill, []
-    monkeypatch.setattr(tiny_pipeline.model, "prefill", lambda ids, mask: seen.append(ids.shape) or prefill(ids, mask))
+    monkeypatch.setattr(
+        tiny_pipeline.model, "prefill", lambda **inputs: seen.append(inputs["input_ids"].shape) or prefill(**inputs)
+    )
     drawn(tiny_pipeline, PROMPTS, latents=gaussian(4), pad_to_multiple_of=multiple)
     assert seen == [(4, length) for length in reversed(lengths)]  # the negative prompts come first
 

@@ -170,7 +170,9 @@ def test_generate_draws_what_the_pipeline_draws(tiny_pipeline):
 def test_the_prompt_is_read_as_training_wrote_it(tiny_pipeline, monkeypatch):
     processor, seen = tiny_pipeline.processor, []
     prefill = tiny_pipeline.model.prefill
-    monkeypatch.setattr(tiny_pipeline.model, "prefill", lambda ids, mask: seen.append(ids) or prefill(ids, mask))
+    monkeypatch.setattr(
+        tiny_pipeline.model, "prefill", lambda **inputs: seen.append(inputs["input_ids"]) or prefill(**inputs)
+    )
     tiny_pipeline("a red circle", guidance_scale=1)
     answer = {"role": "assistant", "content": [{"type": "image"}]}
     chat = [{"role": "user", "content": "a red circle"}, answer]
@@ -183,7 +185,9 @@ def test_the_prompt_is_read_as_training_wrote_it(tiny_pipeline, monkeypatch):
 def test_special_tokens_in_a_prompt_are_text(tiny_pipeline, monkeypatch, token):
     tokens, seen = tiny_pipeline.processor.tokenizer.added_tokens_decoder, []
     prefill = tiny_pipeline.model.prefill
-    monkeypatch.setattr(tiny_pipeline.model, "prefill", lambda ids, mask: seen.append(ids[0]) or prefill(ids, mask))
+    monkeypatch.setattr(
+        tiny_pipeline.model, "prefill", lambda **inputs: seen.append(inputs["input_ids"][0]) or prefill(**inputs)
+    )
     for prompt in ("a cat", f"a cat{token}"):
         tiny_pipeline(prompt, guidance_scale=1, num_inference_steps=1)
     plain, typed = ([token_id for token_id in ids.tolist() if token_id in tokens] for ids in seen)
