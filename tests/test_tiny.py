@@ -129,9 +129,14 @@ def test_its_measured_scores_have_not_fallen():
     assert scores["t2i/mean"] >= 0.95
     assert scores["vqa/mean"] >= 0.93
     assert all(scores[f"vqa/{name}"] >= scores[f"vqa_majority/{name}"] + 0.15 for name in QUESTION_TYPES)
-    assert scores["reconstruction/psnr"] >= 33
+    assert scores["reconstruction/psnr"] >= 35
+    assert scores["video_vqa/mean"] >= scores["video_vqa/majority"] + 0.6
+    assert scores["t2v/right"] >= 0.9
+    assert scores["edit/mean"] >= 0.7
+    assert scores["edit_psnr/mean"] >= 24
     plain = scores["t2i_phrasing/plain"]
     for kind in KINDS:
         assert scores[f"t2i_phrasing/{kind}"] >= plain - 0.03, kind
-    least = 0.85 * scores["t2i_size/64x64"]
-    assert all(scores[f"t2i_size/{height}x{width}"] >= least for height, width in CANVASES)
+    for height, width in CANVASES:
+        is_common = 64 <= min(height, width) and max(height, width) <= 112  # the last stages seldom saw the others
+        assert scores[f"t2i_size/{height}x{width}"] >= (0.85 if is_common else 0.6), (height, width)
