@@ -16,7 +16,6 @@ from statistics import mean, stdev
 import torch
 from safetensors.torch import load_file
 
-import hydra_hf
 from hydra_hf import HydraPipeline
 from hydra_hf.files import write_image_grid, write_text
 from hydra_hf.toy.evaluation import evaluate_unimrg, paint_scenes
@@ -107,7 +106,7 @@ def plot(rows: dict[str, list[dict[str, float]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--init", default=hydra_hf.TINY, help="the base model")
+    parser.add_argument("--init", default="runs/tiny.hydra/final", help="the base model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--mixtures", nargs="+", default=[*MIXTURES, f"unimrg{LORA}"], choices=NAMES)
     parser.add_argument("--num_steps", type=int, help="instead of the recipe's")
