@@ -116,16 +116,10 @@ def without_edits(name: str, options: argparse.Namespace) -> Path:
 
 
 def edit_recipe(options: argparse.Namespace, name: str, seed: int) -> HydraRecipe:
-    """`tiny_x.hydra` with one stage of edits, and some text to image."""
+    """`tiny_x.hydra` with one stage, that of copies and edits at high noise."""
     recipe = tiny_x.hydra(str(without_edits(name, options)), options.tokenizer)
-    stage = replace(
-        recipe.stages[-1],
-        name="edit",
-        num_steps=options.num_edit_steps,
-        tasks={"edit": 24, "generate": 8},
-        task_weights={},
-    )
-    return replace(recipe, stages=(stage,), seed=seed)
+    (copies,) = (stage for stage in recipe.stages if stage.name == "copies")
+    return replace(recipe, stages=(replace(copies, num_steps=options.num_edit_steps),), seed=seed)
 
 
 def run_edits(options: argparse.Namespace, name: str, seed: int) -> Scores:
@@ -232,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num_images", type=int, default=128)
     parser.add_argument("--init", default=tiny_x.IMAGES, help="the model of images that edits are learnt from")
     parser.add_argument("--tokenizer", default="runs/tiny_x.tokenizer/final", help="its tokenizer, for clips too")
-    parser.add_argument("--num_edit_steps", type=int, default=1200)
+    parser.add_argument("--num_edit_steps", type=int, default=400)
     parser.add_argument("--num_edits", type=int, default=50, help="of each kind")
     parser.add_argument("--num_teacher_steps", type=int, default=400)
     parser.add_argument("--num_question_steps", type=int, default=300)

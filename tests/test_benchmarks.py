@@ -50,7 +50,9 @@ def test_every_script_is_tested():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=pytest.mark.slow) if each == "clips" else each for each in SCRIPTS]
+)
 def test_a_script_prints_a_table_and_writes_it(name, tmp_path, monkeypatch, capsys):
     if name == "serving":
         for package in ("fastapi", "uvicorn", "prometheus_client", "openai"):
@@ -95,7 +97,16 @@ def test_all_sections_together_stay_under_eight_minutes(gpu):
     assert sum(limit for _, limit in gpu.SECTIONS.values()) < 8 * 60
 
 
-@pytest.mark.parametrize("name", ["agreement fp32", "agreement bf16", "flex attention", "denoise_step", "tokenizer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "agreement fp32",
+        "agreement bf16",
+        pytest.param("flex attention", marks=pytest.mark.slow),
+        "denoise_step",
+        "tokenizer",
+    ],
+)
 def test_a_section_gives_rows_that_pass(gpu, name):
     rows = gpu.SECTIONS[name][0](OPTIONS)
     assert rows

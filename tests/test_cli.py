@@ -735,6 +735,7 @@ def test_a_folder_of_another_run_is_one_line_that_names_the_field(tmp_path, caps
     assert "was made with foundation.num_steps=1, but this run has 3" in other.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_train_runs_every_stage_of_a_recipe_and_resumes_where_it_was(tmp_path):
     def train() -> list[str]:
         """In a process of its own: accelerate keeps one precision for each."""

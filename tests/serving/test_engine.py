@@ -43,7 +43,7 @@ def test_answers_of_several_users_are_those_of_each_alone_in_fewer_forwards(pipe
     contents = [
         "what is a cat?",
         [{"type": "image", "image": picture}, {"type": "text", "text": "what is in the picture?"}],
-        [{"type": "image", "image": picture}, {"type": "text", "text": "what colour is the circle left of it?"}],
+        [{"type": "image", "image": picture}, {"type": "text", "text": "what color is the circle?"}],
     ]
     together, engine = run_together(pipeline, [chat(pipeline, content) for content in contents])
     expected = [
