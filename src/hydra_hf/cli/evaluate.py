@@ -30,6 +30,7 @@ SUITES = {  # what is measured with which numbers
 }
 BENCHMARK_OPTIONS = {  # of suites of hydra_hf.evaluation.suites: name -> type, help
     "data": (Path, "the benchmark's prompts or edits, as it distributes them, or a folder of images or clips"),
+    "targets": (Path, "of --suite painting: the folder that hydra prepare unimrg made of the images in --data"),
     "folder": (Path, "for images, clips and answers; a killed run is resumed from it"),
     "tasks": (str, "of lmms-eval or VLMEvalKit, with commas"),
     "limit": (int, "only the first rows of a benchmark"),
@@ -144,7 +145,7 @@ def benchmark_arguments(options: argparse.Namespace, run_suite) -> dict:
         raise ValueError(f"--suite {options.suite} needs --{missing[0]}, {BENCHMARK_OPTIONS[missing[0]][1]}.")
     if (least := min((given[name] for name in ("limit", "batch_size", "num_images") if name in given), default=1)) < 1:
         raise ValueError(f"Got {least}, expected at least 1 of --limit, --batch_size and --num_images.")
-    for name in ("data", "image_root", "official_results", "include_path"):
+    for name in ("data", "targets", "image_root", "official_results", "include_path"):
         if name in given and not given[name].exists():
             raise ValueError(f"--{name} {given[name]} does not exist.")
     return {**given, "seed": options.seed}

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from .metrics import psnr
+
 
 def foreground_of(depth: Tensor) -> Tensor:
     """Where a depth map (B, 3, H, W) in [-1, 1] has an object, (B, H, W): above the farthest quarter of the range."""
@@ -57,6 +59,19 @@ def boundary_f(boundaries: Tensor, truth: Tensor, tolerance: int | None = None) 
 def white_share(boundaries: Tensor) -> Tensor:
     """The share of white pixels of maps (B, 3, H, W), (B,): 0 when a model has collapsed to black."""
     return (boundaries.mean(dim=1) > 0).float().flatten(1).mean(dim=1)
+
+
+def map_scores(painted: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All scores of images (B, 3, H, W) painted in the tasks `reconstruct`, `depth` and `segment`, each (B,)."""
+    foreground, expected = foreground_of(painted["depth"]), foreground_of(truth["depth"])
+    return {
+        "psnr": psnr(painted["reconstruct"], truth["reconstruct"]),
+        "depth_similarity": depth_similarity(painted["depth"], truth["depth"]),
+        "foreground_error": foreground_error(painted["depth"], truth["depth"]),
+        "foreground_iou": intersection_over_union(foreground, expected),
+        "boundary_f": boundary_f(painted["segment"], truth["segment"]),
+        "white_share": white_share(painted["segment"]),
+    }
 
 
 def _share_near(lines: Tensor, others: Tensor, tolerance: int) -> Tensor:

@@ -243,13 +243,5 @@ def score_maps(
         present = masks.flatten(1).any(dim=1)
         found = maps.order_accuracy(painted["depth"][index], masks[present], scenes.distances[index][present])
         right, pairs = right + found[0], pairs + found[1]
-    foreground, expected = maps.foreground_of(painted["depth"]), maps.foreground_of(truth["depth"])
-    means = {
-        "psnr": psnr(painted["reconstruct"], truth["reconstruct"]),
-        "depth_similarity": maps.depth_similarity(painted["depth"], truth["depth"]),
-        "foreground_error": maps.foreground_error(painted["depth"], truth["depth"]),
-        "foreground_iou": maps.intersection_over_union(foreground, expected),
-        "boundary_f": maps.boundary_f(painted["segment"], truth["segment"]),
-        "white_share": maps.white_share(painted["segment"]),
-    }
+    means = maps.map_scores(painted, truth)
     return {**{name: value.mean().item() for name, value in means.items()}, "order": right / max(pairs, 1)}

@@ -22,6 +22,7 @@ SUITES = {  # name -> module of this folder, what it is
     "ucf": ("reconstruction", "UCF101, 17 frames of each clip rebuilt"),
     "images": ("reconstruction", "any images, rebuilt"),
     "clips": ("reconstruction", "any clips, rebuilt"),
+    "painting": ("painting", "UniMRG: images, depth maps and boundaries, painted from images, against their targets"),
     "representation": ("representation", "CKNNA of features, by layer with a teacher, and t-SNE maps"),
 }
 
