@@ -58,7 +58,11 @@ TOKENIZERS = {
     "tubelet": ("tubelet", [0, 0], [3, 3]),
     "tubelet_two_folds": ("tubelet", [0, 2], [1, 3]),
 }
-TRAINED = ("model.gen_vit", "model.bottleneck", "model.pixel_decoder")
+RATES = {
+    "model.gen_vit": 1e-4,
+    "model.bottleneck": 1e-4,
+    "model.pixel_decoder": 1e-3,
+}  # a trained encoder and a new decoder
 
 
 def tokenizer_recipe(options: argparse.Namespace, name: str, seed: int) -> Recipe:
@@ -72,7 +76,7 @@ def tokenizer_recipe(options: argparse.Namespace, name: str, seed: int) -> Recip
         "temporal_unfold_layers": unfolds,
     }
     stage = replace(
-        stage, num_steps=options.num_steps, batch_size=16, keeps_image_latents=False, learning_rates=dict.fromkeys(TRAINED, 1e-3),
+        stage, num_steps=options.num_steps, batch_size=16, keeps_image_latents=False, learning_rates=RATES,
         decoder_config=type(stage.decoder_config).from_dict(decoder_config),
     )  # fmt: skip
     return replace(recipe, config=HydraTokConfig.from_dict(config), stages=(stage,), seed=seed)

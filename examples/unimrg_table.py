@@ -56,7 +56,14 @@ def run_one(options: argparse.Namespace, name: str, seed: int) -> dict[str, floa
             folder = train_hydra(recipe.with_overrides(**overrides), options.out / f"{name}-{seed}", on_stage=print)
         scores = measure(folder, options)
         if name.endswith(LORA):
-            adapter = options.out / f"{name}-{seed}" / "unimrg" / "final" / "adapter" / "adapter_model.safetensors"
+            adapter = (
+                options.out
+                / f"{name}-{seed}"
+                / recipe.stages[-1].name
+                / "final"
+                / "adapter"
+                / "adapter_model.safetensors"
+            )
             scores["adapter_share"] = num_values(adapter) / num_values(folder / "model" / "model.safetensors")
         write_text(path, json.dumps(scores, indent=2) + "\n")
     return json.loads(path.read_text())
