@@ -1,7 +1,8 @@
 """One GPU in one script: does it compute what the CPU computes, and how fast, against each benchmark's baseline?
 
 Every section is a process of its own with a time limit; one that fails or takes too long becomes a row of the table and
-does not end the script. The limits add up to less than eight minutes. Nothing is downloaded.
+does not end the script. The limits add up to less than eight minutes. What a section found is printed, and in --out, before the next
+one starts. Nothing is downloaded.
 """
 
 import argparse
@@ -118,10 +119,10 @@ def ratios(benchmark, options, layers: int, label: str, value: str = "ratio") ->
 SECTIONS: dict[str, tuple[Callable, int]] = {
     "agreement fp32": (lambda options: agreement(options, "fp32"), 30),
     "agreement bf16": (lambda options: agreement(options, "bf16"), 30),
-    "compile": (compiled, 90),
-    "flex attention": (flex, 80),
-    "denoise_step": (lambda options: ratios(denoise_step, options, 28, "prompt tokens"), 60),
-    "tokenizer": (lambda options: ratios(tokenizer, options, 12, "task"), 40),
+    "compile": (compiled, 80),
+    "flex attention": (flex, 95),
+    "denoise_step": (lambda options: ratios(denoise_step, options, 28, "prompt tokens"), 50),
+    "tokenizer": (lambda options: ratios(tokenizer, options, 12, "task"), 60),
     "text_answer": (lambda options: ratios(text_answer, options, 24, "tokens"), 60),
     "matmul_share": (lambda options: ratios(matmul_share, options, 24, "dtype", "share"), 40),
     "memory": (lambda options: ratios(memory, options, 24, "step", "peak / weights"), 30),
@@ -174,13 +175,13 @@ def main(arguments: list[str] | None = None) -> int:
     if given.only:
         print(json.dumps(SECTIONS[given.only][0](options)))
         return 0
-    rows = []
+    rows, failed = [], []
     for name in given.sections:
-        rows += run(name, options, SECTIONS[name][1])
-        print(f"{name}: {rows[-1]['seconds']:.0f} s", file=sys.stderr)
-    print_table(rows)
-    failed = [row["section"] for row in rows if row["passes"] is False]
-    write_json(given.out, {"facts": machine_facts(), "options": vars(options), "rows": rows, "failed": failed})
+        found = run(name, options, SECTIONS[name][1])
+        print_table(found)
+        rows += found
+        failed = [row["section"] for row in rows if row["passes"] is False]
+        write_json(given.out, {"facts": machine_facts(), "options": vars(options), "rows": rows, "failed": failed})
     return int(bool(failed))
 
 

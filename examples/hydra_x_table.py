@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from hydra_hf import HydraPipeline, HydraTokConfig, HydraTokModel
+from hydra_hf.evaluation.metrics import psnr
 from hydra_hf.evaluation.reconstruction import reconstruct, score_reconstructions
 from hydra_hf.files import write_text
 from hydra_hf.toy.clips import CLIP_QUESTION_TYPES, ToyClips, render_clips
-from hydra_hf.toy.edits import ToyEdits
+from hydra_hf.toy.edits import ToyEdits, source_scenes
 from hydra_hf.toy.evaluation_x import evaluate_edits, evaluate_video_understanding
 from hydra_hf.toy.world import ToyWorld
 from hydra_hf.training.hydra_trainer import train_hydra
@@ -106,6 +107,7 @@ def run_tokenizer(options: argparse.Namespace, name: str, seed: int) -> Scores:
 # Edits: whether Sem-ViT reads the target together with its source (HYDRA-X, section 3 and table 3)
 
 EDITING = {"interaction": True, "independent": False}
+EDIT_SHIFT = 5.0  # of noise levels in training
 
 
 def without_edits(name: str, options: argparse.Namespace) -> Path:
@@ -120,19 +122,31 @@ def without_edits(name: str, options: argparse.Namespace) -> Path:
 
 
 def edit_recipe(options: argparse.Namespace, name: str, seed: int) -> HydraRecipe:
-    """`tiny_x.hydra` with one stage, that of copies and edits at high noise."""
+    """`tiny_x.hydra` with one stage, that of copies and edits, at noise levels that copies are decided at."""
     recipe = tiny_x.hydra(str(without_edits(name, options)), options.tokenizer)
     (copies,) = (stage for stage in recipe.stages if stage.name == "copies")
-    return replace(recipe, stages=(replace(copies, num_steps=options.num_edit_steps),), seed=seed)
+    stage = replace(copies, num_steps=options.num_edit_steps, sigma_shifts={"edit": EDIT_SHIFT})
+    return replace(recipe, stages=(stage,), seed=seed)
 
 
 def run_edits(options: argparse.Namespace, name: str, seed: int) -> Scores:
-    """As `hydra evaluate --suite edit` measures them, without guidance by the image, which is another comparison."""
+    """As `hydra evaluate --suite edit` measures them, without guidance, which is another comparison."""
     folder = train_hydra(edit_recipe(options, name, seed), options.out / f"edits-{name}-{seed}", on_stage=print)
     pipeline = HydraPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     edits = ToyEdits(ToyWorld(difficulty=1))
-    return evaluate_edits(pipeline, edits, options.num_edits, guidance_scale=1.0)
+    copies = {"copy_psnr": score_copies(pipeline, edits, options.num_edits)}
+    return copies | evaluate_edits(pipeline, edits, options.num_edits, guidance_scale=1.0, image_guidance_scale=1.0)
+
+
+def score_copies(pipeline: HydraPipeline, edits: ToyEdits, num_copies: int) -> float:
+    """Mean PSNR in dB of held-out pictures that are drawn again through the editing path: without an instruction."""
+    generator = torch.Generator().manual_seed(0)
+    sources = edits.world.render(source_scenes(edits.sample(num_copies, generator, split="test")))
+    pictures = pipeline.processor.image_processor.postprocess(sources, output_type="pil")
+    settings = {"generator": generator, "guidance_scale": 1.0, "image_guidance_scale": 1.0, "output_type": "pt"}
+    copies = pipeline([""] * len(pictures), image=pictures, **settings).images.cpu() * 2 - 1
+    return psnr(copies, sources).mean().item()
 
 
 # Teachers: what Sem-ViT has learnt of clips before the language model asks about them (HYDRA-X, table 2)
@@ -171,9 +185,7 @@ def run_teacher(options: argparse.Namespace, name: str, seed: int) -> Scores:
 
 PARTS = {
     "tokenizer": Part(tuple(TOKENIZERS), ("clip/psnr", "clip/ssim", "image/psnr", "image/ssim"), run_tokenizer),
-    "edits": Part(
-        tuple(EDITING), ("edit/mean", "edit_psnr/mean", "edit/new_wording", "edit_decoded_psnr/mean"), run_edits
-    ),
+    "edits": Part(tuple(EDITING), ("copy_psnr", "edit_psnr/mean", "edit/mean", "edit_decoded_psnr/mean"), run_edits),
     "teachers": Part(TEACHERS, ("video_vqa/mean", "video_vqa/majority", *QUESTIONS), run_teacher),
 }
 
