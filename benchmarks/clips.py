@@ -20,7 +20,7 @@ from hydra_hf import HydraConfig, HydraForConditionalGeneration, HydraTokConfig,
 
 ENCODE_BAR, LINEAR_BAR, MEMORY_BAR, DRAW_BAR = 0.55, 1.1, 1.2, 1.1
 TINY = {"hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 96}
-SHORT, LONGER, LONG, CHUNK = 17, (33, 65, 129), 257, 16  # frames; the first chunk has the anchor, too
+SHORT, LONGER, LONG, CHUNK = 17, (33, 65, 129), 257, 8  # frames; the first chunk has the anchor, too
 
 
 def clip_config(arguments, num_folds: int = 2) -> HydraTokConfig:
@@ -146,7 +146,7 @@ def drop_each(chunks: Iterable) -> None:
 def memory_in_chunks(arguments) -> list[dict]:
     """Peak memory, above the model, of 257 frames in chunks that come and go, against 17 frames at once."""
     model, size = clip_model(arguments), 64 if arguments.tiny else 128
-    sizes = [SHORT] + [CHUNK] * (LONG // CHUNK - 1)
+    sizes = [1 + CHUNK] + [CHUNK] * (LONG // CHUNK - 1)
     latents = model.encode(random_clip(arguments, LONG, size), chunk_frames=CHUNK).latent
 
     def encode() -> None:
@@ -159,7 +159,7 @@ def memory_in_chunks(arguments) -> list[dict]:
         model.decode(latents[:, :, : SHORT // 4 + 1])
 
     def decode_in_chunks() -> None:
-        drop_each(model.decode_chunks(latents.split([1 + SHORT // 4] + [CHUNK // 4] * (LONG // CHUNK - 1), dim=2)))
+        drop_each(model.decode_chunks(latents.split([1 + CHUNK // 4] + [CHUNK // 4] * (LONG // CHUNK - 1), dim=2)))
 
     rows = []
     for name, in_chunks, at_once in (("encode", encode_in_chunks, encode), ("decode", decode_in_chunks, decode)):
