@@ -173,8 +173,9 @@ def run_teacher(options: argparse.Namespace, name: str, seed: int) -> Scores:
         recipe = teacher_recipe(options, name, seed)
         tokenizer = str(train_tokenizer(recipe, options.out / f"semantics-{name}-{seed}", on_stage=print))
     recipe = tiny_x.hydra(options.init, tokenizer)
+    (everything,) = (stage for stage in recipe.stages if stage.name == "all")
     stage = replace(
-        recipe.stages[-1], name="questions", num_steps=options.num_question_steps, tasks={"video_understand": 12},
+        everything, name="questions", num_steps=options.num_question_steps, tasks={"video_understand": 12},
         task_weights={},
     )  # fmt: skip
     recipe = replace(recipe, stages=(stage,), seed=seed)

@@ -21,6 +21,7 @@ from .tiny import ATTENTION, QUESTIONS, tokenizer_config
 
 
 FOLDS = [0, 2]
+SMALL = tuple(canvas for canvas in CANVASES if min(canvas) == 48)  # whose objects are half as large
 IMAGES = "runs/tiny.hydra/final"  # what `tiny.hydra` has trained: a model of images
 
 
@@ -146,10 +147,29 @@ def hydra(init: str = IMAGES, tokenizer: str = "runs/tiny_x.tokenizer/decoder/fi
         sigma_shifts={"edit": 8.0},
         data=replace(together.data, copy_share=0.05),
     )  # fmt: skip
+    sizes = replace(
+        finish, name="sizes", num_steps=470, warmup_steps=30,  # on a GPU
+        tasks={"understand": 96, "generate": 140, "video_understand": 28, "video_generate": 40, "edit": 220,
+               **dict.fromkeys(PAINTED, 6)},
+        learning_rates=dict.fromkeys((*heads, *semantics), 5e-4),
+        sigma_shifts={"edit": 5.0},
+        data=replace(finish.data, first_canvas_share=0.3),
+        mixed_precision="no",
+    )  # fmt: skip
+    background = replace(
+        copies, name="background", num_steps=450, decay_share=0.4, tasks={"edit": 24, "generate": 4},
+        sigma_shifts={"edit": 30.0}, data=replace(copies.data, copy_share=0.25),
+    )  # fmt: skip
+    # Which background a noisy picture has, is still open at sigma .6 (`LOG.md`).
+    middle = replace(background, name="middle", num_steps=950, decay_share=0.5, sigma_shifts={"edit": 2.0})
+    last = replace(
+        finish, name="last", sigma_shifts={"edit": 2.5},
+        data=replace(finish.data, canvases=(*CANVASES, *SMALL, *SMALL), first_canvas_share=0.5),
+    )  # fmt: skip
     return HydraRecipe(
         name="tiny_x.hydra",
         config=config,
-        stages=(video, everything, edits, copies, together, finish),
+        stages=(video, everything, edits, copies, together, finish, sizes, background, middle, last),
         attn_implementation=ATTENTION,
         init=init,
         save_every=200,
