@@ -28,20 +28,16 @@ from .work import Decode, Step
 
 @dataclass
 class HydraSamplingParams(SamplingParams):
-    """What a request may set. What is None is the checkpoint's own default."""
+    """What a request may set; what is None is the checkpoint's own default."""
 
     data_type: DataType = DataType.IMAGE
     negative_prompt: str = ""
     guidance_scale: float | None = None
 
     def _adjust(self, server_args) -> None:
-        """Fills in the defaults of the checkpoint, before SGLang fills in its own."""
-        config = HydraPipeline.load_config(server_args.model_path)
-        if self.num_inference_steps is None:
-            self.num_inference_steps = config["default_num_inference_steps"]
-        if self.guidance_scale is None:
-            self.guidance_scale = config["default_guidance_scale"]
+        scale = self.guidance_scale
         super()._adjust(server_args)
+        self.guidance_scale = scale  # SGLang turns None into 1, which is no guidance
 
 
 @dataclass
@@ -69,17 +65,16 @@ class HydraPromptStage(PipelineStage):
         self.pipeline = pipeline
 
     def forward(self, batch: Req, server_args) -> Req:
-        seeds = batch.seed
+        config, seeds = self.pipeline.config, batch.seed
         if not isinstance(seeds, list):
             seeds = [seeds + index for index in range(batch.num_outputs_per_prompt)]
-        steps, scale = batch.num_inference_steps, batch.guidance_scale
-        requests = [
-            ImageRequest(
-                batch.prompt, Drawing(batch.height, batch.width, steps, scale, seed), batch.negative_prompt or ""
-            )
-            for seed in seeds
+        batch.num_inference_steps = batch.num_inference_steps or config.default_num_inference_steps
+        scale = config.default_guidance_scale if batch.guidance_scale is None else batch.guidance_scale
+        drawings = [Drawing(batch.height, batch.width, batch.num_inference_steps, scale, seed) for seed in seeds]
+        batch.extra["images"] = [
+            prepare_image(self.pipeline, ImageRequest(batch.prompt, drawing, batch.negative_prompt or ""))
+            for drawing in drawings
         ]
-        batch.extra["images"] = [prepare_image(self.pipeline, request) for request in requests]
         return batch
 
 
