@@ -158,4 +158,5 @@ register_pipeline(
     sampling_param_cls=HydraSamplingParams,
     pipeline_config_cls=HydraPipelineConfig,
     model_detectors=[lambda name: name == HydraSGLangPipeline.pipeline_name.lower()],
+    overwrite=True,  # asked first: other models are found by a part of the path, "wan" in "/home/wang/" too
 )

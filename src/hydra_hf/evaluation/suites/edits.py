@@ -8,7 +8,6 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from hydra_hf.files import write_text
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 
 from ..report import SuiteResult
@@ -18,8 +17,7 @@ from .drawing import Drawing, draw, limited, write_drawn
 NUM_EDITS = {"imgedit": 737, "gedit": 1212}
 SCORERS = {
     "imgedit": "official code of ImgEdit, Benchmark/Basic/basic_bench.py --result_img_folder FOLDER, or --suite lmms_eval --tasks imgedit",
-    "gedit": "official code of Step1X-Edit, GEdit-Bench/run_gedit_score.py, evalscope's `gedit` with local_file"
-    " FOLDER/evalscope.jsonl, or --suite lmms_eval --tasks gedit_bench",
+    "gedit": "official code of Step1X-Edit, GEdit-Bench/run_gedit_score.py, or --suite lmms_eval --tasks gedit_bench",
 }
 
 
@@ -39,8 +37,6 @@ def run(
             source = folder / f"{drawing.file.removesuffix('.png')}_SRCIMG.png"
             if not source.is_file():
                 write_drawn(source, drawing.source())
-        rows = [{"id": key, "image_path": str((folder / drawing.file).resolve())} for key, drawing in edits]
-        write_text(folder / "evalscope.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     notes = [f"Not scored here. Images in {folder}; {SCORERS[suite].replace('FOLDER', str(folder))}."]
     if len(edits) != NUM_EDITS[suite]:
         notes.append(f"{len(edits)} edits, not the {NUM_EDITS[suite]} of the benchmark.")
