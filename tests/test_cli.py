@@ -20,6 +20,7 @@ from hydra_hf.cli.common import load_pipeline
 from hydra_hf.cli.recipe_options import recipe_function
 from hydra_hf.cli.train import override
 from hydra_hf.data.sources import Source, Sources
+from hydra_hf.evaluation.report import SuiteResult
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
 from hydra_hf.toy.text_tokenizer import train_toy_tokenizer
 from hydra_hf.training.recipe import HydraLossWeights, HydraRecipe, HydraStage
@@ -189,22 +190,35 @@ def test_evaluate_writes_every_score_and_how_it_was_measured(model, tmp_path, ca
     sizes = ["--prompts_per_category", "1", "--prompts_per_kind", "1", "--prompts_per_size", "1", "--num_questions", "8",
              "--num_scenes", "2", "--seed", "3"]  # fmt: skip
     assert main(["evaluate", model, "--out", str(out), *sizes]) == 0
-    scores = json.loads(out.read_text())
-    assert json.loads(capsys.readouterr().out) == scores
+    result = SuiteResult.load(out)
+    scores, printed = result.scores, json.loads(capsys.readouterr().out)
+    assert printed == scores | {"difficulty": 1} | result.seeds | result.counts
     categories = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution", "mean")
     expected = {*(f"t2i/{name}" for name in categories), "vqa/mean", "vqa/majority", "reconstruction/psnr",
                 "reconstruction/psnr_photos", "t2i_phrasing/plain", "t2i_phrasing/unknown_word", "t2i_size/64x64",
                 "t2i_size/48x96"}  # fmt: skip
     assert expected <= set(scores)
-    settings = {"seed": 3, "difficulty": 1, "prompts_per_category": 1, "num_questions": 8, "num_scenes": 2}
-    assert {name: scores[name] for name in settings} == settings
+    assert (result.suite, result.model, result.seeds, result.is_comparable) == ("toy", model, {"seed": 3}, False)
+    assert result.counts == {"prompts_per_category": 1, "prompts_per_kind": 1, "prompts_per_size": 1, "num_questions": 8,
+                             "num_scenes": 2}  # fmt: skip
+    protocol = {
+        "data": "toy world",
+        "difficulty": 1,
+        "split": "test",
+        "num_inference_steps": 2,
+        "guidance_scale": 1.5,
+    }
+    assert protocol.items() <= result.protocol.items()
+    assert len(result.protocol["weights"]) == 16
 
 
 def test_evaluate_of_unimrg_has_painted_maps_next_to_trivial_ones(model, tmp_path):
     out = tmp_path / "scores.json"
     sizes = ["--prompts_per_category", "1", "--num_questions", "16", "--num_scenes", "2"]
     assert main(["evaluate", model, "--suite", "unimrg", "--out", str(out), *sizes]) == 0
-    scores = json.loads(out.read_text())
+    result = SuiteResult.load(out)
+    scores = result.scores
+    assert (result.suite, set(result.counts)) == ("unimrg", {"prompts_per_category", "num_questions", "num_scenes"})
     assert {"t2i/mean", "vqa/mean", "vqa/spatial"} <= set(scores)
     measures = ("psnr", "depth_similarity", "foreground_error", "foreground_iou", "boundary_f", "white_share", "order")
     kinds = ("paint", "paint_black", "paint_mean", "paint_another")
@@ -223,16 +237,17 @@ def test_evaluate_of_clips_has_answers_and_drawn_clips_next_to_trivial_ones(vide
     out = tmp_path / "scores.json"
     options = ["--suite", "video", "--num_questions", "3", "--num_captions", "2", "--out", str(out)]
     assert main(["evaluate", video_model, *options]) == 0
-    scores = json.loads(out.read_text())
-    assert {"video_vqa/mean", "video_vqa/majority", "t2v/right", "t2v_frozen/objects", "num_captions"} <= set(scores)
-    assert not {"num_scenes", "prompts_per_kind"} & set(scores)
+    result = SuiteResult.load(out)
+    assert {"video_vqa/mean", "video_vqa/majority", "t2v/right", "t2v_frozen/objects"} <= set(result.scores)
+    assert (result.suite, result.counts) == ("video", {"num_questions": 3, "num_captions": 2})
 
 
 def test_evaluate_of_edits_has_every_kind(video_model, tmp_path):
     out = tmp_path / "scores.json"
     assert main(["evaluate", video_model, "--suite", "edit", "--edits_per_kind", "1", "--out", str(out)]) == 0
     kinds = ("recolor", "remove", "add", "replace", "move", "new_wording", "mean")
-    assert {f"edit{unit}/{kind}" for unit in ("", "_psnr") for kind in kinds} <= set(json.loads(out.read_text()))
+    assert {f"edit{unit}/{kind}" for unit in ("", "_psnr") for kind in kinds} <= set(SuiteResult.load(out).scores)
+    assert SuiteResult.load(out).counts == {"edits_per_kind": 1}
 
 
 # Errors
@@ -541,7 +556,7 @@ def test_scores_that_cannot_be_saved_are_printed(model, tmp_path, capsys, monkey
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hydra_hf.files.write_text", full)
+    monkeypatch.setattr("hydra_hf.evaluation.report.write_text", full)
     sizes = ["--prompts_per_category", "1", "--prompts_per_kind", "0", "--prompts_per_size", "0", "--num_questions", "1",
              "--num_scenes", "1"]  # fmt: skip
     assert main(["evaluate", model, "--out", str(tmp_path / "scores.json"), *sizes]) == 2

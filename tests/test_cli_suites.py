@@ -39,6 +39,27 @@ def test_a_benchmark_is_drawn_and_reported(model, data, tmp_path, capsys):
     assert "seed 5" in text
 
 
+def test_the_toy_world_is_reported_apart_from_the_papers(model, tmp_path, capsys):
+    out = str(tmp_path / "toy.json")
+    sizes = [
+        "--prompts_per_category",
+        "1",
+        "--prompts_per_kind",
+        "0",
+        "--prompts_per_size",
+        "0",
+        "--num_questions",
+        "1",
+    ]
+    assert main(["evaluate", model, "--out", out, *sizes, "--num_scenes", "1"]) == 0
+    capsys.readouterr()
+    assert main(["report", out]) == 0
+    (head, *_) = text = capsys.readouterr().out.splitlines()
+    assert head == "### Toy world: suite toy"
+    assert f"| score | {model} |" in text
+    assert not [line for line in text if "HYDRA" in line]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

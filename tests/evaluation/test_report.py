@@ -7,7 +7,7 @@ from operator import mul
 import pytest
 
 from hydra_hf.evaluation.papers import TABLES, report
-from hydra_hf.evaluation.report import SuiteResult
+from hydra_hf.evaluation.report import TOY_WORLD, SuiteResult
 
 
 RESULT = SuiteResult(
@@ -72,6 +72,32 @@ def test_scores_of_several_suites_share_a_row_and_seeds_have_their_own():
     with pytest.raises(ValueError, match="Two results have geneval/two_object"):
         report([RESULT, RESULT])
     assert "**my/model (seed 4)**" in report([RESULT, replace(RESULT, seeds={"seed": 4})])
+
+
+TOY = SuiteResult(
+    "toy", "my/model", {"t2i/mean": 0.9, "vqa/mean": 0.5}, {"data": TOY_WORLD, "difficulty": 1}, {"seed": 0},
+    {"num_questions": 8},
+)  # fmt: skip
+
+
+def test_scores_of_the_toy_world_have_a_table_of_their_own():
+    video = replace(TOY, suite="video", scores={"t2v/right": 0.25})
+    text = report([RESULT, TOY, video])
+    assert text.count("my/model") == report([RESULT]).count("my/model") + 4  # a column and a protocol each
+    toy = text.partition("### Toy world: suite toy\n\n")[2].partition("\n\n###")[0]
+    assert toy == "| score | my/model |\n| --- | --- |\n| t2i/mean | 0.9 |\n| vqa/mean | 0.5 |"
+    assert "### Toy world: suite video\n\n| score | my/model |\n| --- | --- |\n| t2v/right | 0.25 |" in text
+    assert "- toy* of my/model: data toy world; difficulty 1; seed 0; number of num_questions 8." in text
+
+
+def test_results_of_the_toy_world_are_columns_named_by_what_differs():
+    other = replace(TOY, model="my/other", scores={"t2i/mean": 1.0})
+    harder = replace(TOY, seeds={"seed": 4}, protocol=TOY.protocol | {"difficulty": 2})
+    (head,) = (line for line in report([TOY, other, harder]).splitlines() if line.startswith("| score"))
+    assert head == "| score | my/model, difficulty 1, seed 0 | my/other | my/model, difficulty 2, seed 4 |"
+    assert "| vqa/mean | 0.5 |  | 0.5 |" in report([TOY, other, harder])
+    with pytest.raises(ValueError, match="Two results of the suite toy have my/model and the same settings"):
+        report([TOY, other, replace(TOY, scores={"t2i/mean": 0.1})])
 
 
 def test_the_numbers_of_the_papers_agree_with_each_other():

@@ -13,8 +13,9 @@ from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor, pip
 import hub_server
 from hydra_hf import TINY, HydraPipeline, HydraReconstructionPipeline
 from hydra_hf.cli import main
+from hydra_hf.evaluation.report import SuiteResult
 from hydra_hf.hub import subfolder_of
-from hydra_hf.publishing.card import write_card
+from hydra_hf.publishing.card import read_scores, write_card
 from hydra_hf.publishing.push import push
 from hydra_hf.registration import register
 
@@ -230,6 +231,15 @@ def test_a_card_that_is_there_keeps_its_text_and_gets_what_it_lacks(tmp_path):
     again = ModelCard.load(tmp_path / "README.md")
     assert again.data.license == "mit"
     assert again.data.widget == after.data.widget
+
+
+def test_a_card_has_the_scores_of_a_suites_result_as_of_a_flat_file(tmp_path):
+    scores = {"t2i/colors": 0.25, "t2i/mean": 0.5, "vqa/color": 0.75, "geneval/overall": 0.1}
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(scores | {"seed": 0, "num_questions": 8}))
+    flat = read_scores(tmp_path)
+    SuiteResult("toy", "me/model", scores, {"data": "toy world"}, {"seed": 0}, {"num_questions": 8}).save(path)
+    assert read_scores(tmp_path) == flat == {"t2i/mean": 0.5, "vqa/color": 0.75}
 
 
 def test_a_repo_is_pushed_again_without_its_code(hub, saved, tmp_path):

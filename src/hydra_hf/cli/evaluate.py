@@ -68,7 +68,9 @@ BENCHMARK_OPTIONS = {  # of suites of hydra_hf.evaluation.suites: name -> type, 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     add_model(command, "model", nargs="?")
-    command.add_argument("--out", type=Path, required=True, help="JSON file for the scores")
+    command.add_argument(
+        "--out", type=Path, required=True, help="JSON file for the result, which `hydra report` reads"
+    )
     from hydra_hf.evaluation import suites
 
     benchmarks = "; ".join(f"{name}: {text}" for name, (_, text) in suites.SUITES.items())
@@ -98,7 +100,6 @@ def run(options: argparse.Namespace) -> dict:
         raise ValueError("The photographs of scikit-image are needed: pip install hydra_hf[eval].")
     check_out(options.out)
     pipeline = load_pipeline(options)
-    from hydra_hf.files import write_text
     from hydra_hf.toy.language import ToyLanguage
     from hydra_hf.toy.world import ToyWorld
 
@@ -106,10 +107,26 @@ def run(options: argparse.Namespace) -> dict:
         options.suite
     ]
     scores = measure(pipeline, ToyLanguage(ToyWorld(options.difficulty)), options)
-    scores |= {name: getattr(options, name) for name in ("seed", "difficulty", *SUITES[options.suite])}
-    print(json.dumps(scores, indent=2))  # first, because writing the file may fail
-    write_text(options.out, json.dumps(scores, indent=2) + "\n")
-    return scores
+    settings = {name: getattr(options, name) for name in ("seed", "difficulty", *SUITES[options.suite])}
+    print(json.dumps(scores | settings, indent=2))  # first, because writing the file may fail
+    result = toy_result(pipeline, options, scores)
+    result.save(options.out)
+    return result.content()
+
+
+def toy_result(pipeline, options: argparse.Namespace, scores: dict[str, float]):
+    """The scores of a suite of the toy world as a `SuiteResult`."""
+    from hydra_hf.evaluation.report import TOY_WORLD, SuiteResult
+    from hydra_hf.evaluation.suites.drawing import describe
+
+    protocol = {
+        "data": TOY_WORLD, "difficulty": options.difficulty, "split": "test",
+        "scorer": "exact answers; a checker without learned weights for what is drawn", **describe(pipeline, options.model),
+    }  # fmt: skip
+    return SuiteResult(
+        options.suite, options.model, scores, protocol, {"seed": options.seed},
+        {name: getattr(options, name) for name in SUITES[options.suite]}, notes=["No paper has scores of the toy world."],
+    )  # fmt: skip
 
 
 def run_benchmark(options: argparse.Namespace) -> dict:

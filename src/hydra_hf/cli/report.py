@@ -10,7 +10,7 @@ from .common import check_out
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("results", type=Path, nargs="+", help="JSON files of hydra evaluate --suite")
+    command.add_argument("results", type=Path, nargs="+", help="JSON files of hydra evaluate")
     command.add_argument("--out", type=Path, help="a file for the report in Markdown; it is printed by default")
 
 

@@ -7,7 +7,7 @@ HYDRA is arXiv 2603.15228, HYDRA-X arXiv 2606.13289. Of other models, only the c
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .report import SuiteResult, markdown_table
+from .report import NUMBER_FORMAT, TOY_WORLD, SuiteResult, markdown_table
 
 
 @dataclass(frozen=True)
@@ -261,12 +261,15 @@ TABLES = (
 
 
 def report(results: Iterable[SuiteResult]) -> str:
-    """Markdown: every table of the papers for which there is a score, our rows in bold; other scores and all protocols after them.
+    """Markdown: every table of the papers for which there is a score, our rows in bold; then other scores, tables of the toy world
+    alone, and all protocols.
 
-    Raises ValueError if two results have the same score of the same model with the same seeds.
+    Raises ValueError if two results have the same score of the same model with the same seeds, or of the toy world with the
+    same settings.
     """
     results = list(results)
-    rows = _rows_by_model(results)
+    toy = [result for result in results if result.protocol.get("data") == TOY_WORLD]
+    rows = _rows_by_model([result for result in results if result not in toy])
     parts, used = [], set()
     for table in TABLES:
         names = {column.score for column in table.columns}
@@ -276,6 +279,7 @@ def report(results: Iterable[SuiteResult]) -> str:
             parts.append(f"### {table.source}\n\n{_render(table, own)}")
     if others := {model: {k: v for k, v in cells.items() if k not in used} for model, cells in rows.items()}:
         parts += [_render_others(model, cells) for model, cells in others.items() if cells]
+    parts += [_render_toy(suite, [result for result in toy if result.suite == suite]) for suite in _suites_of(toy)]
     return "\n\n".join([*parts, _render_protocols(results)]) + "\n"
 
 
@@ -311,6 +315,33 @@ def _render(table: PaperTable, own: dict[str, dict[str, tuple[float, str]]]) -> 
 def _render_others(model: str, cells: dict[str, tuple[float, str]]) -> str:
     rows = [[name, f"{value:.4g}{mark}"] for name, (value, mark) in cells.items()]
     return f"### {model}: scores that no table of the papers has\n\n{markdown_table(['score', 'value'], rows)}"
+
+
+def _suites_of(results: list[SuiteResult]) -> list[str]:
+    return list(dict.fromkeys(result.suite for result in results))
+
+
+def _render_toy(suite: str, results: list[SuiteResult]) -> str:
+    """A row for each score, a column for each result."""
+    labels = _labels(results)
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"Two results of the suite {suite} have {twice[0]} and the same settings: expected one.")
+    rows = [
+        [name, *(f"{result.scores[name]:{NUMBER_FORMAT}}" if name in result.scores else "" for result in results)]
+        for name in dict.fromkeys(name for result in results for name in result.scores)
+    ]
+    return f"### Toy world: suite {suite}\n\n{markdown_table(['score', *labels], rows)}"
+
+
+def _labels(results: list[SuiteResult]) -> list[str]:
+    """The model of each result, with the settings in which results of this model differ."""
+    settings = [{**result.protocol, **result.seeds, **result.counts} for result in results]
+    labels = []
+    for result, own in zip(results, settings):
+        same = [given for other, given in zip(results, settings) if other.model == result.model]
+        told = [f"{name} {value}" for name, value in own.items() if any(given.get(name) != value for given in same)]
+        labels.append(", ".join([result.model, *told]))
+    return labels
 
 
 def _render_protocols(results: list[SuiteResult]) -> str:

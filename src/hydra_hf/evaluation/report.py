@@ -12,6 +12,7 @@ from hydra_hf.files import write_text
 
 
 FORMAT = "hydra_hf.suite/1"
+TOY_WORLD = "toy world"  # the protocol's `data` of scores that are never put next to a paper's
 PACKAGES = ("hydra_hf", "torch", "transformers", "diffusers", "numpy", "pillow")
 NUMBER_FORMAT = ".4g"
 
@@ -69,9 +70,7 @@ class SuiteResult:
             raise ValueError(f"{path} is not JSON: {error}") from error
         kind = content.pop("format", None) if isinstance(content, dict) else None
         if kind != FORMAT:
-            raise ValueError(
-                f"{path} has the format {kind!r}, expected {FORMAT!r}, as hydra evaluate --suite writes it."
-            )
+            raise ValueError(f"{path} has the format {kind!r}, expected {FORMAT!r}, as hydra evaluate writes it.")
         content.pop("markdown", None)
         try:
             return cls(**content)

@@ -146,7 +146,8 @@ def num_values(folder: Path) -> int:
 def read_scores(folder: Path) -> dict[str, float]:
     """The headline numbers in `scores.json`, as `hydra evaluate` writes it: means of a task, or its single scores."""
     path = folder / "scores.json"
-    scores = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    scores = content.get("scores", content)  # of the embedded checkpoint they are the file itself
     scores = {n: v for n, v in scores.items() if n.split("/")[0] in TASKS and isinstance(v, int | float)}
     has_mean = {name.split("/")[0] for name in scores if name.endswith("/mean")}
     return {n: v for n, v in scores.items() if n.endswith("/mean") or n.split("/")[0] not in has_mean}
