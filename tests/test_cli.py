@@ -206,7 +206,7 @@ def test_evaluate_writes_every_score_and_how_it_was_measured(model, tmp_path, ca
         "difficulty": 1,
         "split": "test",
         "num_inference_steps": 2,
-        "guidance_scale": 1.5,
+        "guidance_scale": 1.0,
     }
     assert protocol.items() <= result.protocol.items()
     assert len(result.protocol["weights"]) == 16
