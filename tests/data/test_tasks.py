@@ -28,8 +28,8 @@ def test_a_blank_sample_has_the_targets_that_the_row_says(name, tiny_processor):
 
 def test_rows_keep_their_numbers_since_noise_depends_on_them():
     names = ["text", "understand", "generate", "reconstruct", "depth", "segment", "edit", "video_understand",
-             "video_generate"]  # fmt: skip
-    assert [task_number(name) for name in names] == list(range(9))
+             "video_generate", "interleave"]  # fmt: skip
+    assert [task_number(name) for name in names] == list(range(10))
 
 
 def test_a_name_that_is_no_task_is_refused():

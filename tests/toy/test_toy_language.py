@@ -344,4 +344,4 @@ def test_unknown_category_split_and_task_are_errors(language):
         language.sample_prompts(1, seeded(), split="validation")
     with pytest.raises(ValueError, match="task"):
         Sample(task="draw", messages=[])
-    assert len(TASKS) == len(set(TASKS)) == 9
+    assert len(TASKS) == len(set(TASKS)) == 10

@@ -62,6 +62,8 @@ def run(options: argparse.Namespace) -> dict | None:
     use_device(options.device)
     make = recipe_function(options.recipe)
     recipe = override(make(**_given(options, make)), options, make)
+    for path in unused_data(recipe):
+        _print_once(f"--data {path}: no stage of {recipe.name} trains this task, see --tasks.", sys.stderr)
     if options.dry_run:
         from hydra_hf.training.dry_run import dry_run
 
@@ -71,6 +73,19 @@ def run(options: argparse.Namespace) -> dict | None:
     folder = _train(recipe, options.out or Path("runs") / recipe.name, options.stage)
     _print_once(folder)
     return _once({"recipe": recipe.name, "path": str(folder)})
+
+
+def unused_data(recipe) -> list[str]:
+    """The sources, as TASK=PATH, whose task is in no stage; a tokenizer trains on all."""
+    from hydra_hf.data.sources import Sources
+    from hydra_hf.training.recipe import HydraRecipe
+
+    if not isinstance(recipe, HydraRecipe):
+        return []
+    trained = {task for stage in recipe.stages for task in stage.tasks}
+    found = [recipe.data_of(stage) for stage in recipe.stages]
+    sources = dict.fromkeys(source for data in found if isinstance(data, Sources) for source in data.sources)
+    return [f"{source.task}={source.path}" for source in sources if source.task not in trained]
 
 
 def _train(recipe, output_dir: Path, stage: str | None) -> Path:

@@ -345,6 +345,8 @@ def needs(source: Source) -> str:
     task = TASKS[source.task]
     if task.links_source:
         return "source images, instructions and edited images, or conversations,"
+    if task.splits_turns:
+        return "conversations"
     return f"{'clips' if task.num_videos else 'images'}, captions or conversations"
 
 

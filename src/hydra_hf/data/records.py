@@ -30,6 +30,7 @@ from .painting import (
 )
 from .sample import Sample
 from .tasks import TASKS, Task, UnreadableRecordError, images_of, videos_of, visuals_of
+from .turns import one_conversation
 
 
 MAX_CHARACTERS = 32_768  # of one record (our choice): a longer one would not fit a step's memory, today and on resume
@@ -83,8 +84,8 @@ class RecordReader:
             processor.check_plain()
 
     def sample(self, record: dict, task: str, rng: random.Random | None = None, number: int | None = None) -> Sample:
-        """The sample of a record. `rng` chooses one of several captions, instructions or edits, the first without it; `number`
-        finds stored latents.
+        """The sample of a record. `rng` chooses one of several captions, instructions, edits or parts of a dialogue, the first
+        without it; `number` finds stored latents.
 
         Raises `StaleLatentsError` if the record's images are not those that the latents were made of.
         """
@@ -93,6 +94,8 @@ class RecordReader:
             messages = row.read(self, self._with_one_text(record, rng))
             if row.links_source:
                 messages = one_edit(messages, rng)
+            elif row.splits_turns:
+                messages = one_conversation(messages, rng)
             parts = [part for message in messages for part in message["content"]]
             _check_texts([part["text"] for part in parts if part["type"] == "text"])
             if self.latents is not None:

@@ -39,6 +39,8 @@ class Task:
             images, if they have any.
         links_source: whether a generated image interacts inside Sem-ViT with the given image directly before it, which has its
             size (HYDRA-X, section 3: source-target interaction).
+        splits_turns: whether a record is a dialogue of which a sample is one part, see `data.turns`: some parts end with a generated
+            image, and in one of them every image is given.
         paint: makes the pixels of a generated image that shows the given one; the same part of both is used. None where the
             generated image does not depend on a given one.
         target: what is painted: a column of a record, or a folder that `hydra prepare unimrg` makes. "" is the image itself.
@@ -50,6 +52,7 @@ class Task:
     read: "Callable[[RecordReader, dict], list[dict]]"
     drops_prompt: bool = False
     links_source: bool = False
+    splits_turns: bool = False
     paint: Callable[[Image.Image, int, int, HydraImageProcessor], Tensor] | None = None
     target: str = ""
 
@@ -75,9 +78,9 @@ class Task:
 
     @property
     def keeps_latents(self) -> bool:
-        """Whether latents of the task's images can be encoded once and kept: not of clips, and not of an edit's, of which each
+        """Whether latents of the task's images can be encoded once and kept: not of clips, and not of a dialogue's, of which each
         epoch may choose another turn."""
-        return bool(self.num_images) and not (self.num_videos or self.links_source)
+        return bool(self.num_images) and not (self.num_videos or self.links_source or self.splits_turns)
 
     def blank_messages(self, image: Tensor) -> list[dict]:
         """Placeholder messages in the form of the task, with `image` (3, H, W), or a clip of this one frame, wherever it has one."""
@@ -146,6 +149,14 @@ def read_edit(reader: "RecordReader", record: dict) -> list[dict]:
     return messages
 
 
+def read_interleaved(reader: "RecordReader", record: dict) -> list[dict]:
+    """A dialogue in which the assistant writes and draws."""
+    messages = reader.conversation(record, may_draw=True)
+    if videos_of(messages):
+        raise UnreadableRecordError("a clip in a sample of images")
+    return messages
+
+
 def read_generation(reader: "RecordReader", record: dict) -> list[dict]:
     """An image after its caption."""
     return reader.generation(record)
@@ -189,6 +200,10 @@ TASKS = {  # the order numbers the tasks for the seeds of their noise: new rows 
     "video_generate": Task(
         user=("text",), assistant=("video",), drops_prompt=True,
         fits=lambda columns: columns.has_video_caption, read=read_video_generation,
+    ),
+    "interleave": Task(
+        user=("text",), assistant=("text", "image"), splits_turns=True,
+        fits=lambda columns: bool(columns.chat), read=read_interleaved,
     ),
 }  # fmt: skip
 

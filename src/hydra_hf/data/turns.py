@@ -1,7 +1,17 @@
 """Dialogues with drawn images to training samples. An image is noised where it is learnt, and clean for what follows it: one
 sample for each, since both in one row would read it twice."""
 
-from .tasks import images_of
+import random
+
+from .tasks import UnreadableRecordError, images_of
+
+
+def one_conversation(messages: list[dict], rng: random.Random | None) -> list[dict]:
+    """One of the conversations of `split_turns`, by chance or the first. Raises UnreadableRecordError if nothing is drawn."""
+    conversations = split_turns(messages)
+    if len(conversations) == 1:
+        raise UnreadableRecordError("no image of the assistant")
+    return conversations[0] if rng is None else rng.choice(conversations)
 
 
 def split_turns(messages: list[dict]) -> list[list[dict]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from hydra_hf.data.tasks import TASKS
 from hydra_hf.modeling import HydraForConditionalGeneration
 from hydra_hf.modeling.flow import add_noise, sample_sigma, shift_sigma, velocity_target
 from hydra_hf.modeling.grid import Grid, image_grids, noise_tokens, num_tokens, per_token
@@ -118,10 +119,14 @@ class HydraObjective:
         grids = latent_grids_of(model, batch)
         batch["image_grid_thw"] = torch.tensor(grids)  # on the CPU: the model reads it
         is_generated = batch.pop("is_generated")
-        if not is_generated.any():
+        if not is_generated.any() and not TASKS[task].generates:
             return batch | {"latents": latents, "sigma": latents.new_zeros(len(grids))}
         sigma, noise = self.sample_noise(model, latents, grids, bundle, task)
         sigma = torch.where(is_generated, sigma, 0)
+        if (
+            not is_generated.any()
+        ):  # a loss of no targets, so that the vision head has gradients, of 0, on every process
+            is_generated = torch.arange(len(grids), device=is_generated.device) == 0
         return batch | {
             "latents": add_noise(latents, noise, per_token(sigma, grids)),
             "sigma": sigma,
