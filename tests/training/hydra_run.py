@@ -1,9 +1,13 @@
 """A run of HYDRA's trainer on the toy world, for tests that start several processes: hydra_run.py FOLDER RUN..."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image, ImageOps
+
+from hydra_hf.data.sources import Source, Sources
 from hydra_hf.toy.batches import ToyData
 from hydra_hf.training.hydra_trainer import train_hydra
 from hydra_hf.training.recipe import HydraRecipe, HydraStage
@@ -27,6 +31,7 @@ RUNS = {  # name -> tasks, what differs in the recipe
     "accumulated": ({"understand": 3, "generate": 4}, {"micro_batch_size": 2}),
     "lacking": ({"understand": 1, "generate": 2}, {}),  # the second process has no question
     "painting": ({"understand": 2, "reconstruct": 2, "depth": 1, "segment": 3}, {}),  # UniMRG
+    "dialogues": ({"interleave": 2}, {}),  # in a step, one process may draw and the other not
     "packed": ({"understand": 3, "generate": 4}, {"max_length": 80, "micro_batch_tokens": 160}),
 }
 
@@ -42,9 +47,25 @@ def recipe(folder: Path, tasks: dict[str, int], **stage_changes) -> HydraRecipe:
     )  # fmt: skip
 
 
+def dialogues(folder: Path) -> Sources:
+    """Four dialogues of two drawn pictures, a colour and its opposite, as a data set for the task `interleave`."""
+    path, rows = folder / "dialogues.jsonl", []
+    for number, color in enumerate(("red", "green", "blue", "yellow")):
+        picture = Image.new("RGB", (64, 64), color)
+        for name, shown in (("it", picture), ("opposite", ImageOps.invert(picture))):
+            shown.save(folder / f"{name}{number}.png")
+        turns = [("user", f"draw {color}"), ("assistant", f"{color} <image>"), ("user", "the opposite"),
+                 ("assistant", f"not {color} <image> it was {color}")]  # fmt: skip
+        messages = [{"role": role, "content": content} for role, content in turns]
+        rows.append({"messages": messages, "images": [f"it{number}.png", f"opposite{number}.png"]})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return Sources((Source(task="interleave", path=str(path)),))
+
+
 def run(folder: Path, name: str, output_dir: Path) -> None:
     tasks, changes = RUNS[name]
-    train_hydra(replace(recipe(folder, tasks), **changes), output_dir, only="stage1")
+    data = {"data": dialogues(folder)} if "interleave" in tasks else {}
+    train_hydra(replace(recipe(folder, tasks, **data), **changes), output_dir, only="stage1")
 
 
 if __name__ == "__main__":
