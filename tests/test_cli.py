@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from hydra_hf.cli import create_parser, main
 from hydra_hf.cli.common import load_pipeline
 from hydra_hf.cli.recipe_options import recipe_function
-from hydra_hf.cli.train import override
+from hydra_hf.cli.train import override, unused_data
 from hydra_hf.data.sources import Source, Sources
 from hydra_hf.evaluation.report import SuiteResult
 from hydra_hf.pipelines.pipeline_hydra import HydraPipeline
@@ -713,6 +714,20 @@ def test_options_of_train_are_fields_of_the_recipe_and_of_its_stages(tmp_path):
     assert stage.loss_weights == HydraLossWeights(language=1.0, flow=0.5)
     assert stage.held_out == Sources((Source(task="generate", path="images"),))
     assert (changed.seed, stage.drop_prompt) == (recipe.seed, recipe.stages[0].drop_prompt)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "unused"),
+    [([], ["interleave=dialogues.jsonl"]), (["--tasks", "generate=4", "interleave=2"], ["text=chat.jsonl"])],
+)
+def test_data_that_no_stage_trains_on_is_named(tasks, unused):
+    words = ["--data", "generate=images", "--data", "interleave=dialogues.jsonl", "--data", "text=chat.jsonl"]
+    options = create_parser().parse_args(["train", "hydra.hydra_1_5b", *words, *tasks])
+    make = recipe_function("hydra.hydra_1_5b")
+    recipe = make()
+    if tasks:  # those of the paper weigh tasks that are not trained here
+        recipe = replace(recipe, stages=recipe.stages[:2])
+    assert unused_data(override(recipe, options, make)) == unused
 
 
 def test_a_run_that_never_saves_is_refused(tmp_path, capsys):
