@@ -123,9 +123,7 @@ class HydraObjective:
             return batch | {"latents": latents, "sigma": latents.new_zeros(len(grids))}
         sigma, noise = self.sample_noise(model, latents, grids, bundle, task)
         sigma = torch.where(is_generated, sigma, 0)
-        if (
-            not is_generated.any()
-        ):  # a loss of no targets, so that the vision head has gradients, of 0, on every process
+        if not is_generated.any():  # a loss of no targets: the vision head needs gradients, of 0, on every process
             is_generated = torch.arange(len(grids), device=is_generated.device) == 0
         return batch | {
             "latents": add_noise(latents, noise, per_token(sigma, grids)),
