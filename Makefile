@@ -40,7 +40,8 @@ style: .venv/test.done
 	$(BIN)/ruff check --fix src tests examples benchmarks docs
 	$(BIN)/ruff format src tests examples benchmarks docs
 
-docs: .venv/docs.done  ## the documentation, in site/; a warning is an error
+docs: .venv/docs.done  ## the documentation, in site/, in which a warning is an error; its notebooks run
+	$(BIN)/pytest -m slow -k notebook tests/test_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/try.done: setup.cfg constraints.txt
