@@ -138,5 +138,7 @@ def test_its_measured_scores_have_not_fallen():
     for kind in KINDS:
         assert scores[f"t2i_phrasing/{kind}"] >= plain - 0.03, kind
     for height, width in CANVASES:
-        bar = 0.85 if min(height, width) >= 64 else 0.7  # the stages of edits cost small pictures, whose objects are one patch
+        bar = (
+            0.85 if min(height, width) >= 64 else 0.7
+        )  # the stages of edits cost small pictures, whose objects are one patch
         assert scores[f"t2i_size/{height}x{width}"] >= bar, (height, width)
