@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hydra_hf.data.seeds import hashed_generator
-from hydra_hf.data.tasks import TASKS, task_number
+from hydra_hf.data.tasks import task_number
 from hydra_hf.modeling.grid import Grid, count_images
 
 
@@ -28,6 +28,12 @@ def grids_per_sample(batch: dict[str, Tensor], grids: list[Grid]) -> list[list[G
     return [list(islice(rest, count)) for count in count_images(batch["mm_token_type_ids"], batch.get("document_ids"))]
 
 
+def noise_number(row: int, number: int) -> int:
+    """What tells the noise of a row of a task, by its number, from all others of a step: nine tasks in a block, so that a new task
+    leaves the noise of the others as it is."""
+    return number // 9 * 2**20 + row * 9 + number % 9
+
+
 def row_noise(
     step: int, task: str, rows: list[int], grids: list[list[Grid]], sample: SampleNoise, *, seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -37,7 +43,7 @@ def row_noise(
     """
     assert len(rows) == len(grids), (rows, grids)
     sampled = [
-        sample(own_grids, row_generator(seed, step, row * len(TASKS) + task_number(task)))
+        sample(own_grids, row_generator(seed, step, noise_number(row, task_number(task))))
         for row, own_grids in zip(rows, grids)
         if own_grids
     ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import ModelOutput
 
-from hydra_hf.data.tasks import TASKS, task_number
+from hydra_hf.data.tasks import task_number
 from hydra_hf.modeling import HydraImageProcessor, HydraProcessor
 from hydra_hf.modeling.grid import Grid, image_starts, unpack_images
 from hydra_hf.modeling.image_processing_hydra import packed_pixel_values
@@ -27,7 +27,7 @@ from hydra_hf.training.hydra_trainer import train_model
 from hydra_hf.training.latents import latent_folders
 from hydra_hf.training.lora import add_adapters
 from hydra_hf.training.painted_grids import NUM_IMAGES, PaintedGrids
-from hydra_hf.training.randomness import row_generator
+from hydra_hf.training.randomness import noise_number, row_generator
 from hydra_hf.training.recipe import Data, HydraStage, UnifiedRecipe, freeze_unnamed
 
 
@@ -146,7 +146,7 @@ class UnifiedObjective:
     def generators(self, bundle: dict, task: str) -> list[torch.Generator]:
         """A generator for each row, the same in whichever process and micro step the row is."""
         rows, number = bundle["rows"][task], task_number(task)
-        return [row_generator(self.seed, int(bundle["step"]), row * len(TASKS) + number) for row in rows]
+        return [row_generator(self.seed, int(bundle["step"]), noise_number(row, number)) for row in rows]
 
     def losses_of(self, outputs: ModelOutput) -> dict[str, Tensor]:
         return {"image" if isinstance(outputs, PaintingOutput) else "language": outputs.loss}
