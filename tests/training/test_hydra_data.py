@@ -81,14 +81,14 @@ def test_records_that_cannot_be_read_are_counted_in_the_log(files, tmp_path):
 def test_dialogues_with_drawn_images_are_learnt(tmp_path):
     """Text and images of four dialogues: the losses of the same dialogues and the same noise fall."""
     data = dialogues(tmp_path)
-    changes = {"num_steps": 30, "learning_rates": dict.fromkeys(EVERYTHING, 1e-3), "ema_decay": 0.0}
+    changes = {"num_steps": 60, "learning_rates": dict.fromkeys(EVERYTHING, 1e-3), "ema_decay": 0.0}
     made = recipe(tmp_path, {"interleave": 6}, data=data, held_out=data, num_held_out=12, **changes)
-    folder = train_hydra(replace(made, sample_prompts=(), sample_every=5), tmp_path / "run", only="stage1").parent
+    folder = train_hydra(replace(made, sample_prompts=(), sample_every=20), tmp_path / "run", only="stage1").parent
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for name in ("language", "flow"):
         losses = [row[key] for row in rows if (key := f"held_out/interleave/{name}") in row]
-        assert len(losses) == 6
-        assert losses[-1] < 0.9 * losses[0], (name, losses)
+        assert len(losses) == 3
+        assert losses[-1] < 0.7 * losses[0], (name, losses)
 
 
 def test_a_stream_of_another_number_of_processes_is_refused(files, tmp_path):
