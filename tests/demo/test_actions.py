@@ -40,11 +40,11 @@ def test_a_drawing_ends_with_what_the_pipeline_draws(tiny_pipeline):
     *steps, (last, drawn) = Actions(tiny_pipeline).draw("a cat", seed=5, num_inference_steps=4)
     expected = tiny_pipeline("a cat", num_inference_steps=4, generator=torch.Generator().manual_seed(5)).images[0]
     assert same(drawn, expected)
-    assert [step for step, _ in steps] == [1, 2, 3, 4]
+    assert [step for step, _ in steps] == [1, 2, 3]  # nothing is shown twice
     assert last == 4
 
 
-def test_the_picture_after_the_last_step_is_the_latents_that_are_decoded(tiny_pipeline, monkeypatch):
+def test_what_is_shown_meanwhile_is_where_the_last_step_leads(tiny_pipeline, monkeypatch):
     decoded = []
     decode = tiny_pipeline.decode
     monkeypatch.setattr(
@@ -52,11 +52,14 @@ def test_the_picture_after_the_last_step_is_the_latents_that_are_decoded(tiny_pi
         "decode",
         lambda latents, *args, **kwargs: decoded.append(latents) or decode(latents, *args, **kwargs),
     )
-    list(Actions(tiny_pipeline).draw("a cat", seed=0, num_inference_steps=5))
-    *expected, of_last_step, final = decoded
-    torch.testing.assert_close(of_last_step, final, atol=1e-4, rtol=1e-4)
-    assert len(expected) == 3  # the first step has nothing to be compared with
+    steps = list(Actions(tiny_pipeline).draw("a cat", seed=0, num_inference_steps=5))
+    assert [drawn is None for _, drawn in steps] == [True, False, False, False, False]  # the first step has none before it
+    *expected, final = decoded
+    assert len(expected) == 3
     assert not torch.allclose(expected[0], final, atol=1e-2)
+    at_half, at_quarter, clean = (torch.lerp(final, torch.ones_like(final), sigma) for sigma in (0.5, 0.25, 0.0))
+    Actions(tiny_pipeline)._expected(at_half, at_quarter, torch.tensor(0.5), torch.tensor(0.25), seed=0)
+    torch.testing.assert_close(decoded[-1], clean, atol=1e-5, rtol=1e-5)
 
 
 def test_a_reader_who_leaves_stops_the_drawing_and_frees_the_model(tiny_pipeline):
@@ -94,7 +97,7 @@ def test_edits_and_clips_are_the_pipelines(clip_pipeline):
     assert same(edited, clip_pipeline("a cat", image=image, generator=torch.Generator().manual_seed(2)).images[0])
     (*steps, (_, clip)) = actions.draw("a cat", seed=2, num_frames=5, height=16, width=16)
     assert len(clip) == 5
-    assert [shown for _, shown in steps] == [None] * 3
+    assert [shown for _, shown in steps] == [None] * 2
 
 
 # The other buttons

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy_models import toy_pipeline
 
 import hydra_hf
 from hydra_hf import HydraPipeline
@@ -60,10 +61,9 @@ def url(pipeline):
 
 
 @pytest.fixture(scope="module")
-def clips_url(clip_pipeline, tmp_path_factory):
-    """A random model that edits and draws clips, too."""
-    pytest.importorskip("av", reason="clips need PyAV: pip install hydra_hf[video]")
-    app, url, _ = launch(clip_pipeline, str(tmp_path_factory.mktemp("random")), prevent_thread_lock=True, quiet=True)
+def images_url(tmp_path_factory):
+    """A random model that knows nothing of clips and edits."""
+    app, url, _ = launch(toy_pipeline(), str(tmp_path_factory.mktemp("random")), prevent_thread_lock=True, quiet=True)
     yield url
     app.blocks.close(verbose=False)
 
@@ -171,36 +171,44 @@ def test_a_picture_is_rebuilt_and_painted(visit, url):
     shoot(page, "maps-desktop")
 
 
-def test_only_what_the_model_can_do_is_shown(visit, url, clips_url, pipeline):
-    images = ["Draw", "Ask", "Rebuild", "Maps"]
-    shown = visit(url).get_by_role("tab").all_inner_texts()
-    everything = [*images[:2], "Edit", *images[2:], "Clips"]
-    assert shown == (images if pipeline.processor.video_token is None else everything)
-    phone = visit(clips_url, "phone")
+def test_only_what_the_model_can_do_is_shown(visit, url, images_url):
+    assert visit(images_url).get_by_role("tab").all_inner_texts() == ["Draw", "Ask", "Rebuild", "Maps"]
+    phone = visit(url, "phone")
     tabs = phone.get_by_role("tab")
-    assert tabs.all_inner_texts() == everything
+    assert tabs.all_inner_texts() == ["Draw", "Ask", "Edit", "Rebuild", "Maps", "Clips"]
     assert all(tab.is_visible() for tab in tabs.all())
     assert phone.evaluate("document.documentElement.scrollWidth") == WIDTHS["phone"][0]
 
 
-def test_edits_and_clips(visit, clips_url):
-    page = visit(clips_url)
+def test_an_edit_is_the_pipelines_and_becomes_the_picture(visit, url, pipeline):
+    page = visit(url)
     open_tab(page, "Edit")
-    take_example(page, "remove the star")
+    take_example(page, instruction := "remove the star")
     picture_in(page, "picture")
     page.get_by_role("button", name="Edit", exact=True).click()
-    page.get_by_text("Done: 3 steps, seed 0").wait_for()
-    edited = picture_in(page, "edited")
+    page.get_by_text("Done: 24 steps, seed 0").wait_for()
+    edited, source = picture_in(page, "edited"), Image.open(CAT_AND_STAR)
+    (expected,) = pipeline(instruction, image=source, generator=torch.Generator().manual_seed(0)).images
+    assert np.array_equal(np.asarray(edited), np.asarray(expected))
+    shoot(page, "edit-desktop")
+    before = page.locator("#picture img").get_attribute("src")
     page.get_by_role("button", name="Keep as the picture").click()
-    page.wait_for_function("size => document.querySelector('#picture img').naturalWidth == size", arg=edited.width)
+    page.wait_for_function("src => document.querySelector('#picture img').src != src", arg=before)
+    assert np.array_equal(np.asarray(picture_in(page, "picture")), np.asarray(expected))
+
+
+def test_a_clip_is_drawn_and_asked_about(visit, url):
+    pytest.importorskip("av", reason="clips need PyAV: pip install hydra_hf[video]")
+    page = visit(url)
     open_tab(page, "Clips")
-    page.get_by_label("What happens").fill("a cat")
+    page.get_by_label("What happens").fill("a cat moves to the right")
     page.get_by_role("button", name="Draw clip").click()
     page.locator("#clip video").wait_for()
     page.wait_for_function("document.querySelector('#clip video').videoWidth > 0")
-    page.get_by_label("Question about the clip").fill("what is in the picture")
+    page.get_by_label("Question about the clip").fill("what moves?")
     page.get_by_role("button", name="Ask about the clip").click()
-    playwright.expect(page.locator("#clip_answer textarea")).not_to_have_value("", timeout=TIMEOUT)
+    playwright.expect(page.locator("#clip_answer textarea")).to_have_value(re.compile("cat"), timeout=TIMEOUT)
+    shoot(page, "clips-desktop")
 
 
 def test_stop_ends_a_drawing_and_the_next_one_is_drawn(visit, url):

@@ -27,8 +27,10 @@ class Actions:
         self.lock = Lock()
 
     def draw(self, prompt: str, seed: int, **options) -> Iterator[tuple[int, Shown]]:
-        """After each denoising step its number and the picture that the model expects by then; last, the picture or clip itself,
-        the same as `HydraPipeline` gives for this seed. A reader who leaves stops the drawing.
+        """After each denoising step its number and the picture that the model expects by then; after the last one, the picture or
+        clip itself, the same as `HydraPipeline` gives for this seed. A reader who leaves stops the drawing.
+
+        Nothing comes twice: Gradio would write the file of the picture anew while a browser still reads it.
 
         Args:
             options: of `HydraPipeline`, such as `image` for an edit and `num_frames` for a clip, which is not shown before its
@@ -38,6 +40,8 @@ class Actions:
 
         def show(pipeline, step, timestep, tensors):
             pipeline._interrupt = has_left.is_set()
+            if step + 1 == pipeline.num_timesteps:
+                return
             before[:] = [*before[-1:], tensors["latents"]]
             picture = None
             if len(before) == 2 and "num_frames" not in options:

@@ -254,8 +254,8 @@ class Page:
         """What is drawn so far and which step it is, after each step."""
         self._name_unknown_words(prompt)
         for step, drawn in self.actions.draw(prompt, seed, **options):
-            yield drawn, f"Step {step} of {self.pipeline.num_timesteps}"
-        yield drawn, f"Done: {step} steps, seed {seed}"
+            num_steps = self.pipeline.num_timesteps
+            yield drawn, f"Step {step} of {num_steps}" if step < num_steps else f"Done: {step} steps, seed {seed}"
 
     def _name_unknown_words(self, text: str) -> None:
         if words := self.processor.unknown_words(text):
