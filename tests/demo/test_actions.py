@@ -53,7 +53,13 @@ def test_what_is_shown_meanwhile_is_where_the_last_step_leads(tiny_pipeline, mon
         lambda latents, *args, **kwargs: decoded.append(latents) or decode(latents, *args, **kwargs),
     )
     steps = list(Actions(tiny_pipeline).draw("a cat", seed=0, num_inference_steps=5))
-    assert [drawn is None for _, drawn in steps] == [True, False, False, False, False]  # the first step has none before it
+    assert [drawn is None for _, drawn in steps] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]  # the first step has none before it
     *expected, final = decoded
     assert len(expected) == 3
     assert not torch.allclose(expected[0], final, atol=1e-2)

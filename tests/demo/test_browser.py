@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy_models import toy_pipeline
 
 import hydra_hf
 from hydra_hf import HydraPipeline
 from hydra_hf.demo.abilities import CAT_AND_STAR
 from hydra_hf.demo.space import write_space
 from hydra_hf.pipelines.answering import answer
+from toy_models import toy_pipeline
 
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install hydra_hf[demo]")
@@ -208,6 +208,7 @@ def test_a_clip_is_drawn_and_asked_about(visit, url):
     page.get_by_label("Question about the clip").fill("what moves?")
     page.get_by_role("button", name="Ask about the clip").click()
     playwright.expect(page.locator("#clip_answer textarea")).to_have_value(re.compile("cat"), timeout=TIMEOUT)
+    page.locator("h1").scroll_into_view_if_needed()
     shoot(page, "clips-desktop")
 
 

@@ -1,6 +1,7 @@
 """Clips and edits in files, from the command's TASK=PATH to the losses of a run."""
 
 import json
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hydra_hf.data.sources import Sources, parse_source
+from hydra_hf.data.sources import Source, Sources, parse_source
 from hydra_hf.files import write_video
 from hydra_hf.modeling import (
     HydraForConditionalGeneration,
@@ -20,6 +21,7 @@ from hydra_hf.modeling import (
 from hydra_hf.modeling.image_processing_hydra import packed_pixel_values
 from hydra_hf.training.dry_run import dry_run
 from hydra_hf.training.hydra_trainer import create_bundles, train_hydra
+from hydra_hf.training.painted_grids import paint_hydra
 from hydra_hf.training.recipe import HydraRecipe, HydraStage
 from tiny_models import make_config, make_tok_config
 
@@ -118,6 +120,33 @@ def test_a_run_on_clips_and_edits_trains_and_skips_the_broken_clip(recipe, tmp_p
     saved = HydraProcessor.from_pretrained(final, subfolder="processor")
     assert saved.video_processor.size.max_pixels == 24**2
     assert HydraForConditionalGeneration.from_pretrained(final, subfolder="model").config.video_token_id is not None
+
+
+def test_edits_of_several_sizes_and_numbers_of_sources_are_painted_while_training(recipe, folder):
+    rows = [
+        {"input_images": ["before0.png", "before1.png"], "instruction": "a dog", "output_image": "after0.png"},
+        {"input_images": ["wide.png"], "instruction": "a cat", "output_image": "wide.png"},
+    ]
+    Image.linear_gradient("L").resize((48, 16)).save(folder / "wide.png")
+    model = HydraForConditionalGeneration(recipe.config).eval()
+    painted = []
+    for chosen in (rows, rows[:1], rows[1:]):
+        (path := folder / "several.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+        stage = replace(
+            recipe.stages[0],
+            tasks={"edit": len(chosen)},
+            data=Sources((Source(task="edit", path=str(path)),)),
+            drop_prompt=0.0,
+        )
+        bundle = create_bundles(recipe, stage, seed=0)[0]
+        painted.append(paint_hydra(model, bundle, "edit", torch.Generator().manual_seed(0)))
+    both, *alone = painted
+    assert len(both[2]) == 2
+    pairs = [(given, expected) for (given,), (expected,), _ in alone]  # the last source and the target
+    for given, expected in zip(*both[:2]):
+        assert any(torch.equal(given, source) and torch.equal(expected, target) for source, target in pairs)
+    assert [image.shape for image in both[2]] == [image.shape for image in both[1]]
+    assert both[1][0].shape != both[1][1].shape
 
 
 def test_a_dry_run_counts_the_latent_frames_of_clips(recipe):

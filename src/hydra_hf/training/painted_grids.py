@@ -1,6 +1,6 @@
 """Grids of what a model paints of held-out images while it is trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -65,32 +65,28 @@ def on_one_canvas(images: list[Tensor]) -> list[Tensor]:
 def paint_hydra(
     model: HydraForConditionalGeneration, bundle: dict, task: str, generator: torch.Generator
 ) -> list[list[Tensor]]:
-    """The rows of the grid, from samples that end with an image to be generated; the given image before it is shown."""
+    """The rows of the grid, from samples that end with an image to be generated; the given image before it is shown.
+
+    Each is painted alone: samples have sources of different sizes, and not all as many.
+    """
     batch, patch_size = bundle[task], model.config.vision_config.patch_size
     images = unpack_images(packed_pixel_values(batch["pixel_values"]), batch["image_grid_thw"], patch_size)
-    is_generated = batch["is_generated"].tolist()
-    targets = [image for image, generated in zip(images, is_generated) if generated][:NUM_IMAGES]
-    given = [image for image, generated in zip(images, is_generated) if not generated]
-    input_ids, attention_mask = prompts_of(batch, len(targets), model.config.text_config.pad_token_id or 0)
-    given = given[: len(given) * len(targets) // sum(is_generated)]
-    pixel_values, _ = pack_images(given, patch_size)
-    grid_thw = batch["image_grid_thw"][~batch["is_generated"]][: len(given)]
-    painted = model.generate_images(
-        input_ids, attention_mask, pixel_values, grid_thw, height=[image.shape[1] for image in targets],
-        width=[image.shape[2] for image in targets], num_inference_steps=24, guidance_scale=1.0, generator=generator,
-        source_interaction=TASKS[task].links_source,
-    )  # fmt: skip
-    shown = given[len(given) // len(targets) - 1 :: len(given) // len(targets)]
-    return [shown, targets, list(painted)]
+    places = batch["is_generated"].nonzero().flatten().tolist()[:NUM_IMAGES]
+    painted, first = [], 0
+    for input_ids, place in zip(prompts_of(batch), places):
+        pixel_values, _ = pack_images(images[first:place], patch_size)
+        painted += model.generate_images(
+            input_ids[None], torch.ones_like(input_ids)[None], pixel_values, batch["image_grid_thw"][first:place],
+            height=images[place].shape[1], width=images[place].shape[2], num_inference_steps=24, guidance_scale=1.0,
+            generator=generator, source_interaction=TASKS[task].links_source,
+        )  # fmt: skip
+        first = place + 1
+    return [[images[place - 1] for place in places], [images[place] for place in places], painted]
 
 
-def prompts_of(batch: dict[str, Tensor], number: int, pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """What precedes the last image in the first `number` samples, padded on the left: ids and attention mask (number, P)."""
+def prompts_of(batch: dict[str, Tensor]) -> Iterator[Tensor]:
+    """The ids (P,) of what precedes the last image in each sample."""
     starts = image_starts(batch["mm_token_type_ids"] > 0)
-    rows = []
-    for ids, mask, start in list(zip(batch["input_ids"], batch["attention_mask"], starts))[:number]:
+    for ids, mask, start in zip(batch["input_ids"], batch["attention_mask"], starts):
         end = int(start.nonzero()[-1])
-        rows.append(ids[:end][mask[:end].bool()])
-    input_ids = nn.utils.rnn.pad_sequence(rows, True, pad_token_id, padding_side="left")
-    attention_mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, padding_side="left")
-    return input_ids, attention_mask
+        yield ids[:end][mask[:end].bool()]
