@@ -167,17 +167,43 @@ def hydra(init: str = IMAGES, tokenizer: str = "runs/tiny_x.tokenizer/decoder/fi
         data=replace(finish.data, canvases=(*CANVASES, *SMALL, *SMALL), first_canvas_share=0.5),
     )  # fmt: skip
     # Edits of 64 px alone cost the pictures of other sizes. `small` started from an average of the weights after `sizes` (.62) and after
-    # `last` (.38), and the embedded checkpoint is one of `small` (.45), `sizes` and `last` (.275 each).
+    # `last` (.38), `wide` from one of `small` (.45), `sizes` and `last` (.275 each), `wide_again` and `wide_edits` both from the mean of
+    # what `wide` had before and after it. The embedded checkpoint is an average, too: see its card.
     small = replace(
         last, name="small", num_steps=200, warmup_steps=10,
         tasks={"understand": 8, "generate": 28, "video_understand": 1, "video_generate": 2, "edit": 12, **dict.fromkeys(PAINTED, 1)},
         learning_rates=dict.fromkeys((*heads, *semantics), 2e-4),
         data=replace(finish.data, canvases=(*CANVASES, *SMALL), first_canvas_share=0.3),
     )  # fmt: skip
+    wide = replace(
+        finish, name="wide", num_steps=1100, sigma_shifts={"edit": 2.0},
+        tasks={"understand": 7, "generate": 22, "video_understand": 1, "video_generate": 2, "edit": 26, **dict.fromkeys(PAINTED, 1)},
+        data=replace(last.data, first_canvas_share=0.4, copy_share=0.15),
+    )  # fmt: skip
+    wide_again = replace(wide, name="wide_again", num_steps=1000)
+    wide_edits = replace(
+        wide_again, name="wide_edits", tasks={**wide.tasks, "generate": 14, "edit": 34},
+        data=replace(wide.data, first_canvas_share=0.7, copy_share=0.2),
+    )  # fmt: skip
     return HydraRecipe(
         name="tiny_x.hydra",
         config=config,
-        stages=(video, everything, edits, copies, together, finish, sizes, background, middle, last, small),
+        stages=(
+            video,
+            everything,
+            edits,
+            copies,
+            together,
+            finish,
+            sizes,
+            background,
+            middle,
+            last,
+            small,
+            wide,
+            wide_again,
+            wide_edits,
+        ),
         attn_implementation=ATTENTION,
         init=init,
         save_every=200,
