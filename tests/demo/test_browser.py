@@ -215,12 +215,15 @@ def test_a_clip_is_drawn_and_asked_about(visit, url):
 def test_stop_ends_a_drawing_and_the_next_one_is_drawn(visit, url):
     page = visit(url)
     page.get_by_text("Settings", exact=True).locator("visible=true").click()
-    page.get_by_role("spinbutton", name="Steps").fill("100")
+    steps = page.get_by_role("spinbutton", name="Steps")
+    steps.fill("100")
+    steps.press("Tab")  # a number counts once its field is left
     page.get_by_label("What to draw").fill("a cat")
     page.get_by_role("button", name="Draw", exact=True).click()
     page.get_by_text(re.compile(r"Step \d+ of 100")).wait_for()
     page.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
-    page.get_by_role("spinbutton", name="Steps").fill("3")
+    steps.fill("3")
+    steps.press("Tab")
     page.get_by_role("button", name="Draw", exact=True).click()
     page.get_by_text("Done: 3 steps, seed 0").wait_for()
 
