@@ -185,25 +185,13 @@ def hydra(init: str = IMAGES, tokenizer: str = "runs/tiny_x.tokenizer/decoder/fi
         wide_again, name="wide_edits", tasks={**wide.tasks, "generate": 14, "edit": 34},
         data=replace(wide.data, first_canvas_share=0.7, copy_share=0.2),
     )  # fmt: skip
+    stages = (
+        video, everything, edits, copies, together, finish, sizes, background, middle, last, small, wide, wide_again, wide_edits,
+    )  # fmt: skip
     return HydraRecipe(
         name="tiny_x.hydra",
         config=config,
-        stages=(
-            video,
-            everything,
-            edits,
-            copies,
-            together,
-            finish,
-            sizes,
-            background,
-            middle,
-            last,
-            small,
-            wide,
-            wide_again,
-            wide_edits,
-        ),
+        stages=stages,
         attn_implementation=ATTENTION,
         init=init,
         save_every=200,
