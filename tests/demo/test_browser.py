@@ -216,12 +216,14 @@ def test_stop_ends_a_drawing_and_the_next_one_is_drawn(visit, url):
     page = visit(url)
     page.get_by_text("Settings", exact=True).locator("visible=true").click()
     steps = page.get_by_role("spinbutton", name="Steps")
+    page.wait_for_timeout(2000)  # what is typed while the settings still open is taken back
     steps.fill("100")
     steps.press("Tab")  # a number counts once its field is left
     page.get_by_label("What to draw").fill("a cat")
     page.get_by_role("button", name="Draw", exact=True).click()
     page.get_by_text(re.compile(r"Step \d+ of 100")).wait_for()
     page.get_by_role("button", name="Stop", exact=True).locator("visible=true").click()
+    page.wait_for_timeout(2000)  # a click that comes before the stop has arrived is stopped with it
     steps.fill("3")
     steps.press("Tab")
     page.get_by_role("button", name="Draw", exact=True).click()
