@@ -25,7 +25,7 @@ from hydra_hf.files import write_text
 from hydra_hf.toy.clips import CLIP_QUESTION_TYPES, ToyClips, render_clips
 from hydra_hf.toy.edits import ToyEdits, source_scenes
 from hydra_hf.toy.evaluation_x import evaluate_edits, evaluate_video_understanding
-from hydra_hf.toy.world import ToyWorld
+from hydra_hf.toy.world import ToyWorld, color_fields
 from hydra_hf.training.hydra_trainer import train_hydra
 from hydra_hf.training.losses import frames_of
 from hydra_hf.training.recipe import HydraRecipe, Recipe
@@ -125,7 +125,8 @@ def edit_recipe(options: argparse.Namespace, name: str, seed: int) -> HydraRecip
     """`tiny_x.hydra` with one stage, that of copies and edits, at noise levels that copies are decided at."""
     recipe = tiny_x.hydra(str(without_edits(name, options)), options.tokenizer)
     (copies,) = (stage for stage in recipe.stages if stage.name == "copies")
-    stage = replace(copies, num_steps=options.num_edit_steps, sigma_shifts={"edit": EDIT_SHIFT})
+    data = replace(copies.data, color_field_share=1.0)
+    stage = replace(copies, num_steps=options.num_edit_steps, sigma_shifts={"edit": EDIT_SHIFT}, data=data)
     return replace(recipe, stages=(stage,), seed=seed)
 
 
@@ -142,7 +143,8 @@ def run_edits(options: argparse.Namespace, name: str, seed: int) -> Scores:
 def score_copies(pipeline: HydraPipeline, edits: ToyEdits, num_copies: int) -> float:
     """Mean PSNR in dB of held-out pictures that are drawn again through the editing path: without an instruction."""
     generator = torch.Generator().manual_seed(0)
-    sources = edits.world.render(source_scenes(edits.sample(num_copies, generator, split="test")))
+    scenes = source_scenes(edits.sample(num_copies, generator, split="test"))
+    sources = edits.world.render(scenes, color_fields(num_copies, scenes.canvas, generator))
     pictures = pipeline.processor.image_processor.postprocess(sources, output_type="pil")
     settings = {"generator": generator, "guidance_scale": 1.0, "image_guidance_scale": 1.0, "output_type": "pt"}
     copies = pipeline([""] * len(pictures), image=pictures, **settings).images.cpu() * 2 - 1

@@ -27,7 +27,7 @@ from hydra_hf.toy.edits import (
 from hydra_hf.toy.language import ToyLanguage
 from hydra_hf.toy.phrasing import PHRASINGS, PLAIN, RELATIONS, with_article
 from hydra_hf.toy.text_tokenizer import train_toy_tokenizer
-from hydra_hf.toy.world import PATCH, ToyWorld
+from hydra_hf.toy.world import PATCH, ToyWorld, color_fields
 from hydra_hf.training.hydra_trainer import train_hydra
 from hydra_hf.training.recipes import tiny
 from toy_models import toy_pipeline, toy_processor
@@ -312,6 +312,41 @@ def test_shares_of_prompts_are_dropped_with_the_picture_or_ask_for_a_copy(world,
     counts = {form: forms.count(form) for form in set(forms)}
     assert set(counts) == {(True, True), (True, False), (False, False)}
     assert all(40 < counts[form] < 80 for form in ((True, False), (False, False)))
+
+
+def test_a_color_field_is_behind_both_pictures_and_leaves_the_edit_as_it_is(world, edits):
+    fields, plain = (
+        edits.samples(20, seeded(), drop_prompt=0.2, color_field_share=1.0),
+        edits.samples(20, seeded(), drop_prompt=0.2),
+    )
+    drawn = edits.sample(20, seeded())
+    for sample, expected, edit, outside in zip(fields, plain, drawn, ~edited_regions(drawn)):
+        (user, assistant), (same_user, same_assistant) = sample.messages, expected.messages
+        target, flat_target = assistant["content"][0]["image"], same_assistant["content"][0]["image"]
+        assert user["content"][-1] == same_user["content"][-1]  # what is asked for
+        if len(user["content"]) == 1:  # dropped: guidance starts from the backgrounds of the world
+            assert torch.equal(target, flat_target)
+            continue
+        source = user["content"][0]["image"]
+        assert torch.equal(source[:, outside], target[:, outside])
+        assert not torch.equal(target, flat_target)
+        objects = world.object_masks(target_scenes([edit]))[0].any(0)
+        solid = ~torch.nn.functional.max_pool2d((~objects).float()[None], 3, stride=1, padding=1)[
+            0
+        ].bool()  # without soft edges
+        assert (target - flat_target)[:, solid].abs().median() < 0.01
+
+
+def test_color_fields_are_colors_of_one_to_sixteen_places():
+    fields = color_fields(200, (48, 96), seeded())
+    assert fields.shape == (200, 3, 48, 96)
+    assert 0 <= fields.min() < 0.05
+    assert 0.95 < fields.max() <= 1
+    is_flat = ((fields - fields[..., :1, :1]).abs() < 1e-5).flatten(1).all(1)
+    assert 40 < is_flat.sum() < 95
+    corners = fields[..., [0, -1, 0, -1], [0, 0, -1, -1]]  # (200, 3, 4)
+    assert (corners[~is_flat].std(2) > 0).all()
+    assert torch.equal(fields, color_fields(200, (48, 96), seeded()))
 
 
 def test_a_stage_of_edits_trains(tmp_path):

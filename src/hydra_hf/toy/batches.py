@@ -33,6 +33,7 @@ class ToyData:
         clip_lengths: numbers of frames, 4n + 1. The clips of a task have one of them in a step, one that is listed twice
             twice as often. Clips are 64 px.
         copy_share: share of edits that ask for nothing, so that the picture stays as it is.
+        color_field_share: share of edits on backgrounds that only the source tells.
         unknown_share: share of prompts with an unknown word, and an image of known things.
         is_held_out: images that training never shows; for the vision tower the same at every step.
     """
@@ -45,6 +46,7 @@ class ToyData:
     question_weights: dict[str, int] | None = None
     clip_lengths: tuple[int, ...] = (NUM_FRAMES,)
     copy_share: float = 0.0
+    color_field_share: float = 0.0
     unknown_share: float = 0.0
     is_held_out: bool = False
     is_streaming: ClassVar[bool] = False
@@ -209,7 +211,7 @@ class ToyBundles(Dataset):
         if task == "edit":
             return self.edits.samples(
                 count, generator, drop_prompt=self.stage.drop_prompt, copy_share=data.copy_share,
-                max_objects=data.max_objects, canvas=canvas, split=split,
+                color_field_share=data.color_field_share, max_objects=data.max_objects, canvas=canvas, split=split,
             )  # fmt: skip
         if task in ("video_understand", "video_generate"):
             return self.clip_samples(task, generator, split)

@@ -30,6 +30,7 @@ from .world import (
     canvas_of,
     check_canvas,
     check_split,
+    color_fields,
     columns_and_rows,
     is_held_out,
     place_objects,
@@ -226,6 +227,7 @@ class ToyEdits:
         *,
         drop_prompt: float = 0.0,
         copy_share: float = 0.0,
+        color_field_share: float = 0.0,
         **options,
     ) -> list[Sample]:
         """A picture and an instruction from the user, the edited picture from the assistant; `options` as in `sample`.
@@ -234,10 +236,17 @@ class ToyEdits:
             drop_prompt: share of empty instructions without the picture, for guidance.
             copy_share: share of empty instructions with the picture, which ask for the same picture: the other branch of guidance,
                 and what teaches to look at the source at all.
+            color_field_share: share of edits on `color_fields`, which only the source tells.
         """
         edits = self.sample(num_samples, generator, **options)
         sources, targets = self.world.render(source_scenes(edits)), self.world.render(target_scenes(edits))
         draws, samples = torch.rand(num_samples, generator=generator).tolist(), []
+        if color_field_share:
+            chosen = torch.rand(num_samples, generator=generator) < color_field_share
+            chosen &= torch.tensor(draws) >= drop_prompt  # guidance starts from pictures of the world
+            fields = color_fields(num_samples, canvas_of(edits), generator)
+            for pictures, scenes in ((sources, source_scenes(edits)), (targets, target_scenes(edits))):
+                pictures[chosen] = self.world.render(scenes, fields)[chosen]
         for edit, source, target, draw in zip(edits, sources, targets, draws):
             is_dropped, is_copy = draw < drop_prompt, drop_prompt <= draw < drop_prompt + copy_share
             parts = {"text": "" if is_dropped or is_copy else edit.instruction, "image": source}

@@ -231,9 +231,13 @@ class ToyWorld:
 
     # Images
 
-    def render(self, scenes: Scenes) -> Tensor:
-        """Pixels (B, 3, H, W) in [-1, 1]; a far object is blended half and half with the background."""
-        background = self._background(scenes)  # (B, 3, H, W)
+    def render(self, scenes: Scenes, background: Tensor | None = None) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1]; a far object is blended half and half with the background.
+
+        Args:
+            background: (B, 3, H, W) in [0, 1], instead of the backgrounds of the scenes; see `color_fields`.
+        """
+        background = self._background(scenes) if background is None else background
         canvas = background.clone()
         for _, place, sprites, distances in self._placed(scenes):
             haze = torch.where(distances == FAR, HAZE, 0.0)[:, None, None, None]
@@ -292,6 +296,17 @@ class ToyWorld:
 def _far(size: int) -> int:
     """Side of a distant object in pixels, at difficulty 3."""
     return size * 3 // 4
+
+
+def color_fields(number: int, canvas: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Backgrounds that no words tell, (number, 3, H, W) in [0, 1]: random colours at 1, 2 x 2 or 4 x 4 places, and what is between them."""
+    sides = torch.randint(3, (number,), generator=generator)
+    fields = torch.empty(number, 3, *canvas)
+    for choice, side in enumerate((1, 2, 4)):
+        rows = sides == choice
+        colors = torch.rand(int(rows.sum()), 3, side, side, generator=generator)
+        fields[rows] = torch.nn.functional.interpolate(colors, size=canvas, mode="bilinear")
+    return fields
 
 
 def check_split(split: str) -> None:
