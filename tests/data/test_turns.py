@@ -116,7 +116,7 @@ def test_where_nothing_is_drawn_there_is_no_noise_and_the_vision_head_has_a_grad
     prepared = objective.prepare(tiny_model, bundle, "interleave")
     assert not prepared["sigma"].any()
     assert torch.equal(prepared["latents"], tiny_model.encode_images(batch["pixel_values"], batch["image_grid_thw"]))
-    losses = objective.losses_of(tiny_model(**prepared))
+    losses = objective.losses_of(tiny_model, prepared, tiny_model(**prepared))
     sum(value * counts[name] for name, value in losses.items()).backward()
     gradients = [parameter.grad for parameter in tiny_model.vision_head.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)

@@ -368,8 +368,8 @@ def test_the_gradient_through_given_images_is_scaled(recipe, scale):
         batch = edit_batch(recipe)
         if task == "understand":
             batch = {**batch, "is_generated": torch.zeros(2, dtype=torch.bool)}
-        outputs = model(**objective.prepare(model, bundle_of(**{task: batch}), task))
-        sum(objective.losses_of(outputs).values()).backward()
+        inputs = objective.prepare(model, bundle_of(**{task: batch}), task)
+        sum(objective.losses_of(model, inputs, model(**inputs)).values()).backward()
         return model.model.vision_tower.sem_vit.layers[0].mlp.fc1.weight.grad
 
     torch.testing.assert_close(gradient(scale, "understand"), scale * gradient(1.0, "understand"))

@@ -12,6 +12,7 @@ from accelerate.utils import load_fsdp_optimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.utils import ModelOutput
 
 from hydra_hf.data.packing import count_micro_batches, split_bundle
 from hydra_hf.files import saving, write_text
@@ -219,15 +220,21 @@ class BundleTrainer(Trainer):
         """
         losses, outputs = {}, {}
         for task in self.stage.tasks:
-            with autocast(self.accelerator, self.stage):
-                outputs[task] = model(**self.objective.prepare(self.unwrapped_model, inputs, task))
-            for name, value in self.objective.losses_of(outputs[task]).items():
+            outputs[task], task_losses = self.losses_of(model, inputs, task)
+            for name, value in task_losses.items():
                 key = f"{task}/{name}"
                 losses[key] = value * inputs["num_targets"][key] / num_items_in_batch[key]
         self.losses.add(losses)
         loss = sum(self.stage.loss_weight_of(*key.split("/")) * value for key, value in losses.items())
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def losses_of(self, model: nn.Module, inputs: dict, task: str) -> tuple[ModelOutput, dict[str, Tensor]]:
+        """What `model` makes of one task's batch, and its losses."""
+        with autocast(self.accelerator, self.stage):
+            batch = self.objective.prepare(self.unwrapped_model, inputs, task)
+            outputs = model(**batch)
+            return outputs, self.objective.losses_of(self.unwrapped_model, batch, outputs)
 
     @torch.no_grad()
     def measure_held_out(self) -> dict[str, float]:
@@ -241,9 +248,7 @@ class BundleTrainer(Trainer):
             inputs, num_targets = self._prepare_inputs(part), part["num_targets"]
             counts = {key: count + num_targets[key] for key, count in counts.items()}
             for task in self.stage.tasks:
-                with autocast(self.accelerator, self.stage):
-                    outputs = model(**self.objective.prepare(self.unwrapped_model, inputs, task))
-                for name, value in self.objective.losses_of(outputs).items():
+                for name, value in self.losses_of(model, inputs, task)[1].items():
                     sums[f"{task}/{name}"] += value.float() * num_targets[f"{task}/{name}"]
         totals, counts = self.sum_over_processes(sums), self.sum_over_processes(counts)
         return {f"held_out/{key}": round((totals[key] / counts[key]).item(), 5) for key in totals if counts[key] > 0}

@@ -40,6 +40,10 @@ class HydraKind:
 
     def check_data(self, model: HydraForConditionalGeneration, stage: HydraStage, data: Data) -> None:
         check_latents(model, stage, data)
+        tower = model.model.vision_tower
+        if stage.loss_weights.pixels and (tower.pixel_decoder is None or tower.decodes_from_noise):
+            decoder = type(tower.config.decoder_config).__name__
+            raise ValueError(f"{stage.name}: the loss of pixels needs a decoder that regresses pixels, got {decoder}.")
 
     def open_model(self, folder: Path, recipe: HydraRecipe) -> HydraForConditionalGeneration:
         return open_model(folder, recipe)

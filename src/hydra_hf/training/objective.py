@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hydra_hf.data.tasks import TASKS
 from hydra_hf.modeling import HydraForConditionalGeneration
-from hydra_hf.modeling.flow import add_noise, sample_sigma, shift_sigma, velocity_target
+from hydra_hf.modeling.flow import add_noise, predict_clean, sample_sigma, shift_sigma, velocity_target
 from hydra_hf.modeling.grid import Grid, image_grids, noise_tokens, num_tokens, per_token
 from hydra_hf.modeling.image_processing_hydra import packed_pixel_values
 
@@ -23,7 +23,9 @@ class Objective(Protocol):
     """Which modules are trained, and how a bundle of tasks becomes losses."""
 
     losses: Sequence[str]  # names of all losses that a task may have
-    methods: Sequence[str]  # methods of the model that `prepare` calls: FSDP gathers weights for them as for `forward`
+    methods: Sequence[
+        str
+    ]  # methods of the model that the objective calls: FSDP gathers weights for them as for `forward`
 
     def select_parameters(self, model: nn.Module) -> None:
         """Sets `requires_grad` of every parameter, and adds adapters if the stage has any."""
@@ -34,8 +36,8 @@ class Objective(Protocol):
     def prepare(self, model: nn.Module, bundle: dict, task: str) -> dict:
         """The arguments of `model.forward` for the task's batch. Does not change `bundle`."""
 
-    def losses_of(self, outputs) -> dict[str, Tensor]:
-        """The losses that the batch has, each a mean over its targets in the batch."""
+    def losses_of(self, model: nn.Module, batch: dict, outputs) -> dict[str, Tensor]:
+        """The losses of a batch as `prepare` made it, each a mean over its targets in the batch."""
 
 
 class ModelKind(Protocol):
@@ -79,15 +81,30 @@ def clean_latents(model: HydraForConditionalGeneration, batch: dict) -> Tensor:
     return model.encode_images(packed_pixel_values(batch.pop("pixel_values")), batch["image_grid_thw"]).float()
 
 
+def pixel_loss(model: HydraForConditionalGeneration, batch: dict, velocity: Tensor) -> Tensor:
+    """The squared error of the pixels, in [-1, 1], that the predicted latents of edits decode to, against those of the true
+    latents: the mean over edits. All generated images are decoded, since FSDP needs as many calls on every process."""
+    grids, is_generated = image_grids(batch["image_grid_thw"]), batch["is_generated"]
+    chosen = per_token(is_generated, grids)
+    noisy, sigma = batch["latents"][chosen], per_token(batch["sigma"], grids)[chosen]
+    own_grids = batch["image_grid_thw"][is_generated.cpu()]
+    predicted = model.decode_latents(predict_clean(noisy, velocity.float(), sigma), own_grids)
+    with torch.no_grad():
+        true = model.decode_latents(predict_clean(noisy, batch["velocity_target"], sigma), own_grids)
+    errors = torch.stack([nn.functional.mse_loss(one, other) for one, other in zip(predicted, true)])
+    is_edit = batch["num_sources"][is_generated] > 0
+    return (errors * is_edit).sum() / is_edit.sum().clamp(min=1)
+
+
 class HydraObjective:
     """L_NTP for the assistant's text, L_FM for generated images. HYDRA, section 2.2. All noise is added here, none by the
     model."""
 
-    losses = ("language", "flow")
-    methods = ("encode_images",)
+    methods = ("encode_images", "decode_latents")
 
     def __init__(self, stage: HydraStage, seed: int):
         self.stage, self.seed = stage, seed
+        self.losses = ("language", "flow", "pixels") if stage.loss_weights.pixels else ("language", "flow")
 
     def select_parameters(self, model: HydraForConditionalGeneration) -> None:
         freeze_unnamed(model, self.stage)
@@ -95,14 +112,17 @@ class HydraObjective:
             add_adapters(model, self.stage, self.seed)
 
     def count_targets(self, model: HydraForConditionalGeneration, batch: dict) -> dict[str, int]:
-        """How many text and image tokens of a batch have a target."""
+        """How many text and image tokens of a batch have a target, and how many edited images."""
         if not batch["num_samples"]:
             return dict.fromkeys(self.losses, 0)
         num_generated = 0
         if "image_grid_thw" in batch:
             grids = zip(latent_grids_of(model, batch), batch["is_generated"].tolist())
             num_generated = sum(num_tokens(grid) for grid, is_generated in grids if is_generated)
-        return {"language": int((batch["labels"][:, 1:] != -100).sum()), "flow": num_generated}
+        counts = {"language": int((batch["labels"][:, 1:] != -100).sum()), "flow": num_generated}
+        if "pixels" in self.losses:
+            counts["pixels"] = int((batch["num_sources"] > 0).sum()) if "num_sources" in batch else 0
+        return counts
 
     def prepare(self, model: HydraForConditionalGeneration, bundle: dict, task: str) -> dict:
         """Turns images into latents, and adds noise to those that are to be generated."""
@@ -115,6 +135,8 @@ class HydraObjective:
             return batch
         if self.stage.condition_grad_scale != 1:
             batch["condition_grad_scale"] = self.stage.condition_grad_scale
+        if "pixels" in self.losses and TASKS[task].links_source:
+            batch.setdefault("num_sources", torch.zeros_like(batch["is_generated"], dtype=torch.long))
         latents = clean_latents(model, batch)
         grids = latent_grids_of(model, batch)
         batch["image_grid_thw"] = torch.tensor(grids)  # on the CPU: the model reads it
@@ -155,6 +177,8 @@ class HydraObjective:
         shifts = [own or model.get_sigma_shift(num_tokens(grid)) for grid in grids]
         return torch.stack([shift_sigma(each, shift) for each, shift in zip(sigma, shifts)])
 
-    def losses_of(self, outputs) -> dict[str, Tensor]:
+    def losses_of(self, model: HydraForConditionalGeneration, batch: dict, outputs) -> dict[str, Tensor]:
         losses = {"language": outputs.language_loss, "flow": outputs.flow_loss}
+        if "pixels" in self.losses and "num_sources" in batch:
+            losses["pixels"] = pixel_loss(model, batch, outputs.velocity)
         return {name: value for name, value in losses.items() if value is not None}

@@ -68,10 +68,17 @@ class TokenizerLossWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class HydraLossWeights:
-    """HYDRA, section 2.2: L = L_NTP + L_FM. Each is a mean over one task's tokens of a step, see `HydraStage.task_weights`."""
+    """HYDRA, section 2.2: L = L_NTP + L_FM. Each is a mean over one task's tokens of a step, see `HydraStage.task_weights`.
+
+    Args:
+        pixels: of edits, the squared error of the pixels that the predicted latents decode to (our choice). Latents may give
+            little room to what fills a picture, such as the color of a flat background. Only edits have it: what a prompt
+            alone leaves open has many pictures, and the mean of their pixels is none. Needs a decoder that regresses pixels.
+    """
 
     language: float = 1.0
     flow: float = 1.0
+    pixels: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

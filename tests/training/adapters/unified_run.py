@@ -82,8 +82,11 @@ def losses_of(model: PreTrainedModel, recipe: UnifiedRecipe) -> dict[str, float]
     """Of the samples that the recipe trains on, with the noise of the first step."""
     objective, bundle, losses = UnifiedObjective(recipe.stages[0], recipe.seed), bundle_of(recipe), {}
     for task in TASKS:
-        outputs = model.eval()(**objective.prepare(model, bundle, task))
-        losses |= {f"{task}/{name}": value.item() for name, value in objective.losses_of(outputs).items()}
+        inputs = objective.prepare(model, bundle, task)
+        outputs = model.eval()(**inputs)
+        losses |= {
+            f"{task}/{name}": value.item() for name, value in objective.losses_of(model, inputs, outputs).items()
+        }
     return losses
 
 

@@ -148,7 +148,7 @@ class UnifiedObjective:
         rows, number = bundle["rows"][task], task_number(task)
         return [row_generator(self.seed, int(bundle["step"]), noise_number(row, number)) for row in rows]
 
-    def losses_of(self, outputs: ModelOutput) -> dict[str, Tensor]:
+    def losses_of(self, model: UnifiedModel, batch: dict, outputs: ModelOutput) -> dict[str, Tensor]:
         return {"image" if isinstance(outputs, PaintingOutput) else "language": outputs.loss}
 
 
