@@ -28,7 +28,7 @@ from hydra_hf.toy.evaluation_x import evaluate_edits, evaluate_video_understandi
 from hydra_hf.toy.world import ToyWorld, color_fields
 from hydra_hf.training.hydra_trainer import train_hydra
 from hydra_hf.training.losses import frames_of
-from hydra_hf.training.recipe import HydraRecipe, Recipe
+from hydra_hf.training.recipe import HydraLossWeights, HydraRecipe, Recipe
 from hydra_hf.training.recipes import tiny_x
 from hydra_hf.training.vision_tower_trainer import train_tokenizer
 
@@ -122,11 +122,14 @@ def without_edits(name: str, options: argparse.Namespace) -> Path:
 
 
 def edit_recipe(options: argparse.Namespace, name: str, seed: int) -> HydraRecipe:
-    """`tiny_x.hydra` with one stage, that of copies and edits, at noise levels that copies are decided at."""
+    """`tiny_x.hydra` with one stage, that of copies and edits, at noise levels that copies are decided at, on backgrounds that
+    only the source tells."""
     recipe = tiny_x.hydra(str(without_edits(name, options)), options.tokenizer)
     (copies,) = (stage for stage in recipe.stages if stage.name == "copies")
-    data = replace(copies.data, color_field_share=1.0)
-    stage = replace(copies, num_steps=options.num_edit_steps, sigma_shifts={"edit": EDIT_SHIFT}, data=data)
+    stage = replace(
+        copies, num_steps=options.num_edit_steps, sigma_shifts={"edit": EDIT_SHIFT},
+        data=replace(copies.data, color_field_share=1.0), loss_weights=HydraLossWeights(pixels=1.0),
+    )  # fmt: skip
     return replace(recipe, stages=(stage,), seed=seed)
 
 
@@ -141,7 +144,7 @@ def run_edits(options: argparse.Namespace, name: str, seed: int) -> Scores:
 
 
 def score_copies(pipeline: HydraPipeline, edits: ToyEdits, num_copies: int) -> float:
-    """Mean PSNR in dB of held-out pictures that are drawn again through the editing path: without an instruction."""
+    """Mean PSNR in dB of held-out pictures that are drawn again through the editing path: without an instruction, on color fields."""
     generator = torch.Generator().manual_seed(0)
     scenes = source_scenes(edits.sample(num_copies, generator, split="test"))
     sources = edits.world.render(scenes, color_fields(num_copies, scenes.canvas, generator))

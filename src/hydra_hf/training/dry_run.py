@@ -8,7 +8,7 @@ precision, gradient checkpointing and frozen modules: no weights are needed and 
   judges, DDP's buckets (as large as the gradients), and the peak of gradients and activations in a step of the longest
   samples; with `micro_batch_tokens`, of as many samples of the mean length as it holds. FSDP divides everything except
   activations and judges by the number of processes, and has no buckets. Fragmentation comes on top. A teacher counts as another
-  encoder; its forward is not counted, nor is the attention of an edit's target to its source.
+  encoder; its forward is not counted, nor are the attention of an edit's target to its source and a loss of pixels.
 """
 
 import math

@@ -15,7 +15,14 @@ from hydra_hf.toy.language import PAINTED
 from hydra_hf.toy.teacher import ToyTeacher, ToyVideoTeacher
 from hydra_hf.toy.text_tokenizer import extend_toy_tokenizer, words_of
 from hydra_hf.toy.world import CANVASES
-from hydra_hf.training.recipe import HydraRecipe, HydraStage, Recipe, TokenizerLossWeights, TokenizerStage
+from hydra_hf.training.recipe import (
+    HydraLossWeights,
+    HydraRecipe,
+    HydraStage,
+    Recipe,
+    TokenizerLossWeights,
+    TokenizerStage,
+)
 
 from .tiny import ATTENTION, QUESTIONS, tokenizer_config
 
@@ -185,8 +192,22 @@ def hydra(init: str = IMAGES, tokenizer: str = "runs/tiny_x.tokenizer/decoder/fi
         wide_again, name="wide_edits", tasks={**wide.tasks, "generate": 14, "edit": 34},
         data=replace(wide.data, first_canvas_share=0.7, copy_share=0.2),
     )  # fmt: skip
+    # What a flat background weighs in a latent is little, and in pixels much (`LOG.md`). `pixels` and `pixels_more` started from an
+    # average of the three before them, `pixels_again` from `pixels`.
+    pixels = replace(
+        wide, name="pixels", num_steps=400, learning_rates=dict.fromkeys((*heads, *semantics), 2e-4),
+        tasks={**wide.tasks, "generate": 16, "edit": 30},
+        loss_weights=HydraLossWeights(pixels=1.0),
+        data=replace(wide.data, first_canvas_share=0.6, color_field_share=0.2),
+    )  # fmt: skip
+    pixels_more = replace(
+        pixels, name="pixels_more", num_steps=700, learning_rates=wide.learning_rates,
+        loss_weights=HydraLossWeights(pixels=3.0), data=replace(pixels.data, color_field_share=0.1),
+    )  # fmt: skip
+    pixels_again = replace(pixels_more, name="pixels_again", num_steps=600, loss_weights=HydraLossWeights(pixels=2.0))
     stages = (
         video, everything, edits, copies, together, finish, sizes, background, middle, last, small, wide, wide_again, wide_edits,
+        pixels, pixels_more, pixels_again,
     )  # fmt: skip
     return HydraRecipe(
         name="tiny_x.hydra",
