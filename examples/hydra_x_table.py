@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -104,7 +105,8 @@ def run_tokenizer(options: argparse.Namespace, name: str, seed: int) -> Scores:
     return score_tokenizer(HydraTokModel.from_pretrained(folder).eval(), options)
 
 
-# Edits: whether Sem-ViT reads the target together with its source (HYDRA-X, section 3 and table 3)
+# Edits: whether Sem-ViT reads the target together with its source (HYDRA-X, section 3 and table 3); and the same on backgrounds that
+# only the source tells, with the loss of pixels, without which they are hardly learnt
 
 EDITING = {"interaction": True, "independent": False}
 EDIT_SHIFT = 5.0  # of noise levels in training
@@ -121,33 +123,35 @@ def without_edits(name: str, options: argparse.Namespace) -> Path:
     return folder
 
 
-def edit_recipe(options: argparse.Namespace, name: str, seed: int) -> HydraRecipe:
-    """`tiny_x.hydra` with one stage, that of copies and edits, at noise levels that copies are decided at, on backgrounds that
-    only the source tells."""
+def edit_recipe(options: argparse.Namespace, part: str, name: str, seed: int) -> HydraRecipe:
+    """`tiny_x.hydra` with one stage, that of copies and edits, at noise levels that copies are decided at."""
     recipe = tiny_x.hydra(str(without_edits(name, options)), options.tokenizer)
     (copies,) = (stage for stage in recipe.stages if stage.name == "copies")
-    stage = replace(
-        copies, num_steps=options.num_edit_steps, sigma_shifts={"edit": EDIT_SHIFT},
-        data=replace(copies.data, color_field_share=1.0), loss_weights=HydraLossWeights(pixels=1.0),
-    )  # fmt: skip
+    stage = replace(copies, num_steps=options.num_edit_steps, sigma_shifts={"edit": EDIT_SHIFT})
+    if part == "color_fields":
+        data, weights = replace(stage.data, color_field_share=1.0), HydraLossWeights(pixels=1.0)
+        stage = replace(stage, data=data, loss_weights=weights)
     return replace(recipe, stages=(stage,), seed=seed)
 
 
-def run_edits(options: argparse.Namespace, name: str, seed: int) -> Scores:
+def run_edits(options: argparse.Namespace, name: str, seed: int, part: str = "edits") -> Scores:
     """As `hydra evaluate --suite edit` measures them, without guidance, which is another comparison."""
-    folder = train_hydra(edit_recipe(options, name, seed), options.out / f"edits-{name}-{seed}", on_stage=print)
-    pipeline = HydraPipeline.from_pretrained(folder)
+    recipe = edit_recipe(options, part, name, seed)
+    pipeline = HydraPipeline.from_pretrained(
+        train_hydra(recipe, options.out / f"{part}-{name}-{seed}", on_stage=print)
+    )
     pipeline.set_progress_bar_config(disable=True)
     edits = ToyEdits(ToyWorld(difficulty=1))
-    copies = {"copy_psnr": score_copies(pipeline, edits, options.num_edits)}
+    copies = {"copy_psnr": score_copies(pipeline, edits, part, options.num_edits)}
     return copies | evaluate_edits(pipeline, edits, options.num_edits, guidance_scale=1.0, image_guidance_scale=1.0)
 
 
-def score_copies(pipeline: HydraPipeline, edits: ToyEdits, num_copies: int) -> float:
-    """Mean PSNR in dB of held-out pictures that are drawn again through the editing path: without an instruction, on color fields."""
+def score_copies(pipeline: HydraPipeline, edits: ToyEdits, part: str, num_copies: int) -> float:
+    """Mean PSNR in dB of held-out pictures that are drawn again through the editing path: without an instruction."""
     generator = torch.Generator().manual_seed(0)
     scenes = source_scenes(edits.sample(num_copies, generator, split="test"))
-    sources = edits.world.render(scenes, color_fields(num_copies, scenes.canvas, generator))
+    fields = color_fields(num_copies, scenes.canvas, generator) if part == "color_fields" else None
+    sources = edits.world.render(scenes, fields)
     pictures = pipeline.processor.image_processor.postprocess(sources, output_type="pil")
     settings = {"generator": generator, "guidance_scale": 1.0, "image_guidance_scale": 1.0, "output_type": "pt"}
     copies = pipeline([""] * len(pictures), image=pictures, **settings).images.cpu() * 2 - 1
@@ -192,6 +196,7 @@ def run_teacher(options: argparse.Namespace, name: str, seed: int) -> Scores:
 PARTS = {
     "tokenizer": Part(tuple(TOKENIZERS), ("clip/psnr", "clip/ssim", "image/psnr", "image/ssim"), run_tokenizer),
     "edits": Part(tuple(EDITING), ("copy_psnr", "edit_psnr/mean", "edit/mean", "edit_decoded_psnr/mean"), run_edits),
+    "color_fields": Part(tuple(EDITING), ("copy_psnr", "edit_psnr/mean"), partial(run_edits, part="color_fields")),
     "teachers": Part(TEACHERS, ("video_vqa/mean", "video_vqa/majority", *QUESTIONS), run_teacher),
 }
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import hydra_hf
-from hydra_hf import HydraTokModel
+from hydra_hf import HydraConfig, HydraTokModel
 from hydra_hf.toy.clips import ToyClips, render_clips
 from hydra_hf.toy.world import ToyWorld
 from hydra_hf.training.recipes import tiny
@@ -65,6 +65,26 @@ def test_all_tokenizers_start_from_the_latents_of_images_of_one_encoder_and_are_
         assert model.decode(model.encode(clips).latent).sample.shape == clips.shape
         names = [name for name, _ in model.named_parameters() if not stage.learning_rate_of(f"model.{name}")]
         assert all(name.startswith("sem_vit.") for name in names)
+
+
+def test_rows_of_edits_differ_in_interaction_alone_and_color_fields_in_data_and_the_loss_of_pixels(script, tmp_path):
+    HydraConfig.from_pretrained(hydra_hf.TINY, subfolder="model").vision_config.save_pretrained(tmp_path / "tokenizer")
+    options = Namespace(
+        init=hydra_hf.TINY, tokenizer=str(tmp_path / "tokenizer"), out=tmp_path, num_edit_steps=3, num_edits=1
+    )
+    recipes = {
+        (part, name): script.edit_recipe(options, part, name, 1)
+        for part in ("edits", "color_fields")
+        for name in script.EDITING
+    }
+    (plain,) = recipes["edits", "interaction"].stages
+    (fields,) = recipes["color_fields", "interaction"].stages
+    assert fields.data == replace(plain.data, color_field_share=1.0)
+    assert (plain.loss_weights.pixels, fields.loss_weights.pixels) == (0.0, 1.0)
+    assert replace(fields, data=plain.data, loss_weights=plain.loss_weights) == plain
+    for (part, name), recipe in recipes.items():
+        assert recipe.stages == recipes[part, "interaction"].stages
+        assert recipe.config.use_source_interaction == script.EDITING[name]
 
 
 def test_a_score_that_exists_is_not_made_again(script, tmp_path, monkeypatch):
