@@ -193,7 +193,7 @@ def hydra(init: str = IMAGES, tokenizer: str = "runs/tiny_x.tokenizer/decoder/fi
         data=replace(wide.data, first_canvas_share=0.7, copy_share=0.2),
     )  # fmt: skip
     # What a flat background weighs in a latent is little, and in pixels much (`LOG.md`). `pixels` and `pixels_more` started from an
-    # average of the three before them, `pixels_again` from `pixels`.
+    # average of the three before them, `pixels_again` from `pixels`; `narrow`, twice, from an average of them and what they started from.
     pixels = replace(
         wide, name="pixels", num_steps=400, learning_rates=dict.fromkeys((*heads, *semantics), 2e-4),
         tasks={**wide.tasks, "generate": 16, "edit": 30},
@@ -205,9 +205,14 @@ def hydra(init: str = IMAGES, tokenizer: str = "runs/tiny_x.tokenizer/decoder/fi
         loss_weights=HydraLossWeights(pixels=3.0), data=replace(pixels.data, color_field_share=0.1),
     )  # fmt: skip
     pixels_again = replace(pixels_more, name="pixels_again", num_steps=600, loss_weights=HydraLossWeights(pixels=2.0))
+    narrow = replace(
+        pixels_again, name="narrow", num_steps=200, learning_rates=pixels.learning_rates,
+        tasks={**pixels.tasks, "understand": 4, "generate": 34, "video_generate": 1, "edit": 12},
+        data=replace(pixels_again.data, canvases=(*CANVASES, *(SMALL * 6)), first_canvas_share=0.15),
+    )  # fmt: skip
     stages = (
         video, everything, edits, copies, together, finish, sizes, background, middle, last, small, wide, wide_again, wide_edits,
-        pixels, pixels_more, pixels_again,
+        pixels, pixels_more, pixels_again, narrow,
     )  # fmt: skip
     return HydraRecipe(
         name="tiny_x.hydra",
