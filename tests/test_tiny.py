@@ -132,13 +132,13 @@ def test_its_measured_scores_have_not_fallen():
     assert scores["reconstruction/psnr"] >= 35
     assert scores["video_vqa/mean"] >= scores["video_vqa/majority"] + 0.6
     assert scores["t2v/right"] >= 0.9
-    assert scores["edit/mean"] >= 0.8
-    assert scores["edit_psnr/mean"] >= 27
+    assert scores["edit/mean"] >= 0.85
+    assert scores["edit_psnr/mean"] >= 30
     plain = scores["t2i_phrasing/plain"]
     for kind in KINDS:
         assert scores[f"t2i_phrasing/{kind}"] >= plain - 0.03, kind
     for height, width in CANVASES:
         bar = (
-            0.9 if min(height, width) >= 64 else 0.7
+            0.9 if min(height, width) >= 64 else 0.6
         )  # the stages of edits cost small pictures, whose objects are one patch
         assert scores[f"t2i_size/{height}x{width}"] >= bar, (height, width)
