@@ -104,7 +104,10 @@ class HydraObjective:
 
     def __init__(self, stage: HydraStage, seed: int):
         self.stage, self.seed = stage, seed
-        self.losses = ("language", "flow", "pixels") if stage.loss_weights.pixels else ("language", "flow")
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        return ("language", "flow", "pixels") if self.stage.loss_weights.pixels else ("language", "flow")
 
     def select_parameters(self, model: HydraForConditionalGeneration) -> None:
         freeze_unnamed(model, self.stage)
