@@ -78,7 +78,8 @@ def train(model: nn.Module, objective: HydraObjective, bundles: list[dict]) -> f
     for bundle, own in zip(bundles, counts):
         losses = []
         for task in TASKS:
-            values = objective.losses_of(model(**objective.prepare(model, bundle, task)))
+            batch = objective.prepare(model, bundle, task)
+            values = objective.losses_of(model, batch, model(**batch))
             for name, value in values.items():
                 losses.append(value * own[task][name] / sum(each[task][name] for each in counts))
         loss = sum(losses)
