@@ -23,9 +23,7 @@ class Objective(Protocol):
     """Which modules are trained, and how a bundle of tasks becomes losses."""
 
     losses: Sequence[str]  # names of all losses that a task may have
-    methods: Sequence[
-        str
-    ]  # methods of the model that the objective calls: FSDP gathers weights for them as for `forward`
+    methods: Sequence[str]  # of the model, called by the objective: FSDP gathers weights for them as for `forward`
 
     def select_parameters(self, model: nn.Module) -> None:
         """Sets `requires_grad` of every parameter, and adds adapters if the stage has any."""
