@@ -15,8 +15,12 @@ import vision_tower_run
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, PartialState
 
+from hydra_hf.toy.batches import ToyData
 from hydra_hf.training.hydra_trainer import train_hydra
 from hydra_hf.training.processes import partial_state
+from hydra_hf.training.recipe import HydraLossWeights
+from hydra_hf.training.recipes import tiny
+from toy_models import toy_video_pipeline
 
 
 STAGE = {"mixed_precision": "bf16", "ema_decay": 0.0, "muon_scale": 0.0, "decay_share": 0.0}
@@ -78,9 +82,25 @@ def train_language_model(folder: Path) -> None:
     train_hydra(recipe, resumed, only="stage1")
 
 
+def train_edits(folder: Path) -> None:
+    """Three steps in which processes have different numbers of edits without a source, and so of calls of Sem-ViT."""
+    base = folder.parent / "base"
+    with partial_state().main_process_first():
+        if not base.exists():
+            toy_video_pipeline().save_pretrained(base)
+    recipe = tiny.unimrg(str(base))
+    stage = replace(
+        recipe.stages[0], num_steps=3, tasks={"generate": 2, "edit": 4}, data=ToyData(), drop_prompt=0.4, warmup_steps=1,
+        loss_weights=HydraLossWeights(pixels=200.0), **STAGE,
+    )  # fmt: skip
+    recipe = replace(recipe, stages=(stage,), log_every=1, save_every=10, sample_every=100, sample_prompts=("a cat",))
+    train_hydra(recipe, folder)
+
+
 def run(folder: Path, judges: Path) -> None:
     train_vision_tower(folder / "vision_tower", judges)
     train_language_model(folder / "hydra")
+    train_edits(folder / "edits" / "whole")
 
 
 if __name__ == "__main__":

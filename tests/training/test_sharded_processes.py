@@ -65,6 +65,15 @@ def test_a_sharded_run_is_the_run_of_one_process(folder, sharded, model):
 
 
 @pytest.mark.slow
+def test_edits_of_which_some_have_no_source_are_those_of_one_process(folder, sharded):
+    losses, expected = (losses_of(path / "edits" / "whole") for path in (sharded[1], folder / "one"))
+    assert losses.keys() == expected.keys() >= {1, 2}
+    for step, record in losses.items():
+        assert record == pytest.approx(expected[step], rel=3e-3, abs=5e-5)
+        assert record["edit/pixels"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", FINAL)
 def test_what_a_sharded_run_gives_is_whole_fp32_and_the_same_once_resumed(folder, sharded, model):
     paths = [sharded[1] / model / name / FINAL[model] / "model.safetensors" for name in ("whole", "resumed")]

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hydra_hf.files import write_text
+from hydra_hf.modeling import HydraForConditionalGeneration
 
 from .recipe import Stage
 
@@ -55,9 +56,15 @@ def configure_fsdp(plugin, model: nn.Module) -> None:
 
 
 def layers_to_wrap(model: nn.Module) -> list[str]:
-    """The classes of the model's layers, whatever its language model and decoder: those that can be checkpointed."""
+    """The classes of the model's layers, whatever its language model and decoder: those that can be checkpointed.
+
+    Of HYDRA they are the language model's alone. How often a process calls layers of the vision tower and the vision head
+    depends on its own images, their sizes and their sources, and gathering is a call that all processes have to make: these
+    are gathered with the rest of the model, once.
+    """
+    layered = model.model.language_model if isinstance(model, HydraForConditionalGeneration) else model
     return sorted(
-        {type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
+        {type(module).__name__ for module in layered.modules() if isinstance(module, GradientCheckpointingLayer)}
     )
 
 
